@@ -1,0 +1,111 @@
+"""What the contracts of the stages share: checks of arguments with one wording, and buckets for problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from megamoe.errors import ArgumentError
+from megamoe.numerics.layout import padded_shape
+from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor, check_scale_layout
+
+ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+INDICES = (torch.int32, torch.int64)
+Dim = int | str | None
+E4M3Tensor = Annotated[Tensor, torch.float8_e4m3fn]  # how an op's signature says that a tensor holds E4M3
+
+
+# A NamedTuple from a tuple, without the generated __new__: `problem` runs on every call, and this halves its cost.
+fast_problem = tuple.__new__
+
+
+def bucket(count: int) -> int:
+    """The next power of two: problems of like size share a plan, so plans stay few while row counts vary."""
+    return 1 << (count - 1).bit_length() if count > 0 else 0
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    shape: Sequence[Dim],
+    dtypes: Sequence[torch.dtype],
+    *,
+    like: Tensor | None = None,
+) -> None:
+    """Checks one tensor argument.
+
+    Args:
+        name: The parameter's name, for the message.
+        value: What came.
+        shape: One entry a dim: a size, a name for any size ("tokens"), or None. A leading "..." takes any dims.
+        dtypes: Accepted dtypes.
+        like: Must be on the same device.
+
+    Raises:
+        ArgumentError: Not a tensor, or of another dtype, shape, device or not contiguous.
+    """
+    if not isinstance(value, Tensor):
+        raise ArgumentError(name, type(value).__name__, "a torch.Tensor")
+    if value.dtype not in dtypes:
+        raise ArgumentError(name, _dtype(value.dtype), " or ".join(_dtype(d) for d in dtypes))
+    free = bool(shape) and shape[0] == "..."
+    want = list(shape[1:] if free else shape)
+    have = list(value.shape)[max(0, value.ndim - len(want)) :] if free else list(value.shape)
+    fits = len(have) == len(want) and all(not isinstance(w, int) or h == w for h, w in zip(have, want, strict=True))
+    if not fits:
+        raise ArgumentError(name, f"shape {tuple(value.shape)}", f"({', '.join(map(str, shape))})")
+    if like is not None and value.device != like.device:
+        raise ArgumentError(name, f"device {value.device}", str(like.device))
+    if not value.is_contiguous():
+        raise ArgumentError(name, f"strides {value.stride()}", "a contiguous tensor")
+
+
+def check_nvfp4(name: str, value: object, shape: Sequence[Dim], *, like: Tensor | None = None) -> None:
+    """Checks one NVFP4Tensor argument against a logical shape of at least two dims; see `check_tensor`."""
+    if not isinstance(value, NVFP4Tensor):
+        raise ArgumentError(name, type(value).__name__, "an NVFP4Tensor")
+    packed = [*shape[:-1], shape[-1] // 2 if isinstance(shape[-1], int) else shape[-1]]
+    check_tensor(f"{name}.codes", value.codes, packed, [torch.uint8], like=like)
+    check_multiple(f"{name}.codes", value.codes.shape[-1] * 2, BLOCK, "values along the last dim")
+    check_scale_layout(value.scale_layout, f"{name}.scale_layout")
+    *batch, rows, k = value.shape
+    cols = k // BLOCK
+    tail = padded_shape(rows, cols) if value.scale_layout == "128x4" else (rows, cols)
+    check_tensor(f"{name}.scales", value.scales, [*batch, *tail], [torch.float8_e4m3fn], like=value.codes)
+    dec = value.global_scale_dec
+    if not isinstance(dec, Tensor) or dec.dtype != torch.float32:
+        raise ArgumentError(f"{name}.global_scale_dec", _kind(dec), "a float32 tensor")
+    check_global_scale(f"{name}.global_scale_dec", dec, batch, rows, like=value.codes)
+
+
+def check_global_scale(
+    name: str, value: object, batch: Sequence[int], rows: int, *, like: Tensor | None = None
+) -> None:
+    """Checks a global scale: fp32 of shape (), `batch`, or `batch` and parts that divide `rows`."""
+    if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        raise ArgumentError(name, _kind(value), "a float32 tensor")
+    shape, b = tuple(value.shape), tuple(batch)
+    parts = len(shape) == len(b) + 1 and shape[:-1] == b and shape[-1] > 0 and rows % shape[-1] == 0
+    if shape not in ((), b) and not parts:
+        raise ArgumentError(name, f"shape {shape}", f"(), {b} or {(*b, 'parts')} with parts dividing {rows} rows")
+    if like is not None and value.device != like.device:
+        raise ArgumentError(name, f"device {value.device}", str(like.device))
+    if not value.is_contiguous():
+        raise ArgumentError(name, f"strides {value.stride()}", "a contiguous tensor")
+
+
+def check_multiple(name: str, size: int, of: int, what: str) -> None:
+    """Raises ArgumentError unless `size` is a positive multiple of `of`."""
+    if size <= 0 or size % of:
+        raise ArgumentError(name, f"{size} {what}", f"a positive multiple of {of}")
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kind(value: object) -> str:
+    return _dtype(value.dtype) if isinstance(value, Tensor) else type(value).__name__

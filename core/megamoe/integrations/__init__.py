@@ -1,0 +1,1 @@
+"""Other people's models and files: Hugging Face transformers, safetensors checkpoints."""

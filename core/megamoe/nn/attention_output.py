@@ -1,0 +1,124 @@
+"""DeepSeek-V4's attention output: inverse RoPE, the grouped projection `wo_a`, and `wo_b` over all groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megamoe.contracts import check_nvfp4, check_tensor
+from megamoe.errors import ArgumentError
+from megamoe.numerics.nvfp4 import NVFP4Tensor
+from megamoe.numerics.rope import inverse_rope
+from megamoe.ops import op
+
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class AttentionOutput(nn.Module):
+    """Projects attention's output to the hidden size.
+
+        z[t, g] = wo_a[g] @ inverse_rope(o)[t, heads of group g],    y[t] = wo_b @ z[t, all groups]
+
+    An NVFP4 weight has its input quantised; a plain one is the exact mode of that projection, in the weight's dtype.
+
+    Args:
+        wo_a: (G, r, heads / G * D).
+        wo_b: (1, H, G * r).
+        o_scale_enc: fp32 (), encode scale of the turned heads; for an NVFP4 `wo_a`.
+        z_scale_enc: fp32 (), encode scale of z; for an NVFP4 `wo_b`.
+
+    Raises:
+        ArgumentError: Shapes do not fit together, or an NVFP4 weight comes without its scale.
+    """
+
+    o_scale_enc: Tensor | None
+    z_scale_enc: Tensor | None
+
+    def __init__(
+        self,
+        wo_a: NVFP4Tensor | Tensor,
+        wo_b: NVFP4Tensor | Tensor,
+        *,
+        o_scale_enc: Tensor | None = None,
+        z_scale_enc: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        _check_weight("wo_a", wo_a, ("groups", "r", "K"))
+        groups, rank, _ = wo_a.shape
+        _check_weight("wo_b", wo_b, (1, "hidden", groups * rank))
+        for name, weight, scale in (("o_scale_enc", wo_a, o_scale_enc), ("z_scale_enc", wo_b, z_scale_enc)):
+            if isinstance(weight, NVFP4Tensor):
+                check_tensor(name, scale, (), (torch.float32,))
+        self._layouts: dict[str, str] = {}
+        self._keep("wo_a", wo_a)
+        self._keep("wo_b", wo_b)
+        self.register_buffer("o_scale_enc", o_scale_enc)
+        self.register_buffer("z_scale_enc", z_scale_enc)
+
+    def forward(self, o: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Projects.
+
+        Args:
+            o: bf16, fp16 or fp32 (tokens, heads, D), attention's output before inverse RoPE.
+            positions: int32 or int64 (tokens,), rows of the tables.
+            cos: fp32 (P, R/2).
+            sin: fp32 (P, R/2).
+
+        Returns:
+            (tokens, H) of o's dtype.
+
+        Raises:
+            ArgumentError: `o` does not fit the weights, or an argument does not fit the op.
+        """
+        groups, _, k = self.weight("wo_a").shape
+        if o.ndim != 3 or o.shape[1] * o.shape[2] != groups * k:
+            raise ArgumentError("o", f"shape {tuple(o.shape)}", f"(tokens, heads, D) with heads * D = {groups * k}")
+        z = self._grouped(o, positions, cos, sin)  # (G, tokens, r)
+        return self._across(z.transpose(0, 1).flatten(1)).to(o.dtype)
+
+    def weight(self, name: str) -> NVFP4Tensor | Tensor:
+        """The weights "wo_a" or "wo_b" as they were given."""
+        if name not in self._layouts:
+            return self.get_buffer(name)
+        codes, scales, dec = (self.get_buffer(f"{name}_{part}") for part in ("codes", "scales", "global_scale_dec"))
+        return NVFP4Tensor(codes, scales, dec, self._layouts[name])
+
+    def _keep(self, name: str, weight: NVFP4Tensor | Tensor) -> None:
+        if isinstance(weight, NVFP4Tensor):
+            self.register_buffer(f"{name}_codes", weight.codes)
+            self.register_buffer(f"{name}_scales", weight.scales)
+            self.register_buffer(f"{name}_global_scale_dec", weight.global_scale_dec)
+            self._layouts[name] = weight.scale_layout
+        else:
+            self.register_buffer(name, weight)
+
+    def _grouped(self, o: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        wo_a = self.weight("wo_a")
+        groups, rank, k = wo_a.shape
+        tokens = o.shape[0]
+        if isinstance(wo_a, Tensor):
+            rotated = inverse_rope(o, cos.index_select(0, positions), sin.index_select(0, positions))
+            rows = rotated.view(tokens, groups, k).transpose(0, 1)  # (G, tokens, K)
+            return torch.bmm(rows.to(wo_a.dtype), wo_a.mT)
+        a = op("inverse_rope_quant")(o, positions, cos, sin, self.o_scale_enc, groups=groups)
+        # Linear scales, so the groups follow one another as the rows of one matrix.
+        rows_a = NVFP4Tensor(a.codes.flatten(0, 1), a.scales.flatten(0, 1), a.global_scale_dec)
+        offsets = torch.arange(groups + 1, dtype=torch.int32, device=o.device) * tokens
+        z: Tensor = op("grouped_gemm")(rows_a, wo_a, offsets)
+        return z.view(groups, tokens, rank)
+
+    def _across(self, z: Tensor) -> Tensor:
+        """Projects z (tokens, G * r) to (tokens, H)."""
+        wo_b = self.weight("wo_b")
+        if isinstance(wo_b, Tensor):
+            return nn.functional.linear(z.to(wo_b.dtype), wo_b[0])
+        offsets = torch.arange(2, dtype=torch.int32, device=z.device) * z.shape[0]
+        y: Tensor = op("grouped_gemm")(op("quantize")(z, self.z_scale_enc), wo_b, offsets)
+        return y
+
+
+def _check_weight(name: str, weight: NVFP4Tensor | Tensor, shape: tuple[int | str, ...]) -> None:
+    if isinstance(weight, NVFP4Tensor):
+        check_nvfp4(name, weight, shape)
+    else:
+        check_tensor(name, weight, shape, _WEIGHTS)

@@ -1,0 +1,46 @@
+"""The definition of NVFP4, in plain torch: slow, exact, and what every kernel is compared with."""
+
+from megamoe.numerics.layout import from_128x4, offset_128x4, padded_shape, to_128x4
+from megamoe.numerics.nvfp4 import (
+    BLOCK,
+    E2M1_MAX,
+    E2M1_VALUES,
+    E4M3_MAX,
+    E4M3_MAX_FOUR_OVER_SIX,
+    NVFP4Tensor,
+    amax,
+    block_amax,
+    block_scale,
+    decode_e2m1,
+    dequantize,
+    encode_e2m1,
+    encode_e4m3,
+    global_scale_enc,
+    pack_nibbles,
+    quantize,
+    unpack_nibbles,
+)
+
+__all__ = [
+    "BLOCK",
+    "E2M1_MAX",
+    "E2M1_VALUES",
+    "E4M3_MAX",
+    "E4M3_MAX_FOUR_OVER_SIX",
+    "NVFP4Tensor",
+    "amax",
+    "block_amax",
+    "block_scale",
+    "decode_e2m1",
+    "dequantize",
+    "encode_e2m1",
+    "encode_e4m3",
+    "from_128x4",
+    "global_scale_enc",
+    "offset_128x4",
+    "pack_nibbles",
+    "padded_shape",
+    "quantize",
+    "to_128x4",
+    "unpack_nibbles",
+]

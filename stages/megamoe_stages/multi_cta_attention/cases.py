@@ -1,0 +1,103 @@
+"""Inputs for multi_cta_attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megamoe.testing.cases import Bound, Case
+
+_FP32 = {"out": Bound(4e-7, "fp32 sums in another order"), "lse": Bound(3e-7, "fp32 sums in another order")}
+_FP16 = {"out": Bound(7e-4, "probabilities and output are rounded to fp16")}
+
+
+def make(
+    generator: torch.Generator,
+    *,
+    lq: Sequence[int],
+    lk: Sequence[int],
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    v_dim: int | None = None,
+    dtype: str = "bfloat16",
+    sink: bool = False,
+    mask: float | None = None,
+    mask_columns: int | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    gain: float = 1.0,
+) -> dict[str, Any]:
+    """Normal q, k and v; `mask` is the share of keys it lets through, `gain` widens the scores."""
+    queries, keys = sum(lq), sum(lk)
+    args: dict[str, Any] = {
+        "q": (torch.randn(queries, heads, head_dim, generator=generator) * gain).to(getattr(torch, dtype)),
+        "k": torch.randn(keys, kv_heads, head_dim, generator=generator).to(getattr(torch, dtype)),
+        "v": torch.randn(keys, kv_heads, v_dim or head_dim, generator=generator).to(getattr(torch, dtype)),
+        "cu_seqlens_q": torch.tensor([0, *lq]).cumsum(0).int(),
+        "cu_seqlens_k": torch.tensor([0, *lk]).cumsum(0).int(),
+        "softmax_scale": head_dim**-0.5,
+        "causal": causal,
+        "window": window,
+    }
+    if sink:
+        args["sink"] = torch.randn(heads, generator=generator) * 2
+    if mask is not None:
+        columns = max(lk) if mask_columns is None else mask_columns
+        args["mask"] = torch.rand(queries, columns, generator=generator) < mask
+    return args
+
+
+CASES: dict[str, Case] = {
+    "causal-d64": Case(make, {"lq": [33], "lk": [33]}),
+    "causal-d128-gqa8": Case(make, {"lq": [64], "lk": [64], "heads": 8, "kv_heads": 1, "head_dim": 128}, bench=True),
+    "d192-v128": Case(make, {"lq": [50], "lk": [50], "head_dim": 192, "v_dim": 128, "kv_heads": 4}),
+    "d256": Case(make, {"lq": [17], "lk": [40], "head_dim": 256}),
+    "d512-sink-window": Case(
+        make,
+        {"lq": [160], "lk": [200], "heads": 8, "kv_heads": 1, "head_dim": 512, "sink": True, "window": 128},
+        bench=True,
+    ),
+    "one-of-each": Case(make, {"lq": [1], "lk": [1]}),
+    "decode-like": Case(make, {"lq": [1, 1, 1], "lk": [700, 1, 33], "sink": True}),
+    "varlen": Case(make, {"lq": [5, 0, 127, 1], "lk": [9, 4, 127, 300], "sink": True, "window": 50}),
+    "more-queries-than-keys": Case(make, {"lq": [9, 3], "lk": [4, 0], "sink": True}),
+    "no-queries": Case(make, {"lq": [0], "lk": [7]}),
+    "no-keys": Case(make, {"lq": [3], "lk": [0], "sink": True}),
+    "no-sequences": Case(make, {"lq": [], "lk": []}),
+    "full": Case(make, {"lq": [20, 31], "lk": [45, 31], "causal": False}),
+    "full-window": Case(make, {"lq": [20], "lk": [45], "causal": False, "window": 7}),
+    "window-one": Case(make, {"lq": [20], "lk": [20], "window": 1}),
+    "mask": Case(make, {"lq": [40, 20], "lk": [60, 21], "mask": 0.3, "causal": False, "sink": True}),
+    "mask-causal-window": Case(make, {"lq": [40], "lk": [60], "mask": 0.5, "window": 9}),
+    "mask-narrow": Case(make, {"lq": [8, 8], "lk": [30, 10], "mask": 0.7, "mask_columns": 20, "causal": False}),
+    "mask-nothing": Case(make, {"lq": [8], "lk": [30], "mask": 0.0, "sink": True}),
+    "mask-no-columns": Case(make, {"lq": [4], "lk": [6], "mask": 1.0, "mask_columns": 0}),
+    "many-tiles": Case(make, {"lq": [600], "lk": [1100], "heads": 2, "kv_heads": 1, "window": 900, "sink": True}),
+    "fp16": Case(make, {"lq": [33, 20], "lk": [50, 20], "dtype": "float16", "sink": True}, bounds=_FP16),
+    "fp32": Case(make, {"lq": [33, 20], "lk": [50, 20], "dtype": "float32", "sink": True}, bounds=_FP32),
+    "fp32-wide-scores": Case(
+        make, {"lq": [70], "lk": [90], "dtype": "float32", "gain": 20.0, "sink": True}, bounds=_FP32
+    ),
+    "rows-4001": Case(make, {"lq": [4001], "lk": [130], "heads": 1, "kv_heads": 1, "causal": False}),
+    "flash-prefill": Case(
+        make,
+        {"lq": [4096], "lk": [4096], "heads": 64, "kv_heads": 1, "head_dim": 512, "sink": True, "window": 128},
+        gpu_only=True,
+        bench=True,
+    ),
+    "dense-d128": Case(
+        make,
+        {"lq": [8192], "lk": [8192], "heads": 16, "kv_heads": 16, "head_dim": 128},
+        gpu_only=True,
+        bench=True,
+    ),
+    "dense-d512": Case(
+        make,
+        {"lq": [8192], "lk": [8192], "heads": 16, "kv_heads": 1, "head_dim": 512},
+        gpu_only=True,
+        bench=True,
+    ),
+}

@@ -1,0 +1,25 @@
+"""NVFP4-1.1: fuse FP4 quantisation into the SwiGLU epilogue.
+
+The first GEMM of the experts computes gate and up together; its epilogue clamps, applies SwiGLU and writes NVFP4, so
+the wide intermediate never reaches memory in 16 bits.
+"""
+
+from megamoe.hookspecs import hookimpl
+from megamoe.model import Role, Stage, Variant
+
+STAGE = Stage(
+    id="swiglu_quant",
+    title="Grouped GEMM with SwiGLU and FP4 quantisation in its epilogue",
+    contract=f"{__name__}.contract",
+    cases=f"{__name__}.cases:CASES",
+    variants=(
+        Variant("reference", Role.REFERENCE, f"{__name__}.reference:swiglu_quant"),
+        Variant("fallback", Role.FALLBACK, f"{__name__}.fallback:swiglu_quant"),
+    ),
+)
+
+
+@hookimpl
+def megamoe_stage() -> Stage:
+    """Offers this stage to the core."""
+    return STAGE
