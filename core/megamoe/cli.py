@@ -193,7 +193,7 @@ def verify(
     from megamoe import report
     from megamoe import verify as verifier
     from megamoe.errors import UnknownNameError
-    from megamoe.model import Role
+    from megamoe.model import CaseResult, Role
     from megamoe.runtime import runtime
 
     current = runtime()
@@ -213,10 +213,15 @@ def verify(
             if not verifier.case_names(one, device="cuda" if machine.arch else "cpu", only=case or ()):
                 print(f"{candidate.name}: no case suits this device")
                 continue
-            found = verifier.verify(one, candidate, machine, only=case or (), timeout=timeout)
-            for result in found.cases:
-                if not quiet or not result.passed:
-                    print(report.case_line(result))
+
+            def show(name: str, result: CaseResult | None, reason: str) -> None:
+                if not quiet or (result and not result.passed):
+                    print(report.case_line(name, result, reason))
+
+            found = verifier.verify(one, candidate, machine, only=case or (), timeout=timeout, progress=show)
+            if not found.cases:
+                print(f"{candidate.name}: refuses every case")
+                continue
             print(report.evidence_line(found))
             failed |= not found.ok
             if not case:

@@ -53,9 +53,9 @@ def fingerprint(stage: Stage, variant: Variant) -> str:
     """
     roots = [t.partition(":")[0] for t in (variant.target, stage.reference.target, stage.contract, stage.cases)]
     packages = {"megamoe", *(root.partition(".")[0] for root in roots)}
-    sources = _closure(frozenset(roots), frozenset(packages))
+    files = sources(frozenset(roots), frozenset(packages))
     digest = hashlib.sha256()
-    for module, path in sorted(sources.items()):
+    for module, path in sorted(files.items()):
         digest.update(module.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
@@ -63,10 +63,11 @@ def fingerprint(stage: Stage, variant: Variant) -> str:
 def closure(stage: Stage, variant: Variant) -> list[str]:
     """Names of the modules whose sources the fingerprint covers."""
     roots = [t.partition(":")[0] for t in (variant.target, stage.reference.target, stage.contract, stage.cases)]
-    return sorted(_closure(frozenset(roots), frozenset({"megamoe", *(root.partition(".")[0] for root in roots)})))
+    return sorted(sources(frozenset(roots), frozenset({"megamoe", *(root.partition(".")[0] for root in roots)})))
 
 
-def _closure(roots: frozenset[str], packages: frozenset[str]) -> dict[str, Path]:
+def sources(roots: frozenset[str], packages: frozenset[str]) -> dict[str, Path]:
+    """Files of some modules and of all they import, functions too, within the given top-level packages."""
     todo, seen = list(roots), dict[str, Path]()
     while todo:
         module = todo.pop()

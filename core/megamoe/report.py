@@ -76,10 +76,12 @@ def explanation(decision: Decision, machine: Machine, stage: Stage, items: Seque
     return "\n".join(lines)
 
 
-def case_line(result: CaseResult) -> str:
-    """One case of a verification: "  ok  bf16_odd_rows   0 (bound 0)"."""
+def case_line(case: str, result: CaseResult | None, reason: str) -> str:
+    """One case of a verification: "  ok   odd_rows   error 0 (bound 0)"; without a result the variant refuses it."""
+    if result is None:
+        return f"  skip {case:<34} {reason}"
     word = "ok  " if result.passed else "FAIL"
-    return f"  {word} {result.case:<34} error {result.error:.3g} (bound {result.bound:g}) {result.reason}".rstrip()
+    return f"  {word} {case:<34} error {result.error:.3g} (bound {result.bound:g}) {reason}".rstrip()
 
 
 def evidence_line(record: Evidence) -> str:

@@ -67,7 +67,7 @@ def verify(
     *,
     only: Iterable[str] = (),
     timeout: float = 600.0,
-    progress: Callable[[CaseResult], None] = lambda result: None,
+    progress: Callable[[str, CaseResult | None, str], None] = lambda case, result, reason: None,
     environ: Mapping[str, str] | None = None,
 ) -> Evidence:
     """Tries one variant on this machine in a child process.
@@ -78,7 +78,8 @@ def verify(
         machine: What it runs on: decides the device and goes into the record.
         only: Names of cases; default all that suit the device.
         timeout: Seconds for the whole child.
-        progress: Called with each case's result, at the end.
+        progress: Called with each case, its result and the reason, at the end; the result is None for a case that the
+            variant's `supports` refuses: it is no part of the evidence.
         environ: Environment of the child.
 
     Returns:
@@ -87,7 +88,10 @@ def verify(
     device = "cpu" if machine.arch is None else "cuda"
     names = case_names(stage, device=device, only=only)
     request = Request(stage.id, variant.name, device, tuple(names), variant.role is Role.FUSED)
-    results, speeds, died = _run_child(request, timeout, environ)
+    results, speeds, skipped, died = _run_child(request, timeout, environ)
+    names = [name for name in names if name not in skipped]
+    for name, reasons in skipped.items():
+        progress(name, None, "; ".join(reasons))
     missing = [name for name in names if name not in results]
     for position, name in enumerate(missing):
         reason = f"{died} in this case" if position == 0 else f"{NOT_RUN}: {died} earlier"
@@ -96,7 +100,7 @@ def verify(
         results[names[-1]] = CaseResult(names[-1], False, float("inf"), 0.0, f"{died} after this case")
     cases = tuple(results[name] for name in names)
     for result in cases:
-        progress(result)
+        progress(result.case, result, result.reason)
     return Evidence(
         stage=stage.id,
         variant=variant.name,
@@ -114,7 +118,7 @@ def verify(
 
 def _run_child(
     request: Request, timeout: float, environ: Mapping[str, str] | None
-) -> tuple[dict[str, CaseResult], list[Speed], str]:
+) -> tuple[dict[str, CaseResult], list[Speed], dict[str, list[str]], str]:
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "results.jsonl", Path(folder) / "log"
         out.touch()
@@ -129,7 +133,8 @@ def _run_child(
                 died = f"timed out after {timeout:g} s"
         lines = [json.loads(line) for line in out.read_text().splitlines()]
     results = {line["result"]["case"]: CaseResult(**line["result"]) for line in lines if "result" in line}
-    return results, [Speed(**line["speed"]) for line in lines if "speed" in line], died
+    speeds = [Speed(**line["speed"]) for line in lines if "speed" in line]
+    return results, speeds, {line["skipped"]: line["reasons"] for line in lines if "skipped" in line}, died
 
 
 def _death(code: int, log: Path) -> str:
@@ -144,14 +149,35 @@ def _death(code: int, log: Path) -> str:
 # --- the child --------------------------------------------------------------------------------------------------------
 
 
+def refused(stage: Stage, variant: Variant, inputs: Mapping[str, Any]) -> list[str]:
+    """Why a variant's `supports` turns these arguments down; empty when it takes them."""
+    from megamoe.ops import op
+
+    return list(load(variant.supports)(op(stage.id).facts(**inputs))) if variant.supports else []
+
+
 def run_case(
-    run: Callable[..., Any], stage: Stage, name: str, device: str, contract_bounds: Mapping[str, Any]
+    run: Callable[..., Any],
+    stage: Stage,
+    name: str,
+    device: str,
+    contract_bounds: Mapping[str, Any],
+    inputs: Mapping[str, Any] | None = None,
 ) -> CaseResult:
-    """Tries a callable on one case; see the module's docstring for what passing means."""
+    """Tries a callable on one case; see the module's docstring for what passing means.
+
+    Args:
+        run: With the reference's signature.
+        stage: The stage.
+        name: Of the case.
+        device: Where to make the inputs.
+        contract_bounds: The stage's BOUNDS.
+        inputs: The case's inputs, where they are made already.
+    """
     from megamoe.testing import compare, guards
 
     case = load(stage.cases)[name]
-    inputs = case.inputs(name, device)
+    inputs = case.inputs(name, device) if inputs is None else inputs
     bounds = {**contract_bounds, **case.bounds}
     mine = {key: guards.clone(value) for key, value in inputs.items()}
     expected = compare.leaves(load(stage.reference.target)(**mine), mine, stage.mutates)
@@ -198,20 +224,23 @@ def _child(request: Request, out: Path) -> None:
 
         for name in request.cases:
             try:
-                result = run_case(run, stage, name, request.device, this.bounds)
+                inputs = load(stage.cases)[name].inputs(name, request.device)
+                if reasons := refused(stage, variant, inputs):
+                    put(skipped=name, reasons=reasons)
+                    continue
+                result = run_case(run, stage, name, request.device, this.bounds, inputs)
                 put(result=asdict(result))
                 if request.time and result.passed and load(stage.cases)[name].bench:
-                    put(speed=asdict(_speed(run, stage, name, request.device)))
+                    put(speed=asdict(_speed(run, stage, name, request.device, inputs)))
             except Exception as error:  # whatever a variant raises is its failure, not ours
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
                 put(result=asdict(CaseResult(name, False, float("inf"), 0.0, reason)))
 
 
-def _speed(run: Callable[..., Any], stage: Stage, name: str, device: str) -> Speed:
+def _speed(run: Callable[..., Any], stage: Stage, name: str, device: str, inputs: Mapping[str, Any]) -> Speed:
     from megamoe import timing
     from megamoe.ops import op
 
-    inputs = load(stage.cases)[name].inputs(name, device)
     fallback = load(best_fallback(stage).target)
     times = timing.interleaved(
         {"variant": lambda: run(**inputs), "fallback": lambda: fallback(**inputs)}, device, max_seconds=10
@@ -220,8 +249,9 @@ def _speed(run: Callable[..., Any], stage: Stage, name: str, device: str) -> Spe
 
 
 def best_fallback(stage: Stage) -> Variant:
-    """The fallback that `auto` would take first."""
-    return min((v for v in stage.variants if v.role is Role.FALLBACK), key=lambda v: (-v.rank, v.name))
+    """The fallback that `auto` would take first, of those that can run on this machine."""
+    here = [v for v in stage.variants if v.role is Role.FALLBACK and not runtime().hard_refusals(stage, v)]
+    return min(here, key=lambda v: (-v.rank, v.name))
 
 
 def record(found: Evidence, stage: Stage, *, ship: bool, current: Runtime | None = None) -> Path:

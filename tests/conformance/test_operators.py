@@ -17,7 +17,7 @@ def _case(stage: Stage) -> tuple[str, dict[str, Any]]:
     """The smallest case with rows."""
     from tests.conformance.test_variants import _smallest
 
-    name = _smallest(load(stage.cases))[0]
+    name = _smallest(load(stage.cases), stage, stage.reference)[0]
     return name, load(stage.cases)[name].inputs(name)
 
 

@@ -148,11 +148,17 @@ def _reasons(found: Evidence) -> dict[str, str]:
 
 
 def test_a_good_variant_gives_evidence_that_reads_back(environ: dict[str, str], tmp_path: Path) -> None:
-    seen: list[CaseResult] = []
-    found = _verify("good", environ, progress=seen.append)
+    seen: dict[str, CaseResult | None] = {}
+    reasons: dict[str, str] = {}
+
+    def progress(name: str, result: CaseResult | None, reason: str) -> None:
+        seen[name], reasons[name] = result, reason
+
+    found = _verify("good", environ, progress=progress)
     assert found.ok, _reasons(found)
     assert [case.case for case in found.cases] == ["first", "timed", "last"]
-    assert tuple(seen) == found.cases
+    assert seen == {"unsupported": None, **{case.case: case for case in found.cases}}
+    assert reasons["unsupported"] == "9 rows are too many"
     assert (found.kind, found.arch, found.device, found.origin) == (Kind.VERIFIED, None, "a CPU", "local")
     assert [speed.case for speed in found.speeds] == ["timed"]
     assert found.fingerprint == evidence.fingerprint(STAGE, _named("good"))
@@ -176,9 +182,11 @@ def test_a_crash_after_the_last_case_is_a_failure(monkeypatch: pytest.MonkeyPatc
     """Such as a corrupted heap that shows only when it is freed; `_run_child` is faked to save a process."""
     passed = {name: CaseResult(name, True, 0.0, 0.01) for name in ("first", "last")}
 
-    def crashed(request: verify.Request, *_: object) -> tuple[dict[str, CaseResult], list[Any], str]:
+    def crashed(
+        request: verify.Request, *_: object
+    ) -> tuple[dict[str, CaseResult], list[Any], dict[str, list[str]], str]:
         assert request.cases == ("first", "last")
-        return dict(passed), [], verify._death(-signal.SIGABRT, Path("unused"))
+        return dict(passed), [], {}, verify._death(-signal.SIGABRT, Path("unused"))
 
     monkeypatch.setattr(verify, "_run_child", crashed)
     found = _verify("good", {}, only=(name for name in ["first", "last"]))
@@ -203,8 +211,8 @@ def test_a_hang_is_cut_off(environ: dict[str, str]) -> None:
 
 
 def test_names_of_cases() -> None:
-    assert verify.case_names(STAGE, device="cpu") == ["first", "timed", "last"]
-    assert verify.case_names(STAGE, device="cuda") == ["first", "timed", "last", "huge"]
+    assert verify.case_names(STAGE, device="cpu") == ["unsupported", "first", "timed", "last"]
+    assert verify.case_names(STAGE, device="cuda") == ["unsupported", "first", "timed", "last", "huge"]
     assert verify.case_names(STAGE, device="cpu", only=iter(["last", "huge"])) == ["last"]
     with pytest.raises(UnknownNameError, match="no case of faulty_double 'lats'; did you mean 'last'"):
         verify.case_names(STAGE, device="cpu", only=iter(["lats"]))

@@ -27,11 +27,13 @@ def device_clock() -> float:
 @pytest.mark.benchmark(timer=device_clock, warmup=True)
 def bench_variant(stage: Stage, variant: Variant, case: str, run: Callable[..., Any], benchmark: Any) -> None:
     """Checks the variant on the case, then times it."""
-    checked = verify.run_case(run, stage, case, DEVICE, op(stage.id).bounds)
+    inputs = load(stage.cases)[case].inputs(case, DEVICE)
+    if reasons := verify.refused(stage, variant, inputs):
+        pytest.skip(f"{variant.name}: {'; '.join(reasons)}")
+    checked = verify.run_case(run, stage, case, DEVICE, op(stage.id).bounds, inputs)
     if not checked.passed:
         pytest.fail(f"{variant.name} is wrong, so it is not timed: {checked.reason}")
     benchmark.group = f"{stage.id}[{case}]"
     benchmark.name = variant.name
     benchmark.extra_info.update(stage=stage.id, variant=variant.name, role=str(variant.role), case=case, device=DEVICE)
-    inputs = load(stage.cases)[case].inputs(case, DEVICE)
     benchmark(run, **inputs)

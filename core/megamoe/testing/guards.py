@@ -80,17 +80,17 @@ def changed_inputs(
     return [
         name
         for name, value in arguments.items()
-        if name not in allowed and not _same(_tensors(value), _tensors(originals[name]))
+        if name not in allowed and not _same(tensors(value), tensors(originals[name]))
     ]
 
 
 def aliases(outputs: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
     """Names of outputs that lie in the memory of an argument."""
-    taken = {t.untyped_storage().data_ptr() for value in arguments.values() for t in _tensors(value) if t.numel()}
+    taken = {t.untyped_storage().data_ptr() for value in arguments.values() for t in tensors(value) if t.numel()}
     return [
         name
         for name, value in outputs.items()
-        if any(t.numel() and t.untyped_storage().data_ptr() in taken for t in _tensors(value))
+        if any(t.numel() and t.untyped_storage().data_ptr() in taken for t in tensors(value))
     ]
 
 
@@ -101,20 +101,21 @@ def clone(value: Any) -> Any:
 
 def same_bytes(left: Any, right: Any) -> bool:
     """Whether two outputs are equal byte for byte, NaN and all."""
-    return _same(_tensors(left), _tensors(right))
+    return _same(tensors(left), tensors(right))
 
 
 def _map(value: Any, function: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, NVFP4Tensor):
-        parts = (function(t) for t in _tensors(value))
+        parts = (function(t) for t in tensors(value))
         codes, scales, dec = parts
         return NVFP4Tensor(codes, scales, dec, value.scale_layout)
     return value
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors that a value is made of: itself, an NVFP4Tensor's three, none."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, NVFP4Tensor):

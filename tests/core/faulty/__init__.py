@@ -18,7 +18,10 @@ STAGE = Stage(
     variants=(
         Variant("reference", Role.REFERENCE, f"{__name__}.variants:reference"),
         Variant("fallback", Role.FALLBACK, f"{__name__}.variants:fallback"),
-        *(Variant(fault, Role.FUSED, f"{__name__}.variants:{fault}") for fault in FAULTS),
+        *(
+            Variant(fault, Role.FUSED, f"{__name__}.variants:{fault}", supports=f"{__name__}.limits:supports")
+            for fault in FAULTS
+        ),
     ),
 )
 

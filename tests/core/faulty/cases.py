@@ -12,6 +12,7 @@ def make(generator: torch.Generator, rows: int) -> dict[str, Any]:
 
 
 CASES = {
+    "unsupported": Case(make, {"rows": 9}),
     "first": Case(make, {"rows": 3}),
     "timed": Case(make, {"rows": 5}, bench=True),
     "last": Case(make, {"rows": 7}),
