@@ -235,13 +235,22 @@ def verify(
 def bench(
     stage: Annotated[str | None, typer.Argument(help="Stage or item id; default: all stages.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds: whether it works, not how fast it is.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="pytest-benchmark's JSON.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Bandwidth against size beside a copy; needs a GPU.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw a sweep (PNG, SVG), new or from --json.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Where the results go.")] = None,
 ) -> None:
     """Compare the variants of each op with pytest-benchmark; each is checked before it is timed."""
     from megamoe.runtime import runtime
     from megamoe.testing import suite
 
     stage_id = runtime().stage(stage).id if stage else None
+    if sweep or plot:
+        if stage_id is None:
+            raise typer.BadParameter("name the stage to sweep", param_hint="STAGE")
+        _sweep(stage_id, sweep, plot, json_file)
+        return
     raise typer.Exit(suite.bench(stage_id, quick=quick, json_file=json_file))
 
 
@@ -250,9 +259,11 @@ def compile_kernels(
     stage: Annotated[str | None, typer.Argument(help="Stage or item id; default: all stages.")] = None,
     arch: Annotated[str | None, typer.Option(help="sm_90a or sm_100a; default: every one.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Compile what the cache holds too.")] = False,
+    ship: Annotated[bool, typer.Option("--ship", help="Write records of kind `compiled` into the tree.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Compile the kernels, with or without a GPU, and show what came out; exit 1 when one spills registers."""
+    from megamoe import verify as verifier
     from megamoe.cute import report as compiled
     from megamoe.runtime import runtime
 
@@ -268,6 +279,9 @@ def compile_kernels(
         print(f"{row.spec.name} ({row.spec.arch}) uses local memory", file=sys.stderr)
     if spilled:
         raise typer.Exit(1)
+    if ship:
+        for record in compiled.records(rows, current.stages, current.machine().packages):
+            print(f"recorded in {verifier.record(record, current.stages[record.stage], ship=True)}")
 
 
 @app.command()
@@ -317,6 +331,22 @@ def new(
 
     for path in scaffold.create(stage, item=item, title=title or stage.replace("_", " ")):
         print(f"wrote {path}")
+
+
+def _sweep(stage_id: str, measure: bool, plot: Path | None, json_file: Path | None) -> None:
+    """Measures a bandwidth sweep, or reads one from `json_file`; prints its table, draws its plot."""
+    from megamoe.runtime import runtime
+    from megamoe.testing import roofline
+
+    if measure or json_file is None:
+        points = list(roofline.sweep(runtime().stages[stage_id]))
+        if json_file is not None:
+            roofline.write(points, json_file)
+    else:
+        points = roofline.read(json_file)
+    print(roofline.table(points))
+    if plot is not None:
+        roofline.plot(points, plot)
 
 
 def _config(path: Path | None, choices: list[str] | None) -> Any:

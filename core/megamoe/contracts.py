@@ -51,16 +51,28 @@ def check_tensor(
         raise ArgumentError(name, type(value).__name__, "a torch.Tensor")
     if value.dtype not in dtypes:
         raise ArgumentError(name, _dtype(value.dtype), " or ".join(_dtype(d) for d in dtypes))
-    free = bool(shape) and shape[0] == "..."
-    want = list(shape[1:] if free else shape)
-    have = list(value.shape)[max(0, value.ndim - len(want)) :] if free else list(value.shape)
-    fits = len(have) == len(want) and all(not isinstance(w, int) or h == w for h, w in zip(have, want, strict=True))
-    if not fits:
+    if not _fits(value.shape, shape):
         raise ArgumentError(name, f"shape {tuple(value.shape)}", f"({', '.join(map(str, shape))})")
     if like is not None and value.device != like.device:
         raise ArgumentError(name, f"device {value.device}", str(like.device))
     if not value.is_contiguous():
         raise ArgumentError(name, f"strides {value.stride()}", "a contiguous tensor")
+
+
+def _fits(have: torch.Size, want: Sequence[Dim]) -> bool:
+    """Whether a shape is the wanted one; a loop without copies, since every call of every variant comes here."""
+    skip = len(have) - len(want)
+    if want and want[0] == "...":
+        skip += 1
+        want = want[1:]
+        if skip < 0:
+            return False
+    elif skip:
+        return False
+    for index, size in enumerate(want, skip):  # noqa: SIM110 (a generator costs a microsecond more)
+        if isinstance(size, int) and have[index] != size:
+            return False
+    return True
 
 
 def check_nvfp4(name: str, value: object, shape: Sequence[Dim], *, like: Tensor | None = None) -> None:

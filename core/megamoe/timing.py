@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,39 @@ def interleaved(
             times[name].append(timer(function))
         if turn >= 2 and time.perf_counter() > deadline:
             break
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def queued(
+    functions: Mapping[str, Sequence[Callable[[], Any]]], *, calls: int = 20, rounds: int = 7
+) -> dict[str, float]:
+    """Time per call of work that is launched back to back, as in a running model: launch gaps stay out of it.
+
+    A sleep on the device lets the host run ahead; then `calls` calls go out between two events, taking turns over the
+    copies of a function (one a set of inputs, so that together they do not fit the L2). Rounds are interleaved.
+
+    Args:
+        functions: Name to copies of one function.
+        calls: Calls between two events; at most about 1000 fit the launch queue.
+        rounds: Turns.
+
+    Returns:
+        Name to median microseconds a call.
+    """
+    for copies in functions.values():
+        for function in copies:
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, copies in functions.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(2_000_000 + 100_000 * calls)  # type: ignore[no-untyped-call]
+            start.record()
+            for i in range(calls):
+                copies[i % len(copies)]()
+            end.record()
+            end.synchronize()
+            times[name].append(float(start.elapsed_time(end)) * 1e3 / calls)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -20,7 +20,7 @@ from megamoe.cute import compiler, inspect, report
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import Artifact, KernelSpec
 from megamoe.errors import ArgumentError
-from megamoe.model import Arch
+from megamoe.model import Arch, Kind
 from megamoe_stages.quantize import STAGE, kernel, limits, sm90, sm100
 
 
@@ -135,9 +135,9 @@ def test_the_quantise_kernel_compiles_without_spills(target: Target, scale_layou
 
 
 def test_stages_declare_their_kernels() -> None:
-    names = [(stage.id, spec.name) for stage, spec in report.specs([STAGE], Arch(90))]
+    names = [(stage.id, spec.name) for stage, _, spec in report.specs([STAGE], Arch(90))]
     assert len(names) == len(set(names)) == len(sm90.kernels())
-    assert {spec.arch for _, spec in report.specs([STAGE])} == {"sm_90a", "sm_100a"}
+    assert {spec.arch for _, _, spec in report.specs([STAGE])} == {"sm_90a", "sm_100a"}
     assert len(sm100.kernels()) == len(sm90.kernels())
 
 
@@ -146,12 +146,16 @@ def test_compile_fails_on_local_memory(
     stack: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = lookup_spec(1)
-    row = report.Row("quantize", spec, Artifact(spec, Path(), 1.5, False), inspect.Kernel("lookup", 40, stack, 0, None))
+    variant = next(v for v in STAGE.variants if v.name == "fused_sm90")
+    compiled = inspect.Kernel("lookup", 40, stack, 0, None)
+    row = report.Row("quantize", variant, spec, Artifact(spec, Path(), 1.5, False), compiled)
     monkeypatch.setattr(report, "compile_all", lambda stages, arch, fresh: [row])
     assert cli.main(["compile", "quantize", "--arch", "sm_90a"]) == code
     out = capsys.readouterr()
     assert "lookup1" in out.out
     assert ("local memory" in out.err) == (code == 1)
+    (record,) = report.records([row], {"quantize": STAGE}, {"some": "1.0"})
+    assert (record.kind, record.arch, record.variant, record.ok) == (Kind.COMPILED, Arch(90), "fused_sm90", code == 0)
 
 
 @pytest.mark.parametrize(

@@ -92,3 +92,21 @@ CASES: dict[str, Case] = {
     "flash_prefill": Case(make, {"tokens": 4096, **_FLASH, "scale_layout": "128x4"}, gpu_only=True, bench=True),
     "pro_prefill": Case(make, {"tokens": 2048, **_PRO, "scale_layout": "128x4"}, gpu_only=True, bench=True),
 }
+
+SWEEP: dict[str, Case] = {
+    f"{name} {tokens}x{heads}x512 {layout}": Case(
+        make,
+        {
+            "tokens": tokens,
+            "heads": heads,
+            "head_dim": 512,
+            "groups": heads // 8,
+            "index_dtype": torch.int32,
+            "scale_layout": layout,
+        },
+        gpu_only=True,
+    )
+    for name, heads, layouts in (("flash", 64, ("linear", "128x4")), ("pro", 128, ("linear",)))
+    for layout in layouts
+    for tokens in (1, 64, 512, 4096)
+}

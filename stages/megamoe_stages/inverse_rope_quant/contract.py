@@ -68,6 +68,18 @@ def check(
     check_scale_layout(scale_layout)
 
 
+def check_values(positions: Tensor, cos: Tensor) -> None:
+    """For debugging: checks what `check` cannot without waiting for the device.
+
+    Raises:
+        ArgumentError: A position is outside of the tables. On a GPU nothing else says so: a kernel may read any row.
+    """
+    if positions.numel():
+        low, high = int(positions.min()), int(positions.max())
+        if low < 0 or high >= cos.shape[0]:
+            raise ArgumentError("positions", f"{low} to {high}", f"0 to {cos.shape[0] - 1}, the rows of cos and sin")
+
+
 def problem(
     o: Tensor,
     positions: Tensor,
@@ -99,3 +111,17 @@ def fake(
     tokens, heads, head_dim = o.shape
     rotated = o.new_empty((groups, tokens, heads // groups * head_dim), dtype=torch.float32)
     return quantize_contract.fake(rotated, global_scale_enc, scale_layout=scale_layout)
+
+
+def bytes_moved(
+    o: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    global_scale_enc: Tensor,
+    *,
+    groups: int,
+    scale_layout: str = "linear",
+) -> int:
+    """Bytes read and written once: o, half a byte a code, a byte a block scale (tables and padding left out)."""
+    return o.numel() * o.element_size() + o.numel() // 2 + o.numel() // BLOCK

@@ -31,7 +31,8 @@ def inverse_rope_quant(
 
     Args:
         o: bf16, fp16 or fp32 (tokens, heads, D), D a multiple of 16.
-        positions: int32 or int64 (tokens,), rows of the tables; each must be in 0 .. P - 1.
+        positions: int32 or int64 (tokens,), rows of the tables; each must be in 0 .. P - 1, which only
+            `contract.check_values` looks at, for debugging.
         cos: fp32 (P, R/2), R a multiple of 16 and at most D.
         sin: fp32 (P, R/2).
         global_scale_enc: fp32 (), encode scale 2688 / amax.

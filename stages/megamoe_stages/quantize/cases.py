@@ -120,3 +120,10 @@ CASES: dict[str, Case] = {
     "flash_prefill": Case(make, {"shape": (8192, 4096), "scale_layout": "128x4"}, gpu_only=True, bench=True),
     "pro_prefill": Case(make, {"shape": (8192, 7168), "enc": None}, gpu_only=True, bench=True),
 }
+
+SWEEP: dict[str, Case] = {
+    f"{name} {rows}x{k} {layout}": Case(make, {"shape": (rows, k), "scale_layout": layout}, gpu_only=True)
+    for name, k in (("flash", 4096), ("pro", 7168))
+    for layout in ("linear", "128x4")
+    for rows in (1, 64, 4096, 8192, 49152)
+}

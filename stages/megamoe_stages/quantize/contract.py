@@ -97,3 +97,16 @@ def fake(
         x.new_empty(() if global_scale_enc is None else global_scale_enc.shape, dtype=torch.float32),
         scale_layout,
     )
+
+
+def bytes_moved(
+    x: Tensor,
+    global_scale_enc: Tensor | None = None,
+    *,
+    scale_layout: str = "linear",
+    fast: bool = False,
+    zero_guard: str = "scale",
+    four_over_six: str | None = None,
+) -> int:
+    """Bytes read and written once: x, half a byte a code, a byte a block scale (padding left out)."""
+    return x.numel() * x.element_size() + x.numel() // 2 + x.numel() // BLOCK

@@ -5,7 +5,7 @@ the wide intermediate never reaches memory in 16 bits.
 """
 
 from megamoe.hookspecs import hookimpl
-from megamoe.model import Role, Stage, Variant
+from megamoe.model import Arch, Role, Stage, Variant
 
 STAGE = Stage(
     id="swiglu_quant",
@@ -14,6 +14,15 @@ STAGE = Stage(
     cases=f"{__name__}.cases:CASES",
     variants=(
         Variant("reference", Role.REFERENCE, f"{__name__}.reference:swiglu_quant"),
+        Variant(
+            "fallback_fused_act",
+            Role.FALLBACK,
+            f"{__name__}.fused_act:swiglu_quant",
+            archs=frozenset({Arch(90), Arch(100)}),
+            needs=("nvidia-cutlass-dsl>=4.8,<4.9", "apache-tvm-ffi>=0.1.11,<0.2"),
+            rank=1,
+            supports=f"{__name__}.limits:supports",
+        ),
         Variant("fallback", Role.FALLBACK, f"{__name__}.fallback:swiglu_quant"),
     ),
 )

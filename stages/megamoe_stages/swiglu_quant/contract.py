@@ -71,6 +71,11 @@ def check(
     check_tensor("global_scale_enc", global_scale_enc, (), [torch.float32], like=offsets)
     if row_weight is not None:
         check_tensor("row_weight", row_weight, (a.shape[0],), [torch.float32], like=offsets)
+    check_options(limit, order, scale_layout)
+
+
+def check_options(limit: float | None, order: str, scale_layout: str) -> None:
+    """Raises ArgumentError unless the options of `swiglu_quant` fit."""
     if limit is not None and not limit > 0:
         raise ArgumentError("limit", limit, "None or a positive number")
     if order not in ORDERS:

@@ -1,0 +1,157 @@
+"""Bandwidth against size: the variants of an op that is bound by memory, beside a copy of the same bytes.
+
+A stage takes part when its cases hold `SWEEP` (name to Case) and its contract `bytes_moved` (the op's signature; bytes
+read and written once). All figures of a size come from one interleaved run on one GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamoe import timing, verify
+from megamoe.errors import MegamoeError
+from megamoe.model import Role, Stage
+from megamoe.ops import op
+from megamoe.plugins import load
+from megamoe.runtime import runtime
+from megamoe.testing import compare, guards
+
+COPY, COMPILED = "copy", "torch.compile"
+_BEYOND_L2 = 300e6  # bytes that one round of copies of the inputs should touch
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One size of one op.
+
+    Attributes:
+        stage: Id of the op.
+        case: Name in SWEEP.
+        bytes: Read and written once.
+        us: Median microseconds by variant; "copy" moves the same bytes, "torch.compile" is the compiled fallback.
+        sm_mhz: SM clock after the run.
+    """
+
+    stage: str
+    case: str
+    bytes: int
+    us: dict[str, float]
+    sm_mhz: int
+
+    def share(self, name: str) -> float:
+        """Time of the copy over time of a variant: 1 is the roof."""
+        return self.us[COPY] / self.us[name]
+
+
+def sweep(stage: Stage, *, compiled: bool = True) -> Iterator[Point]:
+    """Measures a stage, size by size.
+
+    Args:
+        stage: One with SWEEP and bytes_moved.
+        compiled: Also time torch.compile of the fallback, which takes a while to compile.
+
+    Raises:
+        MegamoeError: No GPU, or a stage that does not take part, or a variant that is wrong.
+    """
+    if not torch.cuda.is_available():
+        raise MegamoeError("a bandwidth sweep needs a GPU; there is none here")
+    cases = getattr(importlib.import_module(stage.cases.partition(":")[0]), "SWEEP", None)
+    moved: Callable[..., int] | None = getattr(importlib.import_module(stage.contract), "bytes_moved", None)
+    if cases is None or moved is None:
+        raise MegamoeError(f"{stage.id} has no SWEEP of sizes: it is not bound by memory")
+    fallback = load(verify.best_fallback(stage).target)
+    extra = {COMPILED: torch.compile(fallback)} if compiled else {}
+    for name, case in cases.items():
+        inputs = case.inputs(name, "cuda")
+        total = moved(**inputs)
+        sets = [inputs, *({k: guards.clone(v) for k, v in inputs.items()} for _ in range(_copies(total) - 1))]
+        functions = {**_checked(stage, inputs), **extra}
+        timed = {n: [_call(f, s) for s in sets] for n, f in functions.items()}
+        timed[COPY] = [_copy(total) for _ in sets]
+        us = timing.queued(timed, calls=10 if total > 2e8 else 50)
+        yield Point(stage.id, name, total, {n: round(t, 3) for n, t in us.items()}, torch.cuda.clock_rate())
+
+
+def _copies(total: int) -> int:
+    return int(min(8, max(2, _BEYOND_L2 // max(total, 1))))
+
+
+def _checked(stage: Stage, inputs: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+    """The variants that can run here, each found right on these inputs first."""
+    found: dict[str, Callable[..., Any]] = {}
+    this = op(stage.id)
+    expected = compare.leaves(this.reference(**inputs))
+    for variant in stage.variants:
+        if variant.role is Role.REFERENCE or runtime().hard_refusals(stage, variant):
+            continue
+        if verify.refused(stage, variant, inputs):
+            continue
+        run = load(variant.target)
+        results = compare.compare(compare.leaves(run(**inputs)), expected, this.bounds)
+        if wrong := [r.reason for r in results if not r.passed]:
+            raise MegamoeError(f"{stage.id}: {variant.name} is wrong, so it is not timed: {'; '.join(wrong)}")
+        found[variant.name] = run
+    return found
+
+
+def _call(function: Callable[..., Any], inputs: dict[str, Any]) -> Callable[[], Any]:
+    return lambda: function(**inputs)
+
+
+def _copy(total: int) -> Callable[[], Any]:
+    source = torch.randint(0, 255, (max(total // 2, 16),), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def table(points: Sequence[Point]) -> str:
+    """A Markdown table: time, bandwidth and share of the copy for each variant."""
+    names = list(dict.fromkeys(n for p in points for n in p.us if n != COPY))
+    head = ["size", "MB", "copy us", "TB/s", *(f"{n} us (of the copy)" for n in names)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for p in points:
+        cells = [p.case, f"{p.bytes / 1e6:.2f}", f"{p.us[COPY]:.2f}", f"{p.bytes / p.us[COPY] / 1e6:.2f}"]
+        cells += [f"{p.us[n]:.2f} ({p.share(n):.0%})" if n in p.us else "" for n in names]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(points: Sequence[Point], path: Path) -> None:
+    """The points as JSON."""
+    path.write_text(json.dumps([asdict(p) for p in points], indent=1) + "\n")
+
+
+def read(path: Path) -> list[Point]:
+    """Points that `write` wrote."""
+    return [Point(**raw) for raw in json.loads(path.read_text())]
+
+
+def plot(points: Sequence[Point], path: Path) -> None:
+    """Draws bandwidth against size, the copy as a line on top; PNG or SVG by the path's ending.
+
+    Raises:
+        MegamoeError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MegamoeError("--plot needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    ordered = sorted(points, key=lambda p: p.bytes)
+    for name in dict.fromkeys(n for p in ordered for n in p.us):
+        here = [p for p in ordered if name in p.us]
+        style = "k--" if name == COPY else "o-"
+        axes.plot([p.bytes / 1e6 for p in here], [p.bytes / p.us[name] / 1e6 for p in here], style, label=name)
+    axes.set(xscale="log", xlabel="MB read and written once", ylabel="TB/s", title=ordered[0].stage if ordered else "")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
