@@ -126,7 +126,7 @@ def test_local_memory_is_seen() -> None:
 @pytest.mark.parametrize("target", [Target.SM90, Target.SM100], ids=str)
 @pytest.mark.parametrize("scale_layout", ["linear", "128x4"])
 def test_the_quantise_kernel_compiles_without_spills(target: Target, scale_layout: str) -> None:
-    artifact = compiler.compile_kernel(kernel.spec("bfloat16", scale_layout, kernel.LARGE, target))
+    artifact = compiler.compile_kernel(kernel.spec("bfloat16", scale_layout, kernel.LARGE[scale_layout], target))
     (found,) = inspect.kernels(artifact.cubin)
     assert not found.spills
     assert found.registers <= 64  # four CTAs of 256 threads an SM

@@ -33,7 +33,8 @@ def rel_l2(got: Tensor, want: Tensor) -> float:
 
 def test_stage_names_what_exists() -> None:
     assert STAGE.id == "mhc_quant"
-    assert {v.target for v in STAGE.variants} == {f"{f.__module__}:{f.__name__}" for f in VARIANTS.values()}
+    named = {v.target for v in STAGE.variants if not v.archs}
+    assert named == {f"{f.__module__}:{f.__name__}" for f in VARIANTS.values()}
 
 
 @pytest.mark.parametrize("name", SMALL)

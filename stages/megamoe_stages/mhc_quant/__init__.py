@@ -6,7 +6,9 @@ reads them.
 """
 
 from megamoe.hookspecs import hookimpl
-from megamoe.model import Role, Stage, Variant
+from megamoe.model import Arch, Role, Stage, Variant
+
+_DSL = ("nvidia-cutlass-dsl>=4.8,<4.9", "apache-tvm-ffi>=0.1.11,<0.2")
 
 STAGE = Stage(
     id="mhc_quant",
@@ -15,6 +17,22 @@ STAGE = Stage(
     cases=f"{__name__}.cases:CASES",
     variants=(
         Variant("reference", Role.REFERENCE, f"{__name__}.reference:mhc_quant"),
+        Variant(
+            "fused_sm90",
+            Role.FUSED,
+            f"{__name__}.sm90:mhc_quant",
+            archs=frozenset({Arch(90)}),
+            needs=_DSL,
+            supports=f"{__name__}.limits:supports",
+        ),
+        Variant(
+            "fused_sm100",
+            Role.FUSED,
+            f"{__name__}.sm100:mhc_quant",
+            archs=frozenset({Arch(100)}),
+            needs=_DSL,
+            supports=f"{__name__}.limits:supports",
+        ),
         Variant("fallback", Role.FALLBACK, f"{__name__}.fallback:mhc_quant"),
     ),
 )

@@ -115,3 +115,11 @@ CASES: dict[str, Case] = {
     "flash_prefill": Case(make, {"tokens": 4096, "hidden": 4096, "scale_layout": "128x4"}, gpu_only=True, bench=True),
     "pro_prefill": Case(make, {"tokens": 2048, "hidden": 7168, "scale_layout": "128x4"}, gpu_only=True, bench=True),
 }
+
+SWEEP: dict[str, Case] = {
+    f"{name} {tokens}x4x{hidden} {layout}": Case(
+        make, {"tokens": tokens, "hidden": hidden, "scale_layout": layout}, gpu_only=True
+    )
+    for name, hidden, layout in (("flash", 4096, "linear"), ("flash", 4096, "128x4"), ("pro", 7168, "linear"))
+    for tokens in (1, 4, 16, 64, 4096, 8192)
+}

@@ -149,3 +149,24 @@ def fake(
     normed = torch.empty_like(f)
     quantized = quantize_contract.fake(normed, global_scale_enc, scale_layout=scale_layout)
     return MhcOutput(torch.empty_like(x), normed, quantized, torch.empty_like(post), torch.empty_like(comb))
+
+
+def bytes_moved(
+    x: Tensor,
+    f: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor,
+    global_scale_enc: Tensor,
+    *,
+    sinkhorn_iters: int = 20,
+    hc_eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    scale_layout: str = "linear",
+) -> int:
+    """Bytes read and written once: streams in and out, f and normed, codes and block scales (weights left out)."""
+    streams, hidden = 2 * x.numel() * x.element_size(), f.numel()
+    return streams + 2 * hidden * f.element_size() + hidden // 2 + hidden // BLOCK

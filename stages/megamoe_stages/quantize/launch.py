@@ -16,7 +16,7 @@ from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
 from megamoe_stages.quantize import contract, kernel, limits
 
 ALIGNMENT = 16  # bytes that a thread loads at once
-LARGE_BLOCKS = 132 * 4 * 256 * 4  # from here on four blocks a thread still give every SM of an H200 its four CTAs
+LARGE_BLOCKS = 132 * 4 * 256 * 4  # from here on four blocks a thread still give every SM of an H200 1024 threads
 
 
 def quantize(
@@ -62,7 +62,7 @@ def quantize(
     scales = x.new_empty((entries * tail[0], tail[1]), dtype=torch.uint8)
     dec = torch.empty_like(global_scale_enc)
     if scales.numel():
-        shape = kernel.LARGE if scales.numel() >= LARGE_BLOCKS else kernel.SMALL[scale_layout]
+        shape = (kernel.LARGE if scales.numel() >= LARGE_BLOCKS else kernel.SMALL)[scale_layout]
         launch = _launcher(x.dtype, scale_layout, shape, target)
         entry = (rows,) if scale_layout == "128x4" else ()
         launch(x.view(-1, k), global_scale_enc, codes, scales, dec, *entry)

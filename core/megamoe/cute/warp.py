@@ -1,0 +1,93 @@
+"""What the 32 lanes of a warp do together: exchange values, and multiply matrices of near-fp32 accuracy in TF32.
+
+A TF32 operand keeps 11 significant bits. An fp32 number is split into two such terms, so the product with values that
+TF32 holds exactly (bf16 ones are) is accurate to about 2^-22. The tensor cores cut off what they add, so a long sum is
+made of short ones: `mma_tf32` for a few steps, then an fp32 addition that rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cutlass import Float32, Int32, Numeric, Uint32, cute
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+
+from megamoe.cute import arith
+from megamoe.cute.arith import Target, bits, number
+
+WARP = 32
+_MOST_THREADS = 1024
+_TF32_BITS = 0xFFFFE000  # sign, exponent and the 10 stored bits of the significand
+_MMA = (
+    "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+    " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+)
+
+
+def thread() -> Int32:
+    """The thread's number in its CTA, read anew, so that what follows from it need not wait in registers."""
+    return _asm("mov.u32 $0, %tid.x;", "=r") & (_MOST_THREADS - 1)  # the range makes divisions shifts
+
+
+def warp_number() -> Int32:
+    """The warp's number in its CTA, by a reduction: it comes in a uniform register, of which there are plenty."""
+    wide = thread() // WARP
+    return _asm("redux.sync.min.u32 $0, $1, 0xffffffff;", "=r,r", wide) & (_MOST_THREADS // WARP - 1)
+
+
+def _asm(text: str, constraints: str, *operands: Numeric) -> Int32:
+    values = [operand.ir_value() for operand in operands]
+    out = llvm.inline_asm(
+        Int32.mlir_type,
+        values,
+        text,
+        constraints,
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    return Int32(out)
+
+
+def split_tf32(x: Float32, target: Target) -> tuple[Uint32, Uint32]:
+    """Two TF32 terms of x: its leading 11 significant bits and the next 11 (the tensor core ignores the rest)."""
+    high = bits(x) & Uint32(_TF32_BITS)
+    rest = x - number(high) if target.host else arith.ptx(Float32, "sub.rn.f32 $0, $1, $2;", x, number(high))
+    return high, bits(rest)
+
+
+def mma_tf32(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32]) -> list[Float32]:
+    """c + a b, one warp, of a (16, 8), b (8, 8) and c (16, 8); a lane's place is (g, t) = (lane // 4, lane % 4).
+
+    Args:
+        a: A lane's (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4), as TF32.
+        b: (t, g), (t + 4, g), as TF32.
+        c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+
+    Returns:
+        Placed as c.
+    """
+    result = llvm.StructType.get_literal([Float32.mlir_type] * 4)
+    out = llvm.inline_asm(
+        result,
+        [operand.ir_value() for operand in (*a, *b, *c)],
+        _MMA,
+        ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4),
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    place = [ir.DenseI64ArrayAttr.get([i]) for i in range(4)]
+    return [Float32(llvm.extractvalue(Float32.mlir_type, out, p)) for p in place]
+
+
+def from_lane(value: Numeric, lane_xor: int) -> Numeric:
+    """The value of the lane whose number differs in the bits `lane_xor`."""
+    return cute.arch.shuffle_sync_bfly(value, offset=lane_xor)
+
+
+def sum_of_four(x: Float32, target: Target) -> Float32:
+    """The sum over four neighbouring lanes, the same bits in each of them."""
+    pair = arith.add(x, from_lane(x, 1), target)
+    return arith.add(pair, from_lane(pair, 2), target)

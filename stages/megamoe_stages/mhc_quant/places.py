@@ -1,0 +1,325 @@
+"""Who owns what in the mhc_quant kernel: tokens, hidden dims, registers and shared memory.
+
+A turn of a team is a group of 16 tokens. A warp owns 64 hidden dims of all of them: lane (g, q) = (lane // 4, lane % 4)
+has tokens g and g + 8, and of the 64 dims the eights q and 4 + q: two chunks. So four lanes read and write 64 bytes in
+a row, and a chunk is, in pairs, what `warp.mma_tf32` takes as its left operand.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+from cutlass import Boolean, Constexpr, Float32, Int32, Uint32, cute
+
+from megamoe.cute import arith, cluster, strips, warp
+from megamoe.cute.mhc import LOGITS, STREAMS
+from megamoe.cute.warp import WARP
+
+GROUP = 16  # tokens: rows of an mma
+TEAMS = 2
+UNIT = 64  # hidden dims of a warp: 4 lanes with two chunks of 8
+CHUNK = 32  # hidden dims that 4 lanes load at once, 16 bytes each
+UNIT_FN = LOGITS * STREAMS * UNIT  # fp32 values of fn that a warp multiplies with
+COPIES = UNIT_FN // 4 // WARP  # 16 bytes a lane
+COLUMNS = 8  # of fn in one mma
+TILES = LOGITS // COLUMNS
+SUMS = LOGITS + 1  # the dots, and the squares
+SHARED_SUMS = STREAMS + 1  # what every CTA needs: the dots of pre, and the squares
+OWN_SUMS = LOGITS - STREAMS  # what the owner of a token needs besides: the dots of post and comb
+Words = list[Uint32]
+
+
+class Shape(NamedTuple):
+    """How the work is cut; compile-time.
+
+    Attributes:
+        ctas: Of a cluster, a power of two up to 16.
+        warps: Of a team: UNIT hidden dims each.
+        whole: The slices cover the hidden dims exactly.
+    """
+
+    ctas: int
+    warps: int
+    whole: bool
+
+    @property
+    def team(self) -> int:
+        """Threads of a team."""
+        return self.warps * WARP
+
+    @property
+    def covers(self) -> int:
+        """Hidden dims of a cluster."""
+        return self.ctas * self.warps * UNIT
+
+    @property
+    def owned(self) -> int:
+        """Tokens of a group whose post and comb a CTA computes."""
+        return GROUP // self.ctas
+
+    @property
+    def fn_floats(self) -> int:
+        """Shared memory for fn."""
+        return self.warps * UNIT_FN
+
+    @property
+    def team_floats(self) -> int:
+        """Shared memory of a team: partial sums of its warps, then what the CTAs of the cluster send."""
+        return self.warps * GROUP * SUMS + self.ctas * (GROUP * SHARED_SUMS + self.owned * OWN_SUMS + GROUP)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a CTA: fn, the teams' areas, two 8-byte mbarriers a team, a turn a warp."""
+        return 4 * (self.fn_floats + TEAMS * (self.team_floats + self.warps)) + TEAMS * 2 * 8
+
+
+class Inputs(NamedTuple):
+    """What is read, all compact, and the numbers of the call."""
+
+    x: cute.Tensor  # (tokens, STREAMS, H) bf16
+    f: cute.Tensor  # (tokens, H) bf16
+    post: cute.Tensor  # (tokens, STREAMS) fp32
+    comb: cute.Tensor  # (tokens, STREAMS, STREAMS) fp32
+    fn: cute.Tensor  # (LOGITS, STREAMS * H) fp32
+    base: cute.Tensor  # (LOGITS,) fp32
+    scale: cute.Tensor  # (3,) fp32
+    norm_weight: cute.Tensor  # (H,) fp32 or bf16
+    enc: cute.Tensor  # () fp32
+    iters: Int32
+    hc_eps: Float32
+    norm_eps: Float32
+    tiled: Int32  # 1: scales in 128x4 tiles
+
+
+class Outputs(NamedTuple):
+    """What is written, all compact."""
+
+    residual: cute.Tensor  # (tokens, STREAMS, H) bf16
+    normed: cute.Tensor  # (tokens, H) bf16
+    codes: cute.Tensor  # (tokens, H / 2) uint8
+    scales: cute.Tensor  # (rows, columns) uint8
+    dec: cute.Tensor  # () fp32
+    post: cute.Tensor  # (tokens, STREAMS) fp32
+    comb: cute.Tensor  # (tokens, STREAMS, STREAMS) fp32
+
+
+class Place(NamedTuple):
+    """Where a thread stands.
+
+    Attributes:
+        rank: Of its CTA in the cluster.
+        member: Of its warp in the team.
+        seat: Of the thread in the team.
+        lane: Of the thread in the warp.
+        row: Its tokens in a group are row and row + 8.
+        quad: 0..3, its place among the lanes of a row.
+        dims: First hidden dim of its two chunks; 0 where there is none.
+        valid: Whether the chunks exist.
+        team: Its team in the CTA.
+        turn: Of the team, see `_first_turn`.
+    """
+
+    rank: Int32
+    member: Int32
+    seat: Int32
+    lane: Int32
+    row: Int32
+    quad: Int32
+    dims: tuple[Int32, Int32]
+    valid: tuple[Boolean, Boolean]
+    team: Int32
+    turn: Int32
+
+
+class Area(NamedTuple):
+    """A team's shared memory.
+
+    Attributes:
+        partial: (warps, GROUP, SUMS), what each warp summed.
+        shared: (ctas, GROUP, SHARED_SUMS), sums of the slice of each CTA.
+        own: (ctas, owned, OWN_SUMS), the same of the tokens that this CTA owns.
+        squares: (ctas, GROUP), of y.
+        sums_here: mbarrier: `shared` and `own` are complete.
+        squares_here: mbarrier: `squares` is complete.
+    """
+
+    partial: cute.Tensor
+    shared: cute.Tensor
+    own: cute.Tensor
+    squares: cute.Tensor
+    sums_here: cute.Pointer
+    squares_here: cute.Pointer
+
+
+def first_turn(shape: Shape) -> Int32:
+    """A team's turn: twice the number of its group, plus the parity of its turns.
+
+    Few groups go to the first teams of many clusters.
+    """
+    (cta, _, _), (ctas, _, _) = cute.arch.block_idx(), cute.arch.grid_dim()
+    return 2 * (cta // shape.ctas + warp.warp_number() // shape.warps * (ctas // shape.ctas))
+
+
+def next_turn(turn: Int32, shape: Shape) -> Int32:
+    """The turn after this one: the next group of the team, the other parity."""
+    ctas, _, _ = cute.arch.grid_dim()
+    return (turn ^ 1) + ctas // shape.ctas * (2 * TEAMS)
+
+
+def turns(floats: cute.Pointer, shape: Shape) -> cute.Tensor:
+    """The turn of every warp, in shared memory: a register less in the tightest places."""
+    words = cute.recast_ptr(floats + (shape.shared_bytes // 4 - TEAMS * shape.warps), dtype=Int32)
+    return cute.make_tensor(words, cute.make_layout(TEAMS * shape.warps))
+
+
+def turn_of(floats: cute.Pointer, shape: Shape) -> Int32:
+    """The turn of this thread's warp."""
+    return turns(floats, shape)[warp.warp_number()]
+
+
+@cute.jit  # type: ignore[untyped-decorator]
+def set_turn(floats: cute.Pointer, leader: Boolean, turn: Int32, shape: Constexpr[Shape]) -> None:
+    """The warp's `leader` writes its next turn, once all lanes have read the last one."""
+    cute.arch.sync_warp()
+    if leader:
+        turns(floats, shape)[warp.thread() // WARP] = turn
+    cute.arch.sync_warp()
+
+
+def place_of(floats: cute.Pointer, given: Inputs, shape: Shape) -> Place:
+    """Computed anew for every part of the work, which is cheaper than to keep it in registers."""
+    thread, (cta, _, _) = warp.thread(), cute.arch.block_idx()
+    wide = warp.warp_number()
+    team, member, lane, rank = wide // shape.warps, wide % shape.warps, thread % WARP, cta % shape.ctas
+    seat = member * WARP + lane
+    quad = lane % 4
+    hidden = hidden_of(given, shape)
+    first = (rank * shape.warps + member) * UNIT + quad * 8
+    dims, valid = [first, first + CHUNK], [Boolean(True), Boolean(True)]
+    if not shape.whole:
+        valid = [d < hidden for d in dims]
+        dims = [arith.select(ok, d, Int32(0)) for ok, d in zip(valid, dims, strict=True)]
+    return Place(
+        rank,
+        member,
+        seat,
+        lane,
+        lane // 4,
+        quad,
+        (dims[0], dims[1]),
+        (valid[0], valid[1]),
+        team,
+        turns(floats, shape)[wide],
+    )
+
+
+def area_of(floats: cute.Pointer, team: Int32, shape: Shape) -> Area:
+    """The shared memory of a team; `floats` is where the CTA's begins."""
+    at = floats + (shape.fn_floats + team * shape.team_floats)
+    partial = _matrices(at, (shape.warps, GROUP, SUMS))
+    at = at + cute.size(partial)
+    shared = _matrices(at, (shape.ctas, GROUP, SHARED_SUMS))
+    at = at + cute.size(shared)
+    own = _matrices(at, (shape.ctas, shape.owned, OWN_SUMS))
+    squares = _matrices(at + cute.size(own), (shape.ctas, GROUP, 1))
+    bars = cute.recast_ptr(floats + (shape.fn_floats + TEAMS * shape.team_floats), dtype=cutlass.Int64) + team * 2
+    return Area(partial, shared, own, squares, bars, bars + 1)
+
+
+def _matrices(at: cute.Pointer, sizes: tuple[int, int, int]) -> cute.Tensor:
+    _, rows, cols = sizes
+    return cute.make_tensor(at, cute.make_layout(sizes, stride=(rows * cols, cols, 1)))
+
+
+def fn_piece(i: Int32, lane: Int32) -> tuple[Int32, Int32, Int32, Int32]:
+    """Which four values of fn a lane copies in the warp's copy number i, and where to.
+
+    A copy takes four rows of 128 bytes.
+
+    Returns:
+        Row of fn, stream, first hidden dim in the CTA's slice, and slot: 16 bytes of shared memory.
+    """
+    unit, rest, part = i // COPIES, i % COPIES, lane % 8
+    stream, chunk, tile, row = rest // 12, rest // 6 % 2, rest // 2 % TILES, rest % 2 * 4 + lane // 8
+    slot = fn_fragment(unit, stream, chunk, part % 2, tile) * WARP + row * 4 + part // 2
+    return tile * COLUMNS + row, stream, unit * UNIT + chunk * CHUNK + part * 4, slot
+
+
+def fn_fragment(unit: Int32, stream: Int32 | int, chunk: Int32 | int, half: Int32 | int, tile: Int32 | int) -> Int32:
+    """Number of the 512 bytes, 16 a lane, that hold fn for one tile of columns and 16 hidden dims."""
+    return (((unit * STREAMS + stream) * 2 + chunk) * 2 + half) * TILES + tile
+
+
+def hidden_of(given: Inputs, shape: Shape) -> Int32 | int:
+    """Hidden dims; known to the compiler where the slices cover them exactly, which saves address arithmetic."""
+    return shape.covers if shape.whole else cute.size(given.f, mode=[1])
+
+
+def token_of(t: int, place: Place) -> Int32:
+    """A thread's token number t, 0 or 1, of its team's group."""
+    return (place.turn >> 1) * GROUP + place.row + 8 * t
+
+
+def chunks_of(tensor: cute.Tensor, token: Int32, place: Place, given: Inputs, shape: Shape) -> list[cute.Tensor]:
+    """This thread's two chunks of bf16 of a token: each (streams, words)."""
+    hidden = hidden_of(given, shape)
+    streams = cute.size(tensor, mode=[1]) if cute.rank(tensor) == 3 else 1
+    eights, row = strips.blocks_of(tensor, 4), cutlass.Int64(token) * (streams * hidden // 8)
+    if shape.whole:  # one address and constant offsets
+        first = eights[row + place.dims[0] // 8, None].iterator
+        starts = [first, first + CHUNK // 2]
+    else:
+        starts = [eights[row + dims // 8, None].iterator for dims in place.dims]
+    return [cute.make_tensor(at, cute.make_layout((streams, 4), stride=(hidden // 2, 1))) for at in starts]
+
+
+def load_chunk(chunk: cute.Tensor, stream: int) -> Words:
+    """The four words of a stream of a chunk from `chunks_of`."""
+    four = cute.make_rmem_tensor(4, Uint32)
+    cute.autovec_copy(chunk[stream, None], four)
+    return [four[i] for i in range(4)]
+
+
+def store_chunk(
+    tensor: cute.Tensor,
+    t: int,
+    chunk: int,
+    words: list[Words],
+    place: Place,
+    given: Inputs,
+    shape: Shape,
+) -> None:
+    """Writes one of this thread's chunks of its token number t of the group, `words` by stream."""
+    token = token_of(t, place)
+    here = (token < cute.size(given.f, mode=[0])) & place.valid[chunk]
+    rows = chunks_of(tensor, token, place, given, shape)[chunk]
+    for stream, four in enumerate(words):
+        cluster.store16(rows[stream, None].iterator, four, here)
+
+
+def load_floats(tensor: cute.Tensor, row: Int32, vectors: int) -> list[Float32]:
+    """`vectors` times four fp32 values from the row on."""
+    view = rows_of_streams(tensor)
+    loaded = [cute.make_rmem_tensor(4, Float32) for _ in range(vectors)]
+    for i, four in enumerate(loaded):
+        cute.autovec_copy(view[row * vectors + i, None], four)
+    return [four[i] for four in loaded for i in range(4)]
+
+
+def rows_of_streams(tensor: cute.Tensor) -> cute.Tensor:
+    """A compact fp32 tensor as rows of STREAMS."""
+    return cute.make_tensor(
+        tensor.iterator, cute.make_layout((cute.size(tensor) // STREAMS, STREAMS), stride=(STREAMS, 1))
+    )
+
+
+def rows_of_words(floats: cute.Pointer, rows: int) -> cute.Tensor:
+    """Shared memory as rows of 16 bytes."""
+    words = cute.recast_ptr(floats, dtype=Uint32)
+    return cute.make_tensor(words, cute.make_layout((rows, 4), stride=(4, 1)))
+
+
+def pointer_to(tensor: cute.Tensor, *place: Int32 | int) -> cute.Pointer:
+    """Address of an element."""
+    return tensor.iterator + cute.crd2idx(place, tensor.layout)
