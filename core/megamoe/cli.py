@@ -186,6 +186,8 @@ def verify(
         bool, typer.Option("--ship", help="Write passing records of fused variants into the tree.")
     ] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="On the CPU although there is a GPU.")] = False,
+    emulate: Annotated[bool, typer.Option("--emulate", help="In the PTX emulator; needs --arch, and no GPU.")] = False,
+    arch: Annotated[str | None, typer.Option(help="What to emulate: sm_90, sm_100.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for one variant.")] = 600.0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="A line a variant.")] = False,
 ) -> None:
@@ -197,7 +199,9 @@ def verify(
     from megamoe.runtime import runtime
 
     current = runtime()
-    machine = current.machine(None) if cpu else current.machine()
+    if emulate != (arch is not None) or (emulate and cpu):
+        raise typer.BadParameter("--emulate goes with --arch and without --cpu", param_hint="--emulate")
+    machine = current.machine(_arch(arch)) if arch else current.machine(None) if cpu else current.machine()
     stages = [current.stage(stage)] if stage else list(current.stages.values())
     if variant and not any(v.name == variant for s in stages for v in s.variants):
         raise UnknownNameError("variant", variant, {v.name for s in stages for v in s.variants})
@@ -205,12 +209,12 @@ def verify(
     for one in stages:
         print(f"{one.id}: {one.title}")
         for candidate in one.variants:
-            if variant and candidate.name != variant:
+            if (variant and candidate.name != variant) or (emulate and candidate.role is not Role.FUSED):
                 continue
             if refused := current.hard_refusals(one, candidate, machine):
                 print(f"{candidate.name}: not here: {refused[0].reason}")
                 continue
-            if not verifier.case_names(one, device="cuda" if machine.arch else "cpu", only=case or ()):
+            if not verifier.case_names(one, device="cuda" if machine.arch and not emulate else "cpu", only=case or ()):
                 print(f"{candidate.name}: no case suits this device")
                 continue
 
@@ -218,7 +222,9 @@ def verify(
                 if not quiet or (result and not result.passed):
                     print(report.case_line(name, result, reason))
 
-            found = verifier.verify(one, candidate, machine, only=case or (), timeout=timeout, progress=show)
+            found = verifier.verify(
+                one, candidate, machine, only=case or (), timeout=timeout, progress=show, emulate=emulate
+            )
             if not found.cases:
                 print(f"{candidate.name}: refuses every case")
                 continue
@@ -339,9 +345,11 @@ def _sweep(stage_id: str, measure: bool, plot: Path | None, json_file: Path | No
     from megamoe.testing import roofline
 
     if measure or json_file is None:
-        points = list(roofline.sweep(runtime().stages[stage_id]))
-        if json_file is not None:
-            roofline.write(points, json_file)
+        points = []
+        for point in roofline.sweep(runtime().stages[stage_id]):
+            points.append(point)
+            if json_file is not None:
+                roofline.write(points, json_file)  # at once: a sweep that is stopped leaves what it has measured
     else:
         points = roofline.read(json_file)
     print(roofline.table(points))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megamoe.errors import ArgumentError
+from megamoe.numerics import fragments
 from megamoe.numerics.layout import padded_shape
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor, check_scale_layout
 
@@ -75,22 +76,44 @@ def _fits(have: torch.Size, want: Sequence[Dim]) -> bool:
     return True
 
 
-def check_nvfp4(name: str, value: object, shape: Sequence[Dim], *, like: Tensor | None = None) -> None:
-    """Checks one NVFP4Tensor argument against a logical shape of at least two dims; see `check_tensor`."""
+def check_nvfp4(
+    name: str, value: object, shape: Sequence[Dim], *, like: Tensor | None = None, hopper: bool = False
+) -> None:
+    """Checks one NVFP4Tensor argument against a logical shape of at least two dims; see `check_tensor`.
+
+    The layouts of `numerics.fragments` are accepted where `hopper` says so.
+    """
     if not isinstance(value, NVFP4Tensor):
         raise ArgumentError(name, type(value).__name__, "an NVFP4Tensor")
-    packed = [*shape[:-1], shape[-1] // 2 if isinstance(shape[-1], int) else shape[-1]]
-    check_tensor(f"{name}.codes", value.codes, packed, [torch.uint8], like=like)
-    check_multiple(f"{name}.codes", value.codes.shape[-1] * 2, BLOCK, "values along the last dim")
-    check_scale_layout(value.scale_layout, f"{name}.scale_layout")
-    *batch, rows, k = value.shape
-    cols = k // BLOCK
-    tail = padded_shape(rows, cols) if value.scale_layout == "128x4" else (rows, cols)
+    if hopper and fragments.is_fragments(value.scale_layout):
+        tail = _check_hopper(name, value, shape, like)
+    else:
+        packed = [*shape[:-1], shape[-1] // 2 if isinstance(shape[-1], int) else shape[-1]]
+        check_tensor(f"{name}.codes", value.codes, packed, [torch.uint8], like=like)
+        check_multiple(f"{name}.codes", value.codes.shape[-1] * 2, BLOCK, "values along the last dim")
+        check_scale_layout(value.scale_layout, f"{name}.scale_layout")
+        rows, cols = value.shape[-2], value.shape[-1] // BLOCK
+        tail = padded_shape(rows, cols) if value.scale_layout == "128x4" else (rows, cols)
+    *batch, rows, _ = value.shape
     check_tensor(f"{name}.scales", value.scales, [*batch, *tail], [torch.float8_e4m3fn], like=value.codes)
     dec = value.global_scale_dec
     if not isinstance(dec, Tensor) or dec.dtype != torch.float32:
         raise ArgumentError(f"{name}.global_scale_dec", _kind(dec), "a float32 tensor")
     check_global_scale(f"{name}.global_scale_dec", dec, batch, rows, like=value.codes)
+
+
+def _check_hopper(name: str, value: NVFP4Tensor, shape: Sequence[Dim], like: Tensor | None) -> tuple[int, int]:
+    """Checks the codes of a tensor in a hopper layout; the shape that its scales must end in."""
+    check_tensor(f"{name}.codes", value.codes, [None] * len(shape), [torch.uint8], like=like)
+    if not _fits(value.shape, shape):
+        raise ArgumentError(name, f"shape {tuple(value.shape)}", f"({', '.join(map(str, shape))})")
+    rows, k = value.shape[-2:]
+    full_rows, full_k = fragments.padded_shape(rows, k)
+    expected = (*value.shape[:-2], full_rows, full_k // 2)
+    if tuple(value.codes.shape) != expected or value.scale_layout != fragments.layout_name(rows, k):
+        got = f"shape {tuple(value.codes.shape)} in layout {value.scale_layout!r}"
+        raise ArgumentError(f"{name}.codes", got, f"{expected} in layout {fragments.layout_name(rows, k)!r}")
+    return full_rows, full_k // BLOCK
 
 
 def check_global_scale(

@@ -47,7 +47,7 @@ def interleaved(
 
 
 def queued(
-    functions: Mapping[str, Sequence[Callable[[], Any]]], *, calls: int = 20, rounds: int = 7
+    functions: Mapping[str, Sequence[Callable[[], Any]]], *, calls: int = 20, rounds: int = 7, most_us: float = 20_000.0
 ) -> dict[str, float]:
     """Time per call of work that is launched back to back, as in a running model: launch gaps stay out of it.
 
@@ -58,25 +58,33 @@ def queued(
         functions: Name to copies of one function.
         calls: Calls between two events; at most about 1000 fit the launch queue.
         rounds: Turns.
+        most_us: Of work between two events: slow functions make fewer calls, three at least.
 
     Returns:
         Name to median microseconds a call.
     """
-    for copies in functions.values():
+    counts: dict[str, int] = {}
+    for name, copies in functions.items():
         for function in copies:
             function()
+        counts[name] = max(3, min(calls, int(most_us / _queued_once(copies, 1))))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, copies in functions.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            torch.cuda._sleep(2_000_000 + 100_000 * calls)  # type: ignore[no-untyped-call]
-            start.record()
-            for i in range(calls):
-                copies[i % len(copies)]()
-            end.record()
-            end.synchronize()
-            times[name].append(float(start.elapsed_time(end)) * 1e3 / calls)
+            times[name].append(_queued_once(copies, counts[name]))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _queued_once(copies: Sequence[Callable[[], Any]], calls: int) -> float:
+    """Microseconds a call, of so many calls in a row."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(2_000_000 + 100_000 * calls)  # type: ignore[no-untyped-call]
+    start.record()
+    for i in range(calls):
+        copies[i % len(copies)]()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e3 / calls
 
 
 def _clock(function: Callable[[], Any]) -> float:

@@ -1,26 +1,28 @@
 """Tries a variant on every case of its stage, in a process of its own, and turns what came out into evidence.
 
 A case passes when the outputs are within their bounds of the reference's, two runs over differently poisoned memory are
-equal byte for byte, no guard byte changed, no input was written to and no output shares memory with one.
+equal byte for byte, no guard byte changed, no input was written to and no output shares memory with one. In the PTX
+emulator there is a run for each of its policies, all equal, and no run may have a finding.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megamoe import __version__, evidence
 from megamoe.errors import UnknownNameError
-from megamoe.model import CaseResult, Evidence, Kind, Machine, Role, Speed, Stage, Variant
+from megamoe.model import Arch, CaseResult, Evidence, Kind, Machine, Role, Speed, Stage, Variant
 from megamoe.plugins import load
 from megamoe.runtime import Runtime, runtime
 
@@ -38,6 +40,7 @@ class Request:
     device: str
     cases: tuple[str, ...]
     time: bool
+    emulate: str = ""  # architecture to emulate; empty to run on this machine
 
 
 def case_names(stage: Stage, *, device: str, only: Iterable[str] = ()) -> list[str]:
@@ -69,6 +72,7 @@ def verify(
     timeout: float = 600.0,
     progress: Callable[[str, CaseResult | None, str], None] = lambda case, result, reason: None,
     environ: Mapping[str, str] | None = None,
+    emulate: bool = False,
 ) -> Evidence:
     """Tries one variant on this machine in a child process.
 
@@ -81,13 +85,18 @@ def verify(
         progress: Called with each case, its result and the reason, at the end; the result is None for a case that the
             variant's `supports` refuses: it is no part of the evidence.
         environ: Environment of the child.
+        emulate: In the PTX emulator of the machine's architecture, cases that are too large for it left out.
 
     Returns:
-        Evidence of kind `verified`, passed or not. A child that crashed or hung has failed the case it was in.
+        Evidence of kind `verified`, or `emulated`, passed or not. A child that crashed or hung has failed the case it
+        was in.
     """
-    device = "cpu" if machine.arch is None else "cuda"
+    device = "cpu" if machine.arch is None or emulate else "cuda"
     names = case_names(stage, device=device, only=only)
-    request = Request(stage.id, variant.name, device, tuple(names), variant.role is Role.FUSED)
+    emulated = str(machine.arch) if emulate else ""
+    request = Request(
+        stage.id, variant.name, device, tuple(names), variant.role is Role.FUSED and not emulate, emulated
+    )
     results, speeds, skipped, died = _run_child(request, timeout, environ)
     names = [name for name in names if name not in skipped]
     for name, reasons in skipped.items():
@@ -105,12 +114,12 @@ def verify(
         stage=stage.id,
         variant=variant.name,
         arch=machine.arch,
-        kind=Kind.VERIFIED,
+        kind=Kind.EMULATED if emulate else Kind.VERIFIED,
         fingerprint=evidence.fingerprint(stage, variant),
         cases=cases,
         speeds=tuple(speeds),
         packages=dict(machine.packages),
-        device=machine.device,
+        device="ptxemu" if emulate else machine.device,
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         version=__version__,
     )
@@ -157,7 +166,7 @@ def refused(stage: Stage, variant: Variant, inputs: Mapping[str, Any]) -> list[s
 
 
 def run_case(
-    run: Callable[..., Any],
+    run: Callable[..., Any] | Sequence[Callable[..., Any]],
     stage: Stage,
     name: str,
     device: str,
@@ -167,7 +176,7 @@ def run_case(
     """Tries a callable on one case; see the module's docstring for what passing means.
 
     Args:
-        run: With the reference's signature.
+        run: With the reference's signature; or several such, each run once, that must all agree.
         stage: The stage.
         name: Of the case.
         device: Where to make the inputs.
@@ -183,18 +192,20 @@ def run_case(
     expected = compare.leaves(load(stage.reference.target)(**mine), mine, stage.mutates)
     runs: list[dict[str, Any]] = []
     trouble: list[str] = []
-    for poison in POISONS:
+    calls = run if isinstance(run, Sequence) else (run,) * len(POISONS)
+    for attempt, poison in zip(calls, itertools.cycle(POISONS), strict=False):
         guard = guards.Guarded(poison)
         given = guards.guarded_inputs(inputs, guard)
         with guard:
-            outputs = compare.leaves(run(**given), given, stage.mutates)
+            outputs = compare.leaves(attempt(**given), given, stage.mutates)
         synchronize(device)
         trouble += guard.overruns()
         trouble += [f"wrote to its input {n!r}" for n in guards.changed_inputs(given, inputs, stage.mutates)]
         fresh = {key: value for key, value in outputs.items() if key not in stage.mutates}
         trouble += [f"{n}: shares memory with an input" for n in guards.aliases(fresh, given)]
         runs.append({key: guards.clone(value) for key, value in outputs.items()})
-    trouble += [f"{n}: two runs differ" for n in expected if not guards.same_bytes(runs[0].get(n), runs[1].get(n))]
+    for other in runs[1:]:
+        trouble += [f"{n}: two runs differ" for n in expected if not guards.same_bytes(runs[0].get(n), other.get(n))]
     results = compare.compare(runs[0], expected, bounds)
     worst = compare.worst(results)
     trouble += [r.reason for r in results if not r.passed]
@@ -215,7 +226,12 @@ def _child(request: Request, out: Path) -> None:
     this = op(request.stage)
     stage = this.stage
     variant = next(v for v in stage.variants if v.name == request.variant)
-    run = load(variant.target)
+    target = load(variant.target)
+    run: Callable[..., Any] | Sequence[Callable[..., Any]] = target
+    if request.emulate:
+        from megamoe import emulation
+
+        run = emulation.attempts(emulation.Emulator(Arch.parse(request.emulate)), target)
     with out.open("a") as file:
 
         def put(**line: Any) -> None:
@@ -225,13 +241,14 @@ def _child(request: Request, out: Path) -> None:
         for name in request.cases:
             try:
                 inputs = load(stage.cases)[name].inputs(name, request.device)
-                if reasons := refused(stage, variant, inputs):
+                reasons = refused(stage, variant, inputs) or (emulation.too_large(inputs) if request.emulate else [])
+                if reasons:
                     put(skipped=name, reasons=reasons)
                     continue
                 result = run_case(run, stage, name, request.device, this.bounds, inputs)
                 put(result=asdict(result))
                 if request.time and result.passed and load(stage.cases)[name].bench:
-                    put(speed=asdict(_speed(run, stage, name, request.device, inputs)))
+                    put(speed=asdict(_speed(target, stage, name, request.device, inputs)))
             except Exception as error:  # whatever a variant raises is its failure, not ours
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
                 put(result=asdict(CaseResult(name, False, float("inf"), 0.0, reason)))

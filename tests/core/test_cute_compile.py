@@ -126,7 +126,7 @@ def test_local_memory_is_seen() -> None:
 @pytest.mark.parametrize("target", [Target.SM90, Target.SM100], ids=str)
 @pytest.mark.parametrize("scale_layout", ["linear", "128x4"])
 def test_the_quantise_kernel_compiles_without_spills(target: Target, scale_layout: str) -> None:
-    artifact = compiler.compile_kernel(kernel.spec("bfloat16", scale_layout, kernel.LARGE[scale_layout], target))
+    artifact = compiler.compile_kernel(kernel.spec("bfloat16", scale_layout, kernel.SHAPE[scale_layout], target))
     (found,) = inspect.kernels(artifact.cubin)
     assert not found.spills
     assert found.registers <= 64  # four CTAs of 256 threads an SM
@@ -168,7 +168,7 @@ def test_compile_fails_on_local_memory(
         ({"four_over_six": "mse"}, "four_over_six"),
         ({"scale_dims": -1}, "amax"),
         ({"scale_dims": 2}, "batch"),
-        ({"rows": 2**20, "k": 2**15}, "rows"),
+        ({"rows": 2**20, "k": 2**15}, "scales"),
     ],
 )
 def test_the_kernel_refuses_what_it_cannot_do(facts: dict[str, Any], word: str) -> None:

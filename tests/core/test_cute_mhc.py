@@ -19,6 +19,7 @@ from megamoe.numerics import mhc as definition
 HOST = Target.HOST
 STREAMS = mhc.STREAMS
 TOKENS = 97
+TERMS = {"high": 0, "middle": 1, "low": 2}  # of bf16
 
 
 @cute.jit  # type: ignore[untyped-decorator]
@@ -28,7 +29,7 @@ def sinkhorn_all(comb: cute.Pointer, count: Int32, iters: Int32, eps: Float32) -
         own = cute.make_rmem_tensor((STREAMS, STREAMS), Float32)
         for k in cutlass.range_constexpr(16):
             own[k // 4, k % 4] = matrices[i, k // 4, k % 4]
-        mhc.sinkhorn(own, iters, eps, lambda value: value, HOST)
+        mhc.sinkhorn(own, iters, eps, HOST)
         for k in cutlass.range_constexpr(16):
             matrices[i, k // 4, k % 4] = own[k // 4, k % 4]
 
@@ -51,12 +52,12 @@ def mix_all(
     mixing = cute.make_tensor(comb, cute.make_layout((count, 16), stride=(16, 1)))
     for i in range(count):
         factors = [weights[i, k] for k in range(STREAMS)]
-        words = mhc.post_mix(
-            [old[i, k] for k in range(STREAMS)], added[i], factors, [mixing[i, k] for k in range(16)], HOST
-        )
+        rows = [factors, *([mixing[i, 4 * s + k] for k in range(STREAMS)] for s in range(STREAMS))]
+        sources = [[added[i]], *([old[i, k]] for k in range(STREAMS))]
+        words = mhc.post_mix(sources, rows.__getitem__, HOST)
         for k in cutlass.range_constexpr(STREAMS):
-            new[i, k] = words[k]
-        collapsed[i] = mhc.collapse(words, factors, HOST)
+            new[i, k] = words[k][0]
+        collapsed[i] = mhc.collapse([words[k][0] for k in range(STREAMS)], factors, HOST)
 
 
 @cute.jit  # type: ignore[untyped-decorator]
@@ -71,6 +72,8 @@ def apply_all(x: cute.Pointer, out: cute.Pointer, count: Int32, what: Constexpr)
             low, high = bf16.unpack(bf16.pack(low, high, HOST))
         elif cutlass.const_expr(what == "split"):
             low, high = (arith.number(term) for term in warp.split_tf32(low, HOST))
+        elif cutlass.const_expr(what in TERMS):
+            low, high = bf16.unpack(warp.split_bf16(low, high, HOST)[TERMS[what]])
         elif cutlass.const_expr(what == "normalise"):
             word = mhc.normalise(bf16.pack(low, high, HOST), Float32(0.37), [Float32(1.1), Float32(-0.7)], HOST)
             low, high = bf16.unpack(word)
@@ -117,6 +120,14 @@ def test_sinkhorn_is_the_definition(iters: int, spread: float) -> None:
         assert rel_l2(got, definition.sinkhorn(logits, iters=iters - 1)) > 1e-5
 
 
+def test_sinkhorn_without_eps_keeps_columns_that_all_but_vanish() -> None:
+    logits = torch.zeros(1, STREAMS, STREAMS)
+    logits[0, :, 2] = -70.0  # e^-70 / 3 is far above what stands in for an eps of 0
+    got = logits.clone()
+    compiled(sinkhorn_all)(pointer(got, Float32), Int32(1), Int32(20), Float32(0.0))
+    assert rel_l2(got, definition.sinkhorn(logits.double(), eps=0.0)) < 1e-6
+
+
 def test_sinkhorn_of_a_nan_is_nan() -> None:
     logits = torch.zeros(2, STREAMS, STREAMS)
     logits[0, 2, 1] = torch.nan
@@ -158,6 +169,15 @@ def test_two_tf32_terms_are_all_but_the_last_bits() -> None:
     assert not (high.view(torch.int32) & 0x1FFF).any()
     kept = (rest.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
     assert float(((high.double() + kept.double() - x[:, 0]).abs() / x[:, 0].abs()).max()) <= 2**-21
+
+
+def test_three_bf16_terms_are_all_but_the_last_bits() -> None:
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(1000, 2, generator=generator) * torch.exp2(torch.randint(-60, 60, (1000, 2), generator=generator))
+    terms = torch.stack([apply(term, x) for term in TERMS]).double()
+    assert torch.equal(terms[0].float(), x.bfloat16().float())
+    assert torch.equal((terms[0] + terms[1]).float(), terms[0].float() + (x - terms[0].float()).bfloat16().float())
+    assert float(((terms.sum(0) - x.double()).abs() / x.double().abs()).max()) <= 2**-24
 
 
 def test_norm_is_the_definition() -> None:

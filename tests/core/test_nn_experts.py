@@ -180,6 +180,97 @@ def test_state_moves_with_the_module() -> None:
     assert {b.device.type for b in layer.to("meta").buffers()} == {"meta"}
 
 
+def same(got: NVFP4Tensor | Tensor, want: NVFP4Tensor | Tensor) -> bool:
+    """Bit for bit, layout and all."""
+    assert isinstance(got, NVFP4Tensor)
+    assert isinstance(want, NVFP4Tensor)
+    pairs = [(got.codes, want.codes), (got.scales.view(torch.uint8), want.scales.view(torch.uint8))]
+    pairs.append((got.global_scale_dec, want.global_scale_dec))
+    return got.scale_layout == want.scale_layout and all(torch.equal(a, b) for a, b in pairs)
+
+
+def in_order(order: str, layout: str) -> tuple[NVFP4Tensor, NVFP4Tensor]:
+    """Weights whose gate and up halves have global scales of their own, gate or up rows first."""
+    gate_up, down = plain_weights()
+    parts = gate_up.view(EXPERTS, 2, INTERMEDIATE, HIDDEN)  # (E, half, I, H)
+    if order == "up_gate":
+        parts = parts.flip(1)
+    enc = nvfp4.global_scale_enc(parts.abs().amax((-2, -1)))  # (E, 2)
+    return nvfp4.quantize(parts.flatten(1, 2), enc, scale_layout=layout), quantized(down, layout)
+
+
+@pytest.mark.parametrize("layout", ["linear", "128x4"])
+@pytest.mark.parametrize("order", ["gate_up", "up_gate"])
+def test_prepared_weights_give_the_same_result_and_come_back(order: str, layout: str) -> None:
+    weights = in_order(order, layout)
+    layer, prepared = (
+        Experts(*weights, limit=LIMIT, activation_scale_enc=torch.tensor(26.88), order=order) for _ in range(2)
+    )
+    x, indices, routing = routed()
+    want = layer(x.bfloat16(), indices, routing)
+    assert prepared.prepare(always=True) is prepared
+    assert prepared.gate_up.prepared
+    assert "prepared" in repr(prepared)
+    kept = prepared.gate_up.codes
+    assert kept.shape != weights[0].codes.shape, "padded to whole slabs"
+    assert torch.equal(prepared(x.bfloat16(), indices, routing), want)
+    for name, given in zip(("gate_up", "down"), weights, strict=True):
+        assert same(prepared.weight(name), given)
+    prepared.prepare(always=True)
+    assert prepared.gate_up.codes is kept, "once"
+
+
+def test_gate_and_up_in_either_order_give_the_same() -> None:
+    x, indices, routing = routed()
+    outs = [
+        Experts(*in_order(order, "linear"), limit=LIMIT, activation_scale_enc=torch.tensor(26.88), order=order)(
+            x.bfloat16(), indices, routing
+        )
+        for order in ("gate_up", "up_gate")
+    ]
+    assert torch.equal(*outs)
+    gate_up, down = plain_weights()
+    turned = gate_up.view(EXPERTS, 2, INTERMEDIATE, HIDDEN).flip(1).flatten(1, 2)
+    exact = [
+        Experts(w, down, limit=LIMIT, order=order)(x, indices, routing)
+        for w, order in ((gate_up, "gate_up"), (turned, "up_gate"))
+    ]
+    torch.testing.assert_close(*exact)
+    with pytest.raises(ArgumentError, match="order"):
+        Experts(gate_up, down, limit=LIMIT, order="interleaved")
+
+
+def test_weights_are_prepared_only_for_kernels_that_would_run() -> None:
+    layer = nvfp4_layer().prepare()
+    assert not layer.gate_up.prepared, "there are none on a CPU"
+    gate_up, down = plain_weights()
+    exact = Experts(gate_up, down, limit=LIMIT).prepare(always=True)
+    assert exact.weight("gate_up") is gate_up
+
+
+@pytest.mark.parametrize("source_prepared", [False, True])
+@pytest.mark.parametrize("target_prepared", [False, True])
+def test_state_crosses_layouts(source_prepared: bool, target_prepared: bool) -> None:
+    source = nvfp4_layer("128x4")
+    target = Experts(*(quantized(w) for w in plain_weights(9)), limit=LIMIT, activation_scale_enc=torch.tensor(1.0))
+    for layer, wanted in ((source, source_prepared), (target, target_prepared)):
+        if wanted:
+            layer.prepare(always=True)
+    target.load_state_dict(source.state_dict())
+    assert target.down.prepared == target.gate_up.prepared == source_prepared
+    for name in ("gate_up", "down"):
+        assert same(target.weight(name), source.weight(name))
+    x, indices, weights = routed()
+    assert torch.equal(target(x, indices, weights), source(x, indices, weights))
+
+
+def test_state_of_another_size_is_refused() -> None:
+    gate_up, down = plain_weights()
+    smaller = Experts(quantized(gate_up[:8]), quantized(down[:8]), limit=LIMIT, activation_scale_enc=torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        nvfp4_layer().load_state_dict(smaller.state_dict())
+
+
 BAD_WEIGHTS: dict[str, tuple[Any, str]] = {
     "mixed kinds": (lambda g, d: (quantized(g), d), "down"),
     "mixed kinds the other way": (lambda g, d: (g, quantized(d)), "down"),

@@ -39,6 +39,8 @@ def test_holds_its_data(unpacked: Path) -> None:
         "megamoe/templates/stage/reference.py.txt",
         "megamoe/testing/bench_variants.py",
         "megamoe_stages/py.typed",
+        "ptxemu/native/machine.c",
+        "ptxemu/native/ptxemu.h",
         "megamoe_stages/quantize/evidence/fused_sm100-sm_100-compiled.json",
     ):
         assert (unpacked / name).is_file(), name

@@ -44,6 +44,21 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
         next(roofline.sweep(runtime().stages["quantize"]))
 
 
+def test_a_part_of_an_op_can_be_swept() -> None:
+    """The activation of swiglu_quant: 4.5625 bytes a result; what torch.compile gets gives the right codes."""
+    subject = roofline.subject_of(runtime().stages["swiglu_quant"])
+    inputs = subject.cases["flash 64x2048 128x4"].inputs("flash 64x2048 128x4")
+    assert subject.bytes_moved(**inputs) == 64 * 2048 * 4.5625
+    got, want = subject.fallback(**inputs), subject.expected(**inputs)
+    assert torch.equal(got.codes, want.codes)
+    assert set(subject.variants(inputs)) == {"fused_act", "fallback"}
+
+
+def test_an_op_that_is_not_bound_by_memory_is_not_swept() -> None:
+    with pytest.raises(MegamoeError, match="no SWEEP"):
+        roofline.subject_of(runtime().stages["multi_cta_attention"])
+
+
 def test_bytes_moved_are_those_of_the_issue() -> None:
     """2.5625 a value of quantize and inverse_rope_quant, 20.5625 a token and hidden dim of mhc_quant."""
     from megamoe_stages.inverse_rope_quant.cases import make as rope

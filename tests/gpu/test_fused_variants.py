@@ -57,7 +57,8 @@ def test_runs_on_the_current_stream(stage: Stage, variant: Variant, run: Callabl
     """Its inputs are written late on a side stream: a launch on another one would read what was there before."""
     for inputs in fused_cases(stage, variant).values():
         expected = outputs(stage, run, inputs)
-        name, value = next((n, v) for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point())
+        tensors = [(n, v) for n, v in inputs.items() if isinstance(v, torch.Tensor)]
+        name, value = next((pair for pair in tensors if pair[1].is_floating_point()), tensors[0])
         late = torch.zeros_like(value)
         torch.cuda.synchronize()
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

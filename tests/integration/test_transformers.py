@@ -70,7 +70,7 @@ def test_exact_prefill_matches(model: DeepseekV4ForCausalLM, ids: Tensor, plain:
     calls = Calls()
     with use(observer=calls):
         assert relative(model(ids).logits, plain) < EXACT
-    assert set(calls.of) == {"multi_cta_attention"}  # the other ops are the ones that quantise
+    assert set(calls.of) == {"multi_cta_attention", "moe_route", "moe_permute", "moe_combine"}  # the others quantise
 
 
 def test_exact_decode_token_by_token_matches(model: DeepseekV4ForCausalLM, ids: Tensor, plain: Tensor) -> None:
@@ -178,9 +178,12 @@ def test_nvfp4_stays_near_the_model_and_uses_every_op(
     assert 1e-3 < relative(logits, plain) < NVFP4
     assert calls.of == {
         "mhc_quant": (2 * layers - 1) * passes,  # every boundary between two sublayers
+        "moe_route": layers * passes,
+        "moe_permute": layers * passes,
         "swiglu_quant": layers * passes,
         "inverse_rope_quant": layers * passes,
         "grouped_gemm": 3 * layers * passes,  # the experts' second, wo_a, wo_b
+        "moe_combine": layers * passes,
         "quantize": layers * passes,  # z; the experts' input comes out of mhc_quant
         "multi_cta_attention": 4 + 3,  # 3 layers also look at compressed entries
         "fp4_kv_decode": calls.of["fp4_kv_decode"],
@@ -251,6 +254,9 @@ def test_off_leaves_the_models_own_code(model: DeepseekV4ForCausalLM, ids: Tenso
     ("off", "own"),
     [
         ("swiglu_quant", {"experts"}),
+        ("moe_route", {"router"}),
+        ("moe_permute", {"experts"}),
+        ("moe_combine", {"experts"}),
         ("grouped_gemm", {"experts", "attention_output"}),
         ("quantize", {"attention_output"}),
         ("inverse_rope_quant", {"attention_output"}),

@@ -14,7 +14,7 @@ from cutlass.cute.runtime import make_ptr
 
 from megamoe.cute import compiler, inspect, layout, strips
 from megamoe.cute.arith import Target
-from megamoe.cute.strips import Output, Shape
+from megamoe.cute.strips import Output, Shape, Tiles
 from megamoe.errors import ArgumentError
 from megamoe.numerics.layout import padded_shape
 from megamoe_stages.inverse_rope_quant import contract, kernel, launch, limits, sm90, sm100
@@ -22,7 +22,7 @@ from megamoe_stages.inverse_rope_quant.cases import CASES, make
 from megamoe_stages.inverse_rope_quant.reference import inverse_rope_quant as reference
 
 DTYPES = {torch.bfloat16: BFloat16, torch.float16: Float16, torch.float32: Float32}
-ONE, FOUR = Shape(64, 1), Shape(128, 4)  # blocks a thread
+ONE, FOUR = Shape(128, 1, 2), kernel.LARGE["128x4"]  # blocks a thread
 ON_HOST = [
     name
     for name, case in CASES.items()
@@ -32,7 +32,8 @@ ON_HOST = [
 
 @cute.jit  # type: ignore[untyped-decorator]
 def run_on_host(
-    cta: Int32,
+    across: Int32,
+    down: Int32,
     grid_at: cute.Pointer,
     pointers: tuple[cute.Pointer, ...],
     tokens: Int32,
@@ -54,34 +55,30 @@ def run_on_host(
         return cute.make_tensor(at, cute.make_ordered_layout(sizes, order=tuple(reversed(range(len(sizes))))))
 
     table = (compact(cos, rows, half), compact(sin, rows, half))
-    heads = kernel.Heads(compact(o, tokens, count, head_dim), compact(positions, tokens * step), *table, groups)
     values_of_row = count // groups * head_dim
+    to = compact(codes, groups, tokens, values_of_row // 2)
+    heads = kernel.heads_of(compact(o, tokens, count, head_dim), compact(positions, tokens * step), *table, to)
     bytes_ = compact(scales, groups, scale_rows, scale_cols)
     one = cute.make_layout(())
-    out = Output(
-        compact(codes, groups, tokens, values_of_row // 2),
-        bytes_,
-        cute.make_tensor(enc, one),
-        cute.make_tensor(dec, one),
-        tiled,
-    )
+    scalars = (cute.make_tensor(enc, one), cute.make_tensor(dec, one))
     divisor = cute.FastDivmodDivisorV2
-    grid = cute.make_tensor(grid_at, cute.make_layout(1))
+    grid = cute.make_tensor(grid_at, cute.make_layout(3))
     if cutlass.const_expr(tiled):
         tile_rows = scale_rows // layout.TILE_ROWS
-        grid[0] = strips.tiled_grid(groups * tile_rows, heads.cols, shape)
-        tiles = (divisor(tile_rows), divisor(strips.tiled_across(heads.cols, shape)), divisor(heads.blocks))
+        bits = strips.slice_bits(tokens, shape)
+        tiles = Tiles(tokens, heads.cols, groups * tile_rows, divisor(tile_rows), bits)
+        grid[0], grid[1], grid[2] = strips.tiled_grid(tiles, shape)
         for thread in range(shape.threads):
-            place = kernel.tiled_place(heads, cta, thread, tiles, shape)
-            kernel.rotate(heads, *place, out, Target.HOST, shape.blocks)
-            strips.write_dec(out, cta + thread == 0, Target.HOST)
+            out = Output(to, bytes_, *scalars, True, across + down + thread == 0)
+            strip = strips.tiled_strip(tiles, across, down, thread, shape)
+            kernel.turn_tiled(heads, strip, divisor(heads.blocks), out, Target.HOST, shape)
+            strips.write_rest(strip, out, bits, shape)
     else:
-        grid[0] = kernel.linear_grid(heads, shape)
+        grid[0], grid[1], grid[2] = kernel.linear_grid(heads, shape)
         divisors = kernel.linear_divisors(heads)
         for thread in range(shape.threads):
-            place = kernel.linear_place(heads, cta, thread, divisors, shape)
-            kernel.rotate(heads, *place, out, Target.HOST, shape.blocks)
-            strips.write_dec(out, cta + thread == 0, Target.HOST)
+            out = Output(to, bytes_, *scalars, False, across + down + thread == 0)
+            kernel.turn_linear(heads, across, down, thread, divisors, out, Target.HOST, shape)
 
 
 def pointer(tensor: torch.Tensor, dtype: Any) -> Any:
@@ -93,7 +90,7 @@ def compiled(dtype: torch.dtype, shape: Shape, tiled: bool) -> Any:
     types = (DTYPES[dtype], Int32, Float32, Float32, Float32, Uint8, Uint8, Float32)
     pointers = tuple(make_ptr(t, 16, cute.AddressSpace.generic, assumed_align=16) for t in types)
     grid = make_ptr(Int32, 16, cute.AddressSpace.generic, assumed_align=16)
-    return cute.compile(run_on_host, Int32(0), grid, pointers, *[Int32(1)] * 9, shape, tiled)
+    return cute.compile(run_on_host, Int32(0), Int32(0), grid, pointers, *[Int32(1)] * 9, shape, tiled)
 
 
 def on_host(inputs: dict[str, Any], shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -110,10 +107,15 @@ def on_host(inputs: dict[str, Any], shape: Shape) -> tuple[torch.Tensor, torch.T
     types = (DTYPES[o.dtype], Int32, Float32, Float32, Float32, Uint8, Uint8, Float32)
     sizes = (tokens, heads, head_dim, *cos.shape, len(words) // tokens, groups, tail[1], tail[0])
     pointers = tuple(pointer(t, kind) for t, kind in zip(tensors, types, strict=True))
-    program, grid, cta = compiled(o.dtype, shape, tiled), torch.ones(1, dtype=torch.int32), 0
-    while cta < int(grid):
-        program(Int32(cta), pointer(grid, Int32), pointers, *map(Int32, sizes))
-        cta += 1
+    program, grid = compiled(o.dtype, shape, tiled), torch.zeros(3, dtype=torch.int32)
+
+    def run(across: int, down: int) -> None:
+        program(Int32(across), Int32(down), pointer(grid, Int32), pointers, *map(Int32, sizes))
+
+    run(0, 0)
+    for down in range(int(grid[1] * grid[2]) + 1):  # one too many does nothing: the last z may hold such ones
+        for across in range(int(grid[0])):
+            run(across, down)
     return codes, scales, dec
 
 
@@ -174,7 +176,7 @@ def test_the_kernel_compiles_without_spills(
     target: Target, scale_layout: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEGAMOE_CACHE_DIR", str(tmp_path))
-    artifact = compiler.compile_kernel(kernel.spec("bfloat16", scale_layout, kernel.LARGE, target))
+    artifact = compiler.compile_kernel(kernel.spec("bfloat16", scale_layout, kernel.LARGE[scale_layout], target))
     (found,) = inspect.kernels(artifact.cubin)
     assert not found.spills
     assert found.registers <= 72  # three CTAs of 256 threads an SM
@@ -188,7 +190,9 @@ def test_kernels_have_names_of_their_own() -> None:
         specs = module.kernels()
         assert {spec.arch for spec in specs} == {arch}
         assert len({spec.name for spec in specs}) == len(specs)
-        assert {kernel.shape_for(d, n) for d in strips.DTYPES for n in (1, 1 << 20)} == {kernel.SMALL, kernel.LARGE}
+        for scale_layout, large in kernel.LARGE.items():
+            shapes = {kernel.shape_for(d, scale_layout, n) for d in strips.DTYPES for n in (1, 1 << 21)}
+            assert shapes == {kernel.SMALL, large}
 
 
 @pytest.mark.parametrize(
@@ -196,8 +200,12 @@ def test_kernels_have_names_of_their_own() -> None:
     [
         ({}, True),
         ({"rows": 65536, "heads": 128, "head_dim": 512}, True),
-        ({"rows": 2**23, "heads": 1, "head_dim": 16}, False),
-        ({"rows": 2**20, "heads": 128, "head_dim": 512}, False),
+        ({"rows": 2**18, "heads": 128, "head_dim": 512, "groups": 16}, True),
+        ({"rows": 2**18 + 1, "heads": 128, "head_dim": 512, "groups": 16}, False),
+        ({"rows": 2**18, "heads": 128, "head_dim": 512, "groups": 16, "scale_layout": "128x4"}, True),
+        ({"rows": 2**28, "heads": 1, "head_dim": 16, "scale_layout": "128x4"}, True),
+        ({"rows": 2**28 + 1, "heads": 1, "head_dim": 16, "scale_layout": "128x4"}, False),
+        ({"rows": 1, "heads": 2**23, "head_dim": 64, "groups": 2**23, "scale_layout": "128x4"}, False),
     ],
 )
 def test_limits(facts: dict[str, int], fits: bool) -> None:
@@ -213,7 +221,7 @@ def test_wrong_arguments_are_named_before_anything_is_compiled(module: Any, monk
     with pytest.raises(ArgumentError) as caught:
         module.inverse_rope_quant(**{**inputs, "groups": 3})
     assert caught.value.argument == "groups"
-    wide = torch.empty(1, dtype=torch.bfloat16).expand(2**23, 4, 16)
+    wide = torch.empty(1, dtype=torch.bfloat16).expand(2**29, 4, 16)
     monkeypatch.setattr(contract, "check", lambda *_, **__: None)
     with pytest.raises(ArgumentError, match="counts up to"):
         module.inverse_rope_quant(**{**inputs, "o": wide})

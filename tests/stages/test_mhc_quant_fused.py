@@ -3,63 +3,110 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from megamoe.cute import compiler, inspect
+import ptxemu
+from megamoe.cute import arith, compiler, inspect, warp
 from megamoe.cute.arith import Target
 from megamoe.errors import ArgumentError
-from megamoe_stages.mhc_quant import launch, limits, places, sm90, sm100
+from megamoe.numerics import nvfp4
+from megamoe_stages.mhc_quant import kernel, launch, limits, mix, places, reference, sm90, sm100
 from megamoe_stages.mhc_quant.cases import CASES, make
+from megamoe_stages.mhc_quant.contract import BOUNDS
+from megamoe_stages.mhc_quant.places import Shape
 
 SHARED_MEMORY = 227 * 1024  # of a CTA on both architectures
-HIDDEN = 2 * places.UNIT  # two warps' worth
+UNITS = 2
+HIDDEN = UNITS * places.UNIT  # two warps' worth
 
 
 def _inputs(**params: Any) -> dict[str, Any]:
     return make(torch.Generator().manual_seed(0), **{"tokens": 3, "hidden": 32, **params})
 
 
-def _shared_fn(fn: torch.Tensor) -> torch.Tensor:
-    """fn (24, 4 * HIDDEN) as a CTA of two warps a team keeps it: (slots, 4)."""
-    slots = torch.full((2 * places.UNIT_FN // 4, 4), torch.nan, dtype=fn.dtype)
-    for i, lane in itertools.product(range(2 * places.COPIES), range(32)):
-        row, stream, dim, slot = places.fn_piece(i, lane)
-        assert slots[slot].isnan().all()  # written once
-        slots[slot] = fn[row, stream * HIDDEN + dim : stream * HIDDEN + dim + 4]
+def _split(low: float, high: float, target: Target) -> list[tuple[float, float]]:
+    """`warp.split_bf16` on plain numbers."""
+    del target
+    terms, rest = [], torch.tensor([low, high])
+    for _ in range(3):
+        terms.append(rest.bfloat16().float())
+        rest = rest - terms[-1]
+    return [(float(term[0]), float(term[1])) for term in terms]
+
+
+def _stored(fn: torch.Tensor, parts: int, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """What a CTA of two warps a team keeps of fn (24, 4 * HIDDEN): (slots, registers, values of one)."""
+    two = parts == places.BF16_PARTS
+    for module, name, plain in (
+        (arith, "select", lambda condition, yes, no: yes if condition else no),
+        (arith, "number", lambda word: word),
+        (warp, "split_bf16", _split),
+        (mix, "Int32", int),
+        (mix, "Uint32", lambda _: (0.0, 0.0)),
+    ):
+        monkeypatch.setattr(module, name, plain)
+    shape = Shape(1, 1, UNITS, parts, whole=True)
+    given: Any = None  # H is known where the slices are whole
+    slots = torch.full((UNITS * places.PIECES * parts * 32, 4, 2 if two else 1), torch.nan, dtype=torch.float64)
+    values = fn.flatten().tolist()
+    places_of_lanes: Any = itertools.product(range(UNITS * places.PIECES), range(32))
+    for piece, lane in places_of_lanes:
+        starts: Any = [mix.source_of(piece, group, lane, cast("Any", 0), given, shape)[0] for group in range(3)]
+        for part, four in enumerate(mix.parts_of([values[at : at + 8] for at in starts], parts, Target.HOST)):
+            slot: Any = mix.slot_of(piece, part, lane, parts)
+            assert slots[slot].isnan().all()  # written once
+            slots[slot] = torch.tensor(four, dtype=torch.float64).view(4, -1)
     assert not slots.isnan().any()
     return slots
 
 
-def test_operands_are_where_mma_wants_them() -> None:
-    """Follows each lane's values of the streams and of fn through `mma.m16n8k8` as PTX lays it out."""
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`mma` as PTX lays out its operands, of the registers of 32 lanes: (32, 4, n) and (32, 2, n) to (16, 8)."""
+    n = left.shape[-1]
+    a = left.view(8, 4, 2, 2, n).permute(3, 0, 2, 1, 4).reshape(16, 8 * n)  # row half, g; column half, q
+    return a @ right.view(8, 4, 2, n).permute(2, 1, 3, 0).reshape(8 * n, 8)
+
+
+@pytest.mark.parametrize("parts", [places.BF16_PARTS, places.TF32_PARTS])
+def test_operands_are_where_mma_wants_them(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Follows each lane's values of the streams and of fn through `mma` as PTX lays it out."""
     generator = torch.Generator().manual_seed(1)
-    streams = torch.randn(places.GROUP, 4, HIDDEN, generator=generator, dtype=torch.float64)
-    fn = torch.randn(24, 4 * HIDDEN, generator=generator, dtype=torch.float64)
-    slots, dots = _shared_fn(fn), torch.zeros(places.GROUP, 24, dtype=torch.float64)
-    for unit, stream, chunk, half, tile, step in itertools.product(
-        range(2), range(4), range(2), range(2), range(3), range(2)
-    ):
-        a, b = torch.zeros(16, 8, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64)
-        for g, q in itertools.product(range(8), range(4)):
-            dim = unit * places.UNIT + chunk * places.CHUNK + q * 8 + half * 4 + step * 2  # of the lane's word
-            for token in (g, g + 8):
-                a[token, q], a[token, q + 4] = streams[token, stream, dim], streams[token, stream, dim + 1]
-            right = slots[places.fn_fragment(unit, stream, chunk, half, tile) * 32 + g * 4 + q]
-            b[q, g], b[q + 4, g] = right[2 * step], right[2 * step + 1]
-        dots[:, tile * 8 : tile * 8 + 8] += a @ b
-    assert torch.allclose(dots, streams.flatten(1) @ fn.T)
+    streams = torch.randn(8, 4, HIDDEN, generator=generator, dtype=torch.float64)
+    fn = torch.randn(24, 4 * HIDDEN, generator=generator)
+    slots, dots = _stored(fn, parts, monkeypatch), torch.zeros(24, 8, dtype=torch.float64)
+    for unit, stream, chunk in itertools.product(range(UNITS), range(4), range(2)):
+        piece = unit * places.PIECES + stream * 2 + chunk
+        of = slots.view(-1, parts, 32, 4, slots.shape[-1])[piece]
+        first = unit * places.UNIT + chunk * places.CHUNK
+        words = streams[:, stream, first : first + places.CHUNK].reshape(32, 4, 2)  # lane, word, half
+        if parts == places.BF16_PARTS:
+            for half in range(2):
+                steps = [_product(of[half * 5 + i], words[:, half * 2 : half * 2 + 2]) for i in range(5)]
+                hi, last, mid, lo, last_lo = steps
+                dots[:16] += hi + mid + lo
+                dots[16:] += last[:8] + last[8:] + last_lo[8:]
+                assert not last_lo[:8].any()
+        else:
+            for w in range(4):
+                right = words[:, w].unsqueeze(-1)
+                dots[:16] += _product(of[w], right)
+                two = of[4 + w // 2, :, w % 2 * 2 : w % 2 * 2 + 2]
+                dots[16:] += _product(two.repeat_interleave(2, dim=1), right)[:8]
+    assert torch.allclose(dots, fn.double() @ streams.flatten(1).T, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("hidden", [16, 32, 208, 256, 512, 528, 2048, 4080, 4096, 4112, 7152, 7168])
+@pytest.mark.parametrize("hidden", [16, 32, 208, 256, 512, 1024, 2048, 4096, 7168])
 def test_a_cluster_covers_the_hidden_dims_and_fits(hidden: int) -> None:
     shape = launch.cut(hidden)
     assert shape.covers >= hidden and shape.whole == (shape.covers == hidden)
     assert shape.shared_bytes <= SHARED_MEMORY
     assert shape.owned * shape.ctas == places.GROUP
-    assert shape.team > places.SHARED_SUMS * places.GROUP  # the rest of the team sends what the owners need
+    assert shape.team >= places.GROUP * (limits.STREAMS + 1)  # a thread copies 16 bytes of the factors
+    assert shape.team >= places.GROUP // 4 * shape.ctas  # and sends four sums of squares
+    assert shape.team_words % 4 == 0  # 16 bytes at once
 
 
 @pytest.mark.parametrize(
@@ -68,6 +115,8 @@ def test_a_cluster_covers_the_hidden_dims_and_fits(hidden: int) -> None:
         ({"dtype": "float16"}, "float16"),
         ({"streams": 2}, "2 streams"),
         ({"hidden": limits.MAX_HIDDEN + 16}, "H = 7184"),
+        ({"hidden": 272}, "H = 272"),
+        ({"hidden": 5120}, "H = 5120: the kernel has any up to 256, and 512, 1024, 2048, 4096, 7168"),
         ({"rows": 2**17, "hidden": 4096}, "about 131072 tokens"),
     ],
 )
@@ -86,7 +135,12 @@ def test_limits_take_the_models() -> None:
 @pytest.mark.parametrize("variant", [sm90.mhc_quant, sm100.mhc_quant])
 @pytest.mark.parametrize(
     ("params", "reason"),
-    [({"dtype": torch.float16}, "float16"), ({"streams": 2}, "2 streams"), ({"hidden": 7184}, "H = 7184")],
+    [
+        ({"dtype": torch.float16}, "float16"),
+        ({"streams": 2}, "2 streams"),
+        ({"hidden": 7184}, "H = 7184"),
+        ({"hidden": 528}, "H = 528"),
+    ],
 )
 def test_what_the_kernel_cannot_do_is_refused_before_a_launch(
     variant: Any, params: dict[str, Any], reason: str
@@ -137,5 +191,27 @@ def test_the_kernel_for_flash_compiles_without_spills(target: Target) -> None:
     artifact = compiler.compile_kernel(spec)
     (found,) = inspect.kernels(artifact.cubin)
     assert not found.spills
-    assert found.registers <= 65536 // (places.TEAMS * launch.cut(4096).team)
-    assert "st.async" in artifact.ptx and "mma.sync.aligned.m16n8k8" in artifact.ptx
+    assert found.registers <= 65536 // (launch.cut(4096).all_warps * 32)
+    assert "st.async" in artifact.ptx and "mma.sync.aligned.m16n8k16" in artifact.ptx
+
+
+def test_the_emulated_kernel_computes_a_case_and_races_nowhere() -> None:
+    """PTX run by `ptxemu`, whose asynchronous copies and stores arrive as late as they may."""
+    tokens, hidden = 19, 208
+    inputs = _inputs(tokens=tokens, hidden=hidden, scale_layout="128x4")
+    layout = inputs.pop("scale_layout")
+    want = reference.mhc_quant(**inputs, scale_layout=layout)
+    read = tuple(inputs.values())
+    quantized = [want.quantized.codes, want.quantized.scales.view(torch.uint8), want.quantized.global_scale_dec]
+    residual, normed, codes, scales, dec, post, comb = written = [
+        torch.full_like(tensor, 7) for tensor in (want.residual, want.normed, *quantized, want.post, want.comb)
+    ]
+    artifact = compiler.compile_kernel(kernel.spec(launch.cut(hidden), "float32", Target.SM90))
+    report = ptxemu.run(artifact, *read, *written, 20, 1e-6, 1e-6, 1, 1, policy="lazy")
+    assert not report.findings
+    for name, got in (("residual", residual), ("normed", normed), ("post", post), ("comb", comb)):
+        reached = getattr(want, name).double()
+        assert float((got.double() - reached).norm() / reached.norm()) <= BOUNDS[name].rel_l2, name
+    own = nvfp4.quantize(normed, inputs["global_scale_enc"], scale_layout=layout)
+    assert torch.equal(own.codes, codes) and torch.equal(own.scales.view(torch.uint8), scales)
+    assert torch.equal(dec, want.quantized.global_scale_dec)

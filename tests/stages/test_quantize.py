@@ -156,8 +156,8 @@ def test_inputs_are_left_alone() -> None:
 
 def test_problem_is_hashable_and_buckets_rows() -> None:
     a = contract.problem(torch.zeros(3, 33, 32), torch.ones(3), scale_layout="128x4")
-    b = contract.problem(torch.zeros(128, 32), torch.ones(1), scale_layout="128x4")
-    assert hash(a) == hash(b) and a == b and a.rows == 128
+    b = contract.problem(torch.zeros(4, 32, 32), torch.ones(4), scale_layout="128x4")
+    assert hash(a) == hash(b) and a == b and (a.rows, a.entries) == (128, 4)
     assert contract.problem(torch.zeros(3, 32)).scale_dims == -1
 
 

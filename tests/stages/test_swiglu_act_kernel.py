@@ -14,7 +14,7 @@ from cutlass.cute.runtime import make_ptr
 
 from megamoe.cute import compiler, inspect, layout, strips
 from megamoe.cute.arith import Target
-from megamoe.cute.strips import Output, Shape
+from megamoe.cute.strips import Output, Shape, Tiles
 from megamoe.errors import ArgumentError
 from megamoe.numerics.layout import padded_shape
 from megamoe.numerics.nvfp4 import NVFP4Tensor, dequantize, quantize
@@ -26,7 +26,8 @@ SHAPE = Shape(64, 2)
 
 @cute.jit  # type: ignore[untyped-decorator]
 def run_on_host(
-    cta: Int32,
+    across: Int32,
+    down: Int32,
     grid_at: cute.Pointer,
     pointers: tuple[cute.Pointer, ...],
     limit: Float32,
@@ -37,6 +38,7 @@ def run_on_host(
     scale_cols: Int32,
     tiled: Constexpr,
     weighted: Constexpr,
+    packed: Constexpr,
 ) -> None:
     """What one CTA does, one thread after another, and the size of the grid."""
     values, enc, row_weight, codes, scales, dec = pointers
@@ -45,31 +47,29 @@ def run_on_host(
         return cute.make_tensor(at, cute.make_ordered_layout(sizes, order=tuple(reversed(range(len(sizes))))))
 
     one = cute.make_layout(())
-    source = kernel.gate_up(compact(values, rows, width), compact(row_weight, rows), limit, gate_first, weighted)
-    out = Output(
-        compact(codes, rows, width // 4),
-        compact(scales, scale_rows, scale_cols),
-        cute.make_tensor(enc, one),
-        cute.make_tensor(dec, one),
-        tiled,
+    source = kernel.gate_up(
+        compact(values, rows, width), compact(row_weight, rows), limit, gate_first, weighted, packed
     )
-    grid = cute.make_tensor(grid_at, cute.make_layout(1))
-    divisor = cute.FastDivmodDivisorV2
+    to = (compact(codes, rows, width // 4), compact(scales, scale_rows, scale_cols))
+    scalars = (cute.make_tensor(enc, one), cute.make_tensor(dec, one))
+    grid = cute.make_tensor(grid_at, cute.make_layout(3))
     if cutlass.const_expr(tiled):
         tile_rows = scale_rows // layout.TILE_ROWS
-        grid[0] = strips.tiled_grid(tile_rows, source.cols, SHAPE)
-        divisors = divisor(tile_rows), divisor(strips.tiled_across(source.cols, SHAPE))
+        bits = strips.slice_bits(source.rows, SHAPE)
+        tiles = Tiles(source.rows, source.cols, tile_rows, None, bits)
+        grid[0], grid[1], grid[2] = strips.tiled_grid(tiles, SHAPE)
         for thread in range(SHAPE.threads):
-            strip = strips.tiled_strip(cta, thread, source.rows, source.cols, *divisors, SHAPE)
+            out = Output(*to, *scalars, True, across + down + thread == 0)
+            strip = strips.tiled_strip(tiles, across, down, thread, SHAPE)
             kernel.activate(source, strip, out, Target.HOST, SHAPE.blocks)
-            strips.write_dec(out, cta + thread == 0, Target.HOST)
+            strips.write_rest(strip, out, bits, SHAPE)
     else:
-        grid[0] = kernel.linear_grid(source.rows, source.cols, SHAPE)
-        by_cols = divisor(source.cols)
+        grid[0], grid[1], grid[2] = kernel.linear_grid(source.rows, source.cols, SHAPE), Int32(1), Int32(1)
+        by_cols = cute.FastDivmodDivisorV2(source.cols)
         for thread in range(SHAPE.threads):
-            strip = kernel.linear_place(source, cta, thread, by_cols, SHAPE)
+            out = Output(*to, *scalars, False, across + thread == 0)
+            strip = kernel.linear_place(source, across, thread, by_cols, SHAPE)
             kernel.activate(source, strip, out, Target.HOST, SHAPE.blocks)
-            strips.write_dec(out, cta + thread == 0, Target.HOST)
 
 
 def pointer(tensor: torch.Tensor, dtype: Any) -> Any:
@@ -77,11 +77,13 @@ def pointer(tensor: torch.Tensor, dtype: Any) -> Any:
 
 
 @functools.cache
-def compiled(dtype: torch.dtype, tiled: bool, weighted: bool) -> Any:
+def compiled(dtype: torch.dtype, tiled: bool, weighted: bool, packed: bool) -> Any:
     types = (DTYPES[dtype], Float32, Float32, Uint8, Uint8, Float32)
     grid, *pointers = (make_ptr(t, 16, cute.AddressSpace.generic, assumed_align=16) for t in (Int32, *types))
     sizes = [Int32(1)] * 5
-    return cute.compile(run_on_host, Int32(0), grid, tuple(pointers), Float32(0), *sizes, tiled, weighted)
+    return cute.compile(
+        run_on_host, Int32(0), Int32(0), grid, tuple(pointers), Float32(0), *sizes, tiled, weighted, packed
+    )
 
 
 def on_host(
@@ -103,13 +105,19 @@ def on_host(
     types = (DTYPES[gate_up.dtype], Float32, Float32, Uint8, Uint8, Float32)
     tensors = (gate_up, enc, weights, codes, scales, dec)
     pointers = tuple(pointer(t, kind) for t, kind in zip(tensors, types, strict=True))
-    program = compiled(gate_up.dtype, scale_layout == "128x4", row_weight is not None)
-    grid, cta = torch.ones(1, dtype=torch.int32), 0
-    bound = Float32(math.inf if limit is None else limit)
+    bound = math.inf if limit is None else limit
+    packed = kernel.packs(str(gate_up.dtype).removeprefix("torch."), bound)
+    program = compiled(gate_up.dtype, scale_layout == "128x4", row_weight is not None, packed)
+    grid = torch.zeros(3, dtype=torch.int32)
     sizes = [Int32(n) for n in (order == "gate_up", rows, width, *tail)]
-    while cta < int(grid):
-        program(Int32(cta), pointer(grid, Int32), pointers, bound, *sizes)
-        cta += 1
+
+    def run(across: int, down: int) -> None:
+        program(Int32(across), Int32(down), pointer(grid, Int32), pointers, Float32(bound), *sizes)
+
+    run(0, 0)
+    for down in range(int(grid[1] * grid[2])):
+        for across in range(int(grid[0])):
+            run(across, down)
     return NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), dec, scale_layout)
 
 
@@ -163,7 +171,7 @@ def test_exact_gates_give_the_bytes_of_the_definition(
     assert_same(got, quantize(y, enc, scale_layout=scale_layout))
 
 
-@pytest.mark.parametrize("limit", [None, 10.0, 0.5])
+@pytest.mark.parametrize("limit", [None, 10.0, 0.5, 7.3])  # 7.3 is no bf16 number
 def test_random_values_are_as_near_the_truth_as_the_formula_in_fp32(limit: float | None) -> None:
     gate_up = (4 * torch.randn(64, 512, generator=torch.Generator().manual_seed(4))).bfloat16()
     enc = torch.tensor(30.0)
@@ -193,16 +201,17 @@ def test_nan_stays_and_infinity_saturates() -> None:
 
 
 @pytest.mark.parametrize("target", [Target.SM90, Target.SM100], ids=str)
-@pytest.mark.parametrize("scale_layout", ["linear", "128x4"])
+@pytest.mark.parametrize(("scale_layout", "packed"), [("linear", True), ("128x4", True), ("linear", False)])
 def test_the_kernel_compiles_without_spills(
-    target: Target, scale_layout: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    target: Target, scale_layout: str, packed: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEGAMOE_CACHE_DIR", str(tmp_path))
-    artifact = compiler.compile_kernel(kernel.spec("bfloat16", scale_layout, kernel.LARGE, True, target))
+    artifact = compiler.compile_kernel(kernel.spec("bfloat16", scale_layout, kernel.SHAPE, True, packed, target))
     (found,) = inspect.kernels(artifact.cubin)
     assert not found.spills
     assert found.registers <= 64  # four CTAs of 256 threads an SM
-    for word in ("min.NaN.f32", "max.NaN.f32", "ex2.approx.ftz.f32"):
+    kind = "bf16x2" if packed else "f32"
+    for word in (f"min.NaN.{kind}", f"max.NaN.{kind}", "ex2.approx.ftz.f32"):
         assert word in artifact.ptx
     assert "div." not in artifact.ptx
 
@@ -218,8 +227,10 @@ def test_kernels_have_names_of_their_own_on_both_architectures() -> None:
     [
         ({}, True),
         ({"rows": 65536, "n": 6144}, True),
-        ({"rows": 2**23, "n": 32}, False),
-        ({"rows": 2**22, "n": 2**13}, False),
+        ({"rows": 2**20, "n": 2**15}, True),
+        ({"rows": 2**20 + 1, "n": 2**15}, False),
+        ({"rows": 2**20, "n": 2**15, "scale_layout": "128x4"}, True),
+        ({"rows": 1, "n": 2**29, "scale_layout": "128x4"}, False),  # one row takes the room of 128
     ],
 )
 def test_limits(facts: dict[str, int], fits: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from cutlass import Boolean, Float32, Numeric, Uint32
+from cutlass import Boolean, Float32, Int32, Numeric, Uint32, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import select_
 
@@ -142,6 +142,38 @@ def permute(a: Uint32, b: Uint32, selector: int, target: Target) -> Uint32:
         source = a if pick < 4 else b
         out = out | ((source >> (pick % 4 * 8)) & 0xFF) << (8 * i)
     return out
+
+
+def any_lane(condition: Boolean, target: Target) -> Boolean:
+    """Whether the condition holds for a lane of the warp, all of which must come here; on the CPU for this thread."""
+    return condition if target.host else cute.arch.vote_any_sync(condition)
+
+
+def hidden_zero(target: Target) -> Int32:
+    """0, which the compiler does not know: what depends on it is computed where it is used, and only there."""
+    if target.host:
+        return Int32(0)
+    text = "{.reg .u32 z; mov.u32 z, %ctaid.z; shr.u32 $0, z, 16;}"  # z is at most 65534
+    return Int32(
+        llvm.inline_asm(
+            Int32.mlir_type,
+            [],
+            text,
+            "=r",
+            has_side_effects=True,
+            is_align_stack=False,
+            asm_dialect=llvm.AsmDialect.AD_ATT,
+        )
+    )
+
+
+def loads_first(target: Target) -> None:
+    """What was read above is asked for before anything below is computed; the whole warp must come here.
+
+    Left alone, ptxas moves a load down to its first use when that saves registers, and latencies add up.
+    """
+    if not target.host:
+        cute.arch.sync_warp()
 
 
 def is_nan(x: Float32) -> Boolean:

@@ -11,16 +11,20 @@ from cutlass.cutlass_dsl import T
 from megamoe.cute import arith
 
 
-def send(value: Float32, slot: cute.Pointer, arrived: cute.Pointer, rank: Int32) -> None:
-    """Writes 4 bytes at `slot` of another CTA's shared memory and counts them at its mbarrier `arrived`.
+def send(values: Sequence[Float32], slot: cute.Pointer, arrived: cute.Pointer, rank: Int32) -> None:
+    """Writes 16 bytes at `slot` of another CTA's shared memory and counts them at its mbarrier `arrived`.
 
     Args:
-        value: What to send.
-        slot: Address in this CTA's shared memory of the same place.
+        values: Four numbers to send.
+        slot: Address in this CTA's shared memory of the same place, a multiple of 16.
         arrived: Address in this CTA of the same mbarrier; whoever waits there has told it how many bytes to expect.
         rank: Of the CTA in the cluster, the sender's own too.
     """
-    cute.arch.store_async_dsmem(slot, value.bitcast(Int32), arrived, rank)
+    text = (
+        "{.reg .b32 to, bar; mapa.shared::cluster.u32 to, $0, $6; mapa.shared::cluster.u32 bar, $1, $6;"
+        " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {$2, $3, $4, $5}, [bar];}"
+    )
+    _asm(text, "r,r,r,r,r,r,r", slot, arrived, *(value.bitcast(Int32) for value in values), rank)
 
 
 def expect(arrived: cute.Pointer, size: int, leader: Boolean) -> None:

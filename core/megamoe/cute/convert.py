@@ -117,10 +117,11 @@ def decode_e2m1_to_bf16(codes: Uint32, factor: Uint32, target: Target) -> tuple[
 
 def _on_top_to_bf16(codes: Uint32, factor: Uint32, target: Target) -> Uint32:
     """Decodes the code on top of each half."""
-    return _mul_bf16x2((codes & Uint32(0x80008000)) | (codes >> 6 & 0x01C001C0), factor, target)
+    return mul_bf16x2((codes & Uint32(0x80008000)) | (codes >> 6 & 0x01C001C0), factor, target)
 
 
-def _mul_bf16x2(a: Uint32, b: Uint32, target: Target) -> Uint32:
+def mul_bf16x2(a: Uint32, b: Uint32, target: Target) -> Uint32:
+    """The products of two pairs of bf16, each rounded; on the CPU only for products that a bf16 holds."""
     if not target.host:
         return ptx(Uint32, "mul.rn.bf16x2 $0, $1, $2;", a, b)
     low = number(a << 16) * number(b << 16)  # products of E2M1 and E4M3 fit a bf16

@@ -30,4 +30,4 @@ def tiles(cols: Int32) -> Int32:
 
 def place_in_tile(offset: Int32) -> tuple[Int32, Int32]:
     """Row (0..127) and column (0..3) of the scale at `offset` (0..511) of a 128x4 tile."""
-    return offset // 16 + offset % 16 // TILE_COLS * 32, offset % TILE_COLS
+    return (offset >> 4) + (offset >> 2 & 3) * 32, offset & 3  # bits: a signed division is several times as long

@@ -17,6 +17,11 @@ from megamoe.cute.arith import Target, ptx
 STREAMS = 4
 LOGITS = STREAMS * (STREAMS + 2)
 POST_MULTIPLIER = 2.0
+_ROWS = [[(r, c) for c in range(STREAMS)] for r in range(STREAMS)]
+_COLUMNS = [[(r, c) for r in range(STREAMS)] for c in range(STREAMS)]
+_LEAST = (
+    2.0**-126
+)  # sums that have a normal reciprocal; beside an eps that is smaller no other sum shows the difference
 Words = list[Uint32]
 
 
@@ -25,28 +30,36 @@ def fma(a: Float32, b: Float32, c: Float32, target: Target) -> Float32:
     return a * b + c if target.host else ptx(Float32, "fma.rn.f32 $0, $1, $2, $3;", a, b, c)
 
 
-def post_mix(x: Sequence[Uint32], f: Uint32, post: Sequence[Float32], comb: Sequence[Float32], target: Target) -> Words:
-    """The new streams of two neighbouring hidden dims, x'_j = post_j f + sum_i comb_ij x_i, rounded to bf16.
+def post_mix(
+    sources: Sequence[Sequence[Uint32]], factors: Callable[[int], Sequence[Float32]], target: Target
+) -> list[Words]:
+    """The new streams of some hidden dims, x'_j = post_j f + sum_i comb_ij x_i, rounded to bf16.
 
     Args:
-        x: A word of two bf16 of every stream.
-        f: The word of the sublayer's output.
-        post: STREAMS values.
-        comb: STREAMS * STREAMS values, from stream (row) to stream (column).
+        sources: Words of two bf16: those of the sublayer's output, then those of every stream.
+        factors: Gives STREAMS values, what a source is multiplied by in each new stream: row 0 is post, the others are
+            comb's, from stream (row) to stream (column). Asked for one row ahead.
         target: What to compile for.
 
     Returns:
-        A word of every new stream.
+        Words of every new stream.
     """
-    old, added = [bf16.unpack(word) for word in x], bf16.unpack(f)
-
-    def mixed(j: int, half: int) -> Float32:
-        start = arith.mul(post[j], added[half], target)
-        return functools.reduce(
-            lambda acc, i: fma(comb[i * STREAMS + j], old[i][half], acc, target), range(STREAMS), start
-        )
-
-    return [bf16.pack(mixed(j, 0), mixed(j, 1), target) for j in range(STREAMS)]
+    sums: list[list[list[Float32]]] = []  # [new stream][word][half]
+    ahead = factors(0)
+    for i, words in enumerate(sources):
+        row, values = ahead, [bf16.unpack(word) for word in words]
+        ahead = factors(i + 1) if i < STREAMS else ()
+        if not i:
+            sums = [[[arith.mul(factor, value, target) for value in pair] for pair in values] for factor in row]
+        else:
+            sums = [
+                [
+                    [fma(factor, *at, target) for at in zip(*pairs, strict=True)]
+                    for pairs in zip(values, old, strict=True)
+                ]
+                for factor, old in zip(row, sums, strict=True)
+            ]
+    return [[bf16.pack(low, high, target) for low, high in stream] for stream in sums]
 
 
 def collapse(x: Sequence[Uint32], pre: Sequence[Float32], target: Target) -> Uint32:
@@ -90,59 +103,47 @@ def sigmoid(x: Float32, target: Target) -> Float32:
 
 
 @cute.jit
-def sinkhorn(
-    comb: cute.Tensor,
-    iters: Int32,
-    eps: Float32,
-    over_lanes: Constexpr[Callable[[Float32], Float32]],
-    target: Constexpr[Target],
-) -> None:
+def sinkhorn(comb: cute.Tensor, iters: Int32, eps: Float32, target: Constexpr[Target]) -> None:
     """Replaces logits by the nearly doubly stochastic matrix of `numerics.mhc.sinkhorn`.
 
+    One thread does it: its sums need no exchange, and their chain is short.
+
     Args:
-        comb: Registers (rows, STREAMS), the rows of the matrix that this thread holds.
+        comb: Registers (STREAMS, STREAMS), the whole matrix.
         iters: Number of column normalisations, at least 1.
         eps: Added to the softmax and to every sum.
-        over_lanes: Sums a value over the threads that hold the other rows, to the same bits in each.
         target: What to compile for.
     """
-    rows = comb.shape[0]
-    for r in cutlass.range_constexpr(rows):
-        _softmax_row(comb, r, eps, target)
-    _normalise_columns(comb, eps, over_lanes, target)
+    rows = [[comb[r, c] for c in range(STREAMS)] for r in range(STREAMS)]
+    for r, row in enumerate(rows):
+        for c, value in enumerate(_softmax(row, eps, target)):
+            comb[r, c] = value
+    least = arith.maximum(eps, Float32(_LEAST), target)
+    _normalise(comb, _COLUMNS, least, target)
     for _ in cutlass.range(iters - 1, unroll=1):
-        for r in cutlass.range_constexpr(rows):
-            _scale_row(comb, r, _inverse([comb[r, c] for c in range(STREAMS)], eps, target), target)
-        _normalise_columns(comb, eps, over_lanes, target)
+        _normalise(comb, _ROWS, least, target)
+        _normalise(comb, _COLUMNS, least, target)
 
 
-def _softmax_row(comb: cute.Tensor, r: int, eps: Float32, target: Target) -> None:
-    row = [comb[r, c] for c in range(STREAMS)]
+def _softmax(row: Sequence[Float32], eps: Float32, target: Target) -> list[Float32]:
     top = functools.reduce(lambda a, b: arith.select((b > a) | arith.is_nan(b), b, a), row)
     powers = [cute.math.exp(value - top) for value in row]
-    inverse = arith.reciprocal(_sum(powers, target), target)
-    for c in range(STREAMS):
-        comb[r, c] = arith.add(arith.mul(powers[c], inverse, target), eps, target)
+    inverse = arith.reciprocal_in_range(_sum(powers, target), target)  # of 1 to STREAMS, or NaN
+    return [arith.add(arith.mul(power, inverse, target), eps, target) for power in powers]
 
 
-def _normalise_columns(
-    comb: cute.Tensor, eps: Float32, over_lanes: Callable[[Float32], Float32], target: Target
+def _normalise(
+    comb: cute.Tensor,
+    lines: Sequence[Sequence[tuple[int, int]]],
+    eps: Float32,
+    target: Target,
 ) -> None:
-    rows = range(comb.shape[0])
-    sums = [over_lanes(_sum([comb[r, c] for r in rows], target)) for c in range(STREAMS)]
-    for c in range(STREAMS):
-        inverse = _inverse([sums[c]], eps, target)
-        for r in rows:
-            comb[r, c] = arith.mul(comb[r, c], inverse, target)
-
-
-def _scale_row(comb: cute.Tensor, r: int, factor: Float32, target: Target) -> None:
-    for c in range(STREAMS):
-        comb[r, c] = arith.mul(comb[r, c], factor, target)
-
-
-def _inverse(values: Sequence[Float32], eps: Float32, target: Target) -> Float32:
-    return arith.reciprocal(arith.add(_sum(values, target), eps, target), target)
+    """Divides the values of each line, a row or a column, by their sum plus eps."""
+    sums = [_sum([comb[at] for at in line], target) for line in lines]
+    factors = [arith.reciprocal_in_range(arith.add(total, eps, target), target) for total in sums]
+    for line, factor in zip(lines, factors, strict=True):
+        for at in line:
+            comb[at] = arith.mul(comb[at], factor, target)
 
 
 def _sum(values: Sequence[Float32], target: Target) -> Float32:

@@ -8,8 +8,9 @@ repairs the rare others with the second. Where E2M1 is native the first is right
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cutlass import BFloat16, Boolean, Float16, Float32, Numeric, Uint16, Uint32
 
@@ -101,8 +102,7 @@ def encode_block(words: Sequence[Uint32], dtype: type[Numeric], scale: GlobalSca
     """Encodes a block; right where `regular` comes out true: no NaN, no infinity, nothing beyond E2M1's largest."""
     if target.native_e2m1:
         return encode_any_block(words, dtype, scale, target)
-    magnitudes = [w & (0x7FFFFFFF if dtype is Float32 else 0x7FFF7FFF) for w in words]
-    v = _largest(magnitudes, dtype, target)
+    v = _largest(words, dtype, target)
     byte = convert.encode_e4m3(arith.mul(v, scale.enc_sixth, target), target)
     sf = convert.decode_e4m3(byte, target)
     o = arith.reciprocal_in_range(arith.mul(sf, scale.dec, target), target)
@@ -154,17 +154,29 @@ def _join_bytes(pairs: Sequence[Uint32], target: Target) -> Uint32:
     return arith.permute(low, high, 0x5410, target)
 
 
-def _largest(magnitudes: Sequence[Uint32], dtype: type[Numeric], target: Target) -> Float32:
-    """The largest magnitude, where NaN counts as larger than infinity: as bit patterns they are in order."""
+def _largest(words: Sequence[Uint32], dtype: type[Numeric], target: Target) -> Float32:
+    """The largest magnitude, or NaN where there is one; on the CPU by bit patterns, where NaN is above infinity."""
+    if target.host:
+        magnitudes = [w & (0x7FFFFFFF if dtype is Float32 else 0x7FFF7FFF) for w in words]
+        if dtype is Float32:
+            return number(functools.reduce(lambda a, b: arith.select(a > b, a, b), magnitudes))
+        both = functools.reduce(lambda a, b: arith.umax_halves(a, b, target), magnitudes)
+        return values([arith.umax_halves(both, both >> 16, target)], dtype)[0]
     if dtype is Float32:
-        return number(functools.reduce(lambda a, b: _umax(a, b, target), magnitudes))
-    both = functools.reduce(lambda a, b: arith.umax_halves(a, b, target), magnitudes)
-    one = arith.umax_halves(both, both >> 16, target)
-    return values([one], dtype)[0]
+        text = "{.reg .f32 a, b; abs.f32 a, $1; abs.f32 b, $2; max.NaN.f32 $0, a, b;}"
+        return _tree(lambda a, b: ptx(Float32, text, a, b), [number(w) for w in words])
+    kind = "bf16x2" if dtype is BFloat16 else "f16x2"
+    text = f"max.NaN.xorsign.abs.{kind} $0, $1, $2;"  # of magnitudes, with some sign
+    pair = _tree(lambda a, b: ptx(Uint32, text, a, b), words)
+    one = ptx(Uint32, text, pair, pair >> 16)
+    return values([one & 0x7FFF], dtype)[0]
 
 
-def _umax(a: Uint32, b: Uint32, target: Target) -> Uint32:
-    return arith.select(a > b, a, b) if target.host else ptx(Uint32, "max.u32 $0, $1, $2;", a, b)
+def _tree(function: Callable[[Any, Any], Any], values: Sequence[Any]) -> Any:
+    """Combines a power of two of values pair by pair, so that few operations wait for each other."""
+    while len(values) > 1:
+        values = [function(values[i], values[i + 1]) for i in range(0, len(values), 2)]
+    return values[0]
 
 
 def _largest_number(words: Sequence[Uint32], x: Sequence[Float32], dtype: type[Numeric], target: Target) -> Float32:

@@ -21,20 +21,23 @@ from megamoe.cute.recipe import Block, GlobalScale
 
 DTYPES: dict[str, type[Numeric]] = {"bfloat16": BFloat16, "float16": Float16, "float32": Float32}
 WARP = 32
+FOLD = 32768  # the y dim of a grid ends at 65535, so what is further down goes to z
 TILE_STEP = WARP // 16  # rows from a byte of a tile to the one 32 further on
 Words = list[Uint32]
 
 
 class Shape(NamedTuple):
-    """How the work is cut; compile-time.
+    """How the work is cut; compile-time. All are powers of two.
 
     Attributes:
         threads: Of a CTA, whole warps.
-        blocks: Of 16 values, per thread: a power of two up to 16.
+        blocks: Of 16 values, per thread, up to 16.
+        tall: With 128x4 scales, neighbouring slices of a tile that a CTA owns; its other warps own other tiles.
     """
 
     threads: int
     blocks: int
+    tall: int = 1
 
     @property
     def warps(self) -> int:
@@ -45,6 +48,11 @@ class Shape(NamedTuple):
     def slices(self) -> int:
         """Warps that share a 128x4 tile."""
         return layout.TILE // WARP // self.blocks
+
+    @property
+    def wide(self) -> int:
+        """Tiles side by side that a CTA owns."""
+        return self.warps // self.tall
 
 
 class Strip(NamedTuple):
@@ -85,11 +93,13 @@ class Strip(NamedTuple):
         return cutlass.min(self.row + i * self.step, self.rows - 1)
 
     def exists(self, i: int | Int32) -> Boolean:
-        """Whether there is a block i."""
+        """Whether there is a block i in an active strip."""
+        if isinstance(i, int) and i == 0:
+            return Boolean(True)
         return self.row + i * self.step < self.rows
 
     def block(self, i: int | Int32) -> Int64:
-        """Number of block i in the batch."""
+        """Number of block i in the batch; of one in the last row where there is none."""
         return Int64(self.entry * self.rows + self.row_of(i)) * self.cols + self.col
 
 
@@ -102,6 +112,7 @@ class Output(NamedTuple):
         enc: () fp32, the encode scale, which is read.
         dec: () fp32, gets its reciprocal.
         tiled: The scales lie in 128x4 tiles.
+        leader: One thread of the launch, with an active strip: it writes `dec`.
     """
 
     codes: cute.Tensor
@@ -109,6 +120,7 @@ class Output(NamedTuple):
     enc: cute.Tensor
     dec: cute.Tensor
     tiled: bool
+    leader: Boolean
 
 
 def linear_strip(entry: Int32, row: Int32, col: Int32, rows: Int32, cols: Int32, active: Boolean) -> Strip:
@@ -117,47 +129,89 @@ def linear_strip(entry: Int32, row: Int32, col: Int32, rows: Int32, cols: Int32,
     return Strip(entry, row, col, 1, rows, cols, active, scale, cols, active)
 
 
-def tiled_strip(
-    cta: Int32,
-    thread: Int32,
-    rows: Int32,
-    cols: Int32,
-    per_entry: cute.FastDivmodDivisorV2,
-    across: cute.FastDivmodDivisorV2,
-    shape: Shape,
-) -> Strip:
-    """A strip with 128x4 scales: a warp owns 4 columns and 8 rows per block, a CTA as many tiles as it has warps.
+def grid(across: Int32, down: Int32) -> list[Int32]:
+    """The grid of a launch of `across` times `down` CTAs, or a few more of those at the end; neighbours lie across."""
+    return [across, cutlass.min(down, FOLD), cute.ceil_div(down, FOLD)]
 
-    Args:
-        cta: 0 to `tiled_grid` - 1.
-        thread: Within the CTA.
+
+def let_next_start() -> None:
+    """Programmatic dependent launch: the next kernel of the stream may take its place once all CTAs of this one have.
+
+    One that is not launched so waits for the end of this kernel all the same.
+    """
+    cute.arch.griddepcontrol_launch_dependents()
+
+
+def wait_for_previous() -> None:
+    """Ends when what the stream did before is done and can be seen: no memory may be read or written before."""
+    cute.arch.griddepcontrol_wait()
+
+
+def place_in_grid() -> tuple[Int32, Int32]:
+    """Where a CTA is in `grid`: across, and down."""
+    x, y, z = cute.arch.block_idx()
+    return x, y + z * FOLD
+
+
+class Tiles(NamedTuple):
+    """What a launch with 128x4 scales covers, made on the host side of the launch.
+
+    Attributes:
         rows: Of one matrix.
         cols: Its scale columns.
-        per_entry: Tile rows of one matrix.
-        across: CTAs that cover the tiles of a tile row.
+        tile_rows: Of all matrices.
+        per_entry: Tile rows of one matrix; None where there is only one.
+        bits: 2^bits slices of a tile hold its rows; the first one writes the padding of the others.
+    """
+
+    rows: Int32
+    cols: Int32
+    tile_rows: Int32
+    per_entry: cute.FastDivmodDivisorV2 | None
+    bits: Int32
+
+
+def slice_bits(rows: Int32, shape: Shape) -> Int32:
+    """For `Tiles`: fewer slices than a tile has where a matrix has less than 32 rows.
+
+    Slice p owns of every 32 rows those from 2 * blocks * p on, 2 * blocks of them.
+    """
+    most, least = (count.bit_length() - 1 for count in (shape.slices, shape.tall))
+    bits = Int32(most)
+    for fewer in reversed(range(least, most)):
+        bits = arith.select(rows <= 2 * shape.blocks << fewer, Int32(fewer), bits)
+    return bits
+
+
+def tiled_grid(tiles: Tiles, shape: Shape) -> list[Int32]:
+    """The grid of a launch."""
+    down = tiles.tile_rows << (tiles.bits - (shape.tall.bit_length() - 1))
+    return grid(cute.ceil_div(layout.tiles(tiles.cols), shape.wide), down)
+
+
+def tiled_strip(tiles: Tiles, across: Int32, down: Int32, thread: Int32, shape: Shape) -> Strip:
+    """A strip with 128x4 scales: a warp owns 4 columns and 8 rows per block, a slice of a tile.
+
+    Args:
+        tiles: All there is.
+        across: Of the CTA in the grid.
+        down: Of the CTA in the grid.
+        thread: Within the CTA.
         shape: How the work is cut.
     """
-    tiles, lane = layout.tiles(cols), thread % WARP
-    tile_row, group = divmod(cta, across)
-    tile_row, part = tile_row // shape.slices, tile_row % shape.slices
-    entry, tile_row_of_entry = divmod(tile_row, per_entry)
-    tile = group * shape.warps + thread // WARP
+    wide, lane, warp = layout.tiles(tiles.cols), thread % WARP, thread // WARP
+    tall = shape.tall.bit_length() - 1
+    tile, part = across * shape.wide + (warp >> tall), (down << tall) + (warp & shape.tall - 1)
+    tile_row, part = part >> tiles.bits, part & ((Int32(1) << tiles.bits) - 1)
+    entry, tile_row_of_entry = (Int32(0), tile_row) if tiles.per_entry is None else divmod(tile_row, tiles.per_entry)
     place = part * (shape.blocks * WARP) + lane
     row, col = layout.place_in_tile(place)
     row, col = row + tile_row_of_entry * layout.TILE_ROWS, col + tile * layout.TILE_COLS
-    scale = (tile_row * tiles + tile) * layout.TILE + place
-    active = (row < rows) & (col < cols)
-    return Strip(entry, row, cutlass.min(col, cols - 1), TILE_STEP, rows, cols, active, scale, WARP, tile < tiles)
-
-
-def tiled_across(cols: Int32, shape: Shape) -> Int32:
-    """CTAs that cover the tiles of one tile row."""
-    return cute.ceil_div(layout.tiles(cols), shape.warps)
-
-
-def tiled_grid(tile_rows: Int32, cols: Int32, shape: Shape) -> Int32:
-    """CTAs of a launch over `tile_rows` tile rows of all matrices."""
-    return tile_rows * shape.slices * tiled_across(cols, shape)
+    first = (tile_row * wide + tile) * layout.TILE  # scale byte of the tile
+    stored = (tile < wide) & (tile_row < tiles.tile_rows)
+    active = stored & (row < tiles.rows) & (col < tiles.cols)
+    col = cutlass.min(col, tiles.cols - 1)
+    return Strip(entry, row, col, TILE_STEP, tiles.rows, tiles.cols, active, first + place, WARP, stored)
 
 
 @cute.jit
@@ -168,19 +222,30 @@ def write(
     out: Constexpr[Output],
     target: Constexpr[Target],
     blocks: Constexpr[int],
+    anew: Constexpr[bool],
 ) -> None:
-    """Encodes the blocks of a strip and writes codes and scales; zeros where a tile is padded.
+    """Encodes the blocks of a strip and writes codes and scales; the whole warp must come here.
 
     Args:
         strip: The blocks.
-        load: From a row to what its block is made of.
+        load: From a row to what its block is made of; also called for lanes whose strip is not active.
         values: From that and the row to the block's words, as `recipe.encode_block` takes them, and their dtype.
         out: Where to.
         target: What to compile for.
         blocks: In the strip.
+        anew: The rare second pass computes its addresses anew, so that they do not wait in registers for it.
     """
-    if strip.active:
-        _encode(strip, load, values, out, target, blocks)
+    if arith.any_lane(strip.active, target):
+        encode = out.enc[()]
+        loaded = [load(strip.row_of(i)) for i in range(blocks)]
+        arith.loads_first(target)
+        if strip.active:
+            _encode(strip, loaded, encode, load, values, out, target, blocks, anew)
+
+
+@cute.jit
+def write_padding(strip: Constexpr[Strip], out: Constexpr[Output], blocks: Constexpr[int]) -> None:
+    """Writes the zeros of a strip that is padding of a tile as a whole."""
     if cutlass.const_expr(out.tiled):  # noqa: SIM102, the inner condition is the GPU's
         if strip.stored & (not strip.active):
             for i in cutlass.range_constexpr(blocks):
@@ -188,18 +253,31 @@ def write(
 
 
 @cute.jit
+def write_rest(strip: Constexpr[Strip], out: Constexpr[Output], bits: Int32, shape: Constexpr[Shape]) -> None:
+    """Writes the zeros of a tile beyond its 2^bits slices: 16 bytes a lane, by the warp that owns the first slice."""
+    rest = (strip.scale % WARP << 4) + (Int32(shape.blocks * WARP) << bits)  # a tile and a slice are whole warps
+    first = strip.scale & layout.TILE - 1 < shape.blocks * WARP
+    if strip.stored & first & (rest < layout.TILE):
+        zeros = cute.make_rmem_tensor(4, Uint32)
+        zeros.fill(Uint32(0))
+        cute.autovec_copy(zeros, blocks_of(out.scales, 4)[(strip.scale & -layout.TILE) + rest >> 4, None])
+
+
+@cute.jit
 def _encode(
     strip: Constexpr[Strip],
+    loaded: Constexpr[list[Any]],
+    encode: Float32,
     load: Constexpr[Callable[[Int32], Any]],
     values: Constexpr[Callable[[Any, Int32], tuple[Words, type[Numeric]]]],
     out: Constexpr[Output],
     target: Constexpr[Target],
     blocks: Constexpr[int],
+    anew: Constexpr[bool],
 ) -> None:
-    encode = out.enc[()]
-    loaded = [load(strip.row_of(i)) for i in range(blocks)]
     scale = recipe.regular_global_scale(encode, target)
     regular = scale.regular
+    _store_dec(out, scale.dec)
     for i in cutlass.range_constexpr(blocks):
         block = _encoded(recipe.encode_block, values(loaded[i], strip.row_of(i)), scale, target)
         _store(strip, i, block, out)
@@ -207,8 +285,9 @@ def _encode(
     if cutlass.const_expr(not target.native_e2m1):  # noqa: SIM102, the inner condition is the GPU's
         if not regular:  # rare: NaN, infinity or saturation; the blocks are still in cache
             exact = recipe.global_scale(encode, target)
+            _store_dec(out, exact.dec)
             for i in cutlass.range(blocks, unroll=1):
-                row = strip.row_of(i)
+                row = strip.row_of(i + arith.hidden_zero(target)) if anew else strip.row_of(i)
                 _store(strip, i, _encoded(recipe.encode_any_block, values(load(row), row), exact, target), out)
 
 
@@ -228,7 +307,8 @@ def _store(strip: Constexpr[Strip], i: Constexpr[int | Int32], block: Constexpr[
     if strip.exists(i):
         pair = cute.make_rmem_tensor(2, Uint32)
         pair[0], pair[1] = block.low, block.high
-        cute.autovec_copy(pair, blocks_of(out.codes, 2)[strip.block(i), None])
+        block_number = strip.block(i) if out.tiled else Int64(at)  # linear: a scale has the number of its block
+        cute.autovec_copy(pair, blocks_of(out.codes, 2)[block_number, None])
     if cutlass.const_expr(out.tiled):
         flat(out.scales)[at] = Uint8(arith.select(strip.exists(i), block.scale, Uint32(0)))
     elif strip.exists(i):
@@ -236,10 +316,9 @@ def _store(strip: Constexpr[Strip], i: Constexpr[int | Int32], block: Constexpr[
 
 
 @cute.jit
-def write_dec(out: Constexpr[Output], leader: Boolean, target: Constexpr[Target]) -> None:
-    """One thread writes the decode scale."""
-    if leader:
-        out.dec[()] = recipe.global_scale(out.enc[()], target).dec
+def _store_dec(out: Constexpr[Output], dec: Float32) -> None:
+    if out.leader:
+        out.dec[()] = dec
 
 
 def load_words(source: cute.Tensor, block: Int64) -> Words:

@@ -1,8 +1,8 @@
-"""What the 32 lanes of a warp do together: exchange values, and multiply matrices of near-fp32 accuracy in TF32.
+"""What the 32 lanes of a warp do together: exchange values, and multiply matrices of near-fp32 accuracy.
 
-A TF32 operand keeps 11 significant bits. An fp32 number is split into two such terms, so the product with values that
-TF32 holds exactly (bf16 ones are) is accurate to about 2^-22. The tensor cores cut off what they add, so a long sum is
-made of short ones: `mma_tf32` for a few steps, then an fp32 addition that rounds.
+A bf16 operand keeps 8 significant bits, a TF32 one 11. An fp32 number is split into three terms of bf16 or two of TF32,
+so its product with values that are bf16 is accurate to about 2^-25 or 2^-22. The tensor cores cut off what they add,
+so a long sum of leading terms is made of short ones: a few steps of an mma, then an fp32 addition that rounds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cutlass import Float32, Int32, Numeric, Uint32, cute
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 
-from megamoe.cute import arith
+from megamoe.cute import arith, bf16
 from megamoe.cute.arith import Target, bits, number
 
 WARP = 32
@@ -28,6 +28,11 @@ _MMA = (
 def thread() -> Int32:
     """The thread's number in its CTA, read anew, so that what follows from it need not wait in registers."""
     return _asm("mov.u32 $0, %tid.x;", "=r") & (_MOST_THREADS - 1)  # the range makes divisions shifts
+
+
+def ctas() -> Int32:
+    """CTAs of the grid, read anew."""
+    return _asm("mov.u32 $0, %nctaid.x;", "=r")
 
 
 def warp_number() -> Int32:
@@ -53,8 +58,20 @@ def _asm(text: str, constraints: str, *operands: Numeric) -> Int32:
 def split_tf32(x: Float32, target: Target) -> tuple[Uint32, Uint32]:
     """Two TF32 terms of x: its leading 11 significant bits and the next 11 (the tensor core ignores the rest)."""
     high = bits(x) & Uint32(_TF32_BITS)
-    rest = x - number(high) if target.host else arith.ptx(Float32, "sub.rn.f32 $0, $1, $2;", x, number(high))
-    return high, bits(rest)
+    return high, bits(_minus(x, number(high), target))
+
+
+def split_bf16(low: Float32, high: Float32, target: Target) -> list[Uint32]:
+    """Three words of two bf16 each that add up to the two numbers, the largest terms first."""
+    words = []
+    for _ in range(3):
+        words.append(bf16.pack(low, high, target))
+        low, high = (_minus(x, y, target) for x, y in zip((low, high), bf16.unpack(words[-1]), strict=True))
+    return words
+
+
+def _minus(a: Float32, b: Float32, target: Target) -> Float32:
+    return a - b if target.host else arith.ptx(Float32, "sub.rn.f32 $0, $1, $2;", a, b)
 
 
 def mma_tf32(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32]) -> list[Float32]:

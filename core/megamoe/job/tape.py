@@ -78,7 +78,7 @@ def _held_router(module: DeepseekV4TopKRouter, name: str, held: deque[Tensor]) -
     def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, _, own = run(hidden_states)
         indices = _next(name, held, own)
-        weights = module.score_fn(logits).gather(1, indices)
+        weights = module.score_fn(logits).gather(1, indices.long())
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, weights * module.routed_scaling_factor, indices
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from megamoe.contracts import check_nvfp4, check_tensor
 from megamoe.errors import ArgumentError
-from megamoe.numerics.nvfp4 import NVFP4Tensor
+from megamoe.nn.weights import Weight, given, is_kernel, keep
+from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
 from megamoe.numerics.rope import inverse_rope
 from megamoe.ops import op
 
@@ -31,6 +34,8 @@ class AttentionOutput(nn.Module):
         ArgumentError: Shapes do not fit together, or an NVFP4 weight comes without its scale.
     """
 
+    wo_a: Weight | Tensor
+    wo_b: Weight | Tensor
     o_scale_enc: Tensor | None
     z_scale_enc: Tensor | None
 
@@ -44,14 +49,13 @@ class AttentionOutput(nn.Module):
     ) -> None:
         super().__init__()
         _check_weight("wo_a", wo_a, ("groups", "r", "K"))
-        groups, rank, _ = wo_a.shape
+        groups, rank, _ = self._shape_a = tuple(wo_a.shape)
         _check_weight("wo_b", wo_b, (1, "hidden", groups * rank))
         for name, weight, scale in (("o_scale_enc", wo_a, o_scale_enc), ("z_scale_enc", wo_b, z_scale_enc)):
             if isinstance(weight, NVFP4Tensor):
                 check_tensor(name, scale, (), (torch.float32,))
-        self._layouts: dict[str, str] = {}
-        self._keep("wo_a", wo_a)
-        self._keep("wo_b", wo_b)
+        keep(self, "wo_a", wo_a)
+        keep(self, "wo_b", wo_b)
         self.register_buffer("o_scale_enc", o_scale_enc)
         self.register_buffer("z_scale_enc", z_scale_enc)
 
@@ -70,7 +74,7 @@ class AttentionOutput(nn.Module):
         Raises:
             ArgumentError: `o` does not fit the weights, or an argument does not fit the op.
         """
-        groups, _, k = self.weight("wo_a").shape
+        groups, _, k = self._shape_a
         if o.ndim != 3 or o.shape[1] * o.shape[2] != groups * k:
             raise ArgumentError("o", f"shape {tuple(o.shape)}", f"(tokens, heads, D) with heads * D = {groups * k}")
         z = self._grouped(o, positions, cos, sin)  # (G, tokens, r)
@@ -78,24 +82,28 @@ class AttentionOutput(nn.Module):
 
     def weight(self, name: str) -> NVFP4Tensor | Tensor:
         """The weights "wo_a" or "wo_b" as they were given."""
-        if name not in self._layouts:
-            return self.get_buffer(name)
-        codes, scales, dec = (self.get_buffer(f"{name}_{part}") for part in ("codes", "scales", "global_scale_dec"))
-        return NVFP4Tensor(codes, scales, dec, self._layouts[name])
+        return given(self, name)
 
-    def _keep(self, name: str, weight: NVFP4Tensor | Tensor) -> None:
-        if isinstance(weight, NVFP4Tensor):
-            self.register_buffer(f"{name}_codes", weight.codes)
-            self.register_buffer(f"{name}_scales", weight.scales)
-            self.register_buffer(f"{name}_global_scale_dec", weight.global_scale_dec)
-            self._layouts[name] = weight.scale_layout
-        else:
-            self.register_buffer(name, weight)
+    def prepare(self) -> Self:
+        """Rearranges NVFP4 weights for the kernels that would run on them; see `Experts.prepare`."""
+        for name, scale in (("wo_a", self.o_scale_enc), ("wo_b", self.z_scale_enc)):
+            weight = getattr(self, name)
+            if isinstance(weight, Weight) and scale is not None:
+                groups, _, k = weight.shape
+                rows = NVFP4Tensor(
+                    torch.empty(groups, k // 2, dtype=torch.uint8, device=scale.device),
+                    torch.empty(groups, k // BLOCK, dtype=torch.float8_e4m3fn, device=scale.device),
+                    scale,
+                )
+                offsets = torch.empty(groups + 1, dtype=torch.int32, device=scale.device)
+                if is_kernel(op("grouped_gemm").decide(rows, weight.as_if_prepared, offsets)):
+                    weight.prepare()
+        return self
 
     def _grouped(self, o: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        wo_a = self.weight("wo_a")
-        groups, rank, k = wo_a.shape
+        groups, rank, k = self._shape_a
         tokens = o.shape[0]
+        wo_a = self.wo_a
         if isinstance(wo_a, Tensor):
             rotated = inverse_rope(o, cos.index_select(0, positions), sin.index_select(0, positions))
             rows = rotated.view(tokens, groups, k).transpose(0, 1)  # (G, tokens, K)
@@ -104,16 +112,16 @@ class AttentionOutput(nn.Module):
         # Linear scales, so the groups follow one another as the rows of one matrix.
         rows_a = NVFP4Tensor(a.codes.flatten(0, 1), a.scales.flatten(0, 1), a.global_scale_dec)
         offsets = torch.arange(groups + 1, dtype=torch.int32, device=o.device) * tokens
-        z: Tensor = op("grouped_gemm")(rows_a, wo_a, offsets)
+        z: Tensor = op("grouped_gemm")(rows_a, wo_a.operand, offsets)
         return z.view(groups, tokens, rank)
 
     def _across(self, z: Tensor) -> Tensor:
         """Projects z (tokens, G * r) to (tokens, H)."""
-        wo_b = self.weight("wo_b")
+        wo_b = self.wo_b
         if isinstance(wo_b, Tensor):
             return nn.functional.linear(z.to(wo_b.dtype), wo_b[0])
         offsets = torch.arange(2, dtype=torch.int32, device=z.device) * z.shape[0]
-        y: Tensor = op("grouped_gemm")(op("quantize")(z, self.z_scale_enc), wo_b, offsets)
+        y: Tensor = op("grouped_gemm")(op("quantize")(z, self.z_scale_enc), wo_b.operand, offsets)
         return y
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from megamoe.errors import ArgumentError
+from megamoe.numerics import fragments
 from megamoe.numerics.layout import SCALE_LAYOUTS, from_128x4, to_128x4
 
 BLOCK = 16
@@ -43,7 +44,8 @@ class NVFP4Tensor:
         scales: float8_e4m3fn; (..., rows, K/16) when linear, tiles of `layout.to_128x4` otherwise.
         global_scale_dec: fp32, what a decoded value is multiplied by: (), or one per batch entry (...), or one per
             batch entry and equal part of the rows (..., parts), as for fused gate and up weights.
-        scale_layout: "linear" or "128x4".
+        scale_layout: "linear", "128x4", or for weights of the Hopper GEMMs "hopper" or "hopper:{rows}x{K}", where the
+            codes are rearranged too and both are padded: see `fragments`.
     """
 
     codes: Tensor
@@ -54,7 +56,10 @@ class NVFP4Tensor:
     @property
     def shape(self) -> torch.Size:
         """Logical shape, (..., rows, K)."""
-        return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * 2))
+        if self.codes.ndim < 2:
+            return torch.Size((self.codes.shape[-1] * 2,))
+        *batch, rows, half = self.codes.shape
+        return torch.Size((*batch, *fragments.logical_size(self.scale_layout, rows, half * 2)))
 
     @property
     def device(self) -> torch.device:
@@ -65,18 +70,37 @@ class NVFP4Tensor:
         """The block scales as float8_e4m3fn (..., rows, K/16)."""
         if self.scale_layout == "linear":
             return self.scales
+        if fragments.is_fragments(self.scale_layout):
+            return self._linear().scales
         rows = self.codes.shape[-2] if self.codes.ndim > 1 else 1
         linear = from_128x4(self.scales, rows, self.codes.shape[-1] * 2 // BLOCK)
         return linear if self.codes.ndim > 1 else linear[0]
 
     def with_layout(self, scale_layout: str) -> NVFP4Tensor:
-        """The same values with their scales in another layout."""
-        check_scale_layout(scale_layout)
+        """The same values with their scales, and for "hopper" their codes, in another layout; bit for bit reversible.
+
+        Raises:
+            ArgumentError: An unknown layout, or for "hopper" what `fragments.to_fragments` refuses, or no rows.
+        """
         if scale_layout == self.scale_layout:
             return self
-        linear = self.linear_scales()
+        if scale_layout == fragments.HOPPER:
+            return self if fragments.is_fragments(self.scale_layout) else self._hopper()
+        check_scale_layout(scale_layout)
+        plain = self._linear() if fragments.is_fragments(self.scale_layout) else self
+        linear = plain.linear_scales()
         scales = linear if scale_layout == "linear" else to_128x4(linear if linear.ndim > 1 else linear[None])
-        return replace(self, scales=scales, scale_layout=scale_layout)
+        return replace(plain, scales=scales, scale_layout=scale_layout)
+
+    def _hopper(self) -> NVFP4Tensor:
+        if self.codes.ndim < 2:
+            raise ArgumentError("codes", f"shape {tuple(self.codes.shape)}", "(..., rows, K/2) for the hopper layout")
+        codes, scales = fragments.to_fragments(self.codes, self.linear_scales())
+        return NVFP4Tensor(codes, scales, self.global_scale_dec, fragments.layout_name(*self.shape[-2:]))
+
+    def _linear(self) -> NVFP4Tensor:
+        codes, scales = fragments.from_fragments(self.codes, self.scales, *self.shape[-2:])
+        return NVFP4Tensor(codes, scales, self.global_scale_dec)
 
     def to(self, device: torch.device | str) -> NVFP4Tensor:
         """The same tensor on another device."""
@@ -277,9 +301,9 @@ def dequantize(tensor: NVFP4Tensor, dtype: torch.dtype = torch.float32, *, apply
         dtype: Float dtype of the result; E2M1 * E4M3 is exact in bf16, fp16 and fp32.
         apply_global: False leaves `global_scale_dec` out, which keeps the result exact.
     """
-    values = decode_e2m1(unpack_nibbles(tensor.codes))
-    scales = tensor.linear_scales().float().repeat_interleave(BLOCK, dim=-1)
-    out = values * scales
+    linear = tensor.with_layout("linear")
+    values = decode_e2m1(unpack_nibbles(linear.codes))
+    out = values * linear.scales.float().repeat_interleave(BLOCK, dim=-1)
     return (out * per_row(tensor.global_scale_dec, out.shape) if apply_global else out).to(dtype)
 
 

@@ -1,14 +1,17 @@
 """Bandwidth against size: the variants of an op that is bound by memory, beside a copy of the same bytes.
 
 A stage takes part when its cases hold `SWEEP` (name to Case) and its contract `bytes_moved` (the op's signature; bytes
-read and written once). All figures of a size come from one interleaved run on one GPU.
+read and written once), or when it has a module `sweep` whose SUBJECT is a part of the op that is bound by memory. All
+figures of a size come from one interleaved run on one GPU.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from megamoe.ops import op
 from megamoe.plugins import load
 from megamoe.runtime import runtime
 from megamoe.testing import compare, guards
+from megamoe.testing.cases import Bound, Case
 
 COPY, COMPILED = "copy", "torch.compile"
 _BEYOND_L2 = 300e6  # bytes that one round of copies of the inputs should touch
@@ -50,55 +54,96 @@ class Point:
         return self.us[COPY] / self.us[name]
 
 
-def sweep(stage: Stage, *, compiled: bool = True) -> Iterator[Point]:
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a sweep measures; the functions all take the arguments that the cases make.
+
+    Attributes:
+        cases: Sizes by name.
+        bytes_moved: Bytes read and written once.
+        expected: Gives the right result.
+        fallback: What torch.compile compiles.
+        variants: The functions to time by name, of those that can take some arguments on this machine.
+        bounds: How far a variant may be from `expected`.
+    """
+
+    cases: Mapping[str, Case]
+    bytes_moved: Callable[..., int]
+    expected: Callable[..., Any]
+    fallback: Callable[..., Any]
+    variants: Callable[[dict[str, Any]], Mapping[str, Callable[..., Any]]]
+    bounds: Mapping[str, Bound]
+
+
+def sweep(stage: Stage, *, compile_seconds: float = 60.0) -> Iterator[Point]:
     """Measures a stage, size by size.
 
     Args:
-        stage: One with SWEEP and bytes_moved.
-        compiled: Also time torch.compile of the fallback, which takes a while to compile.
+        stage: One that takes part.
+        compile_seconds: torch.compile of the fallback, which compiles anew for most sizes, is timed at each size until
+            its first calls have taken so long together; later sizes have no figure of it.
 
     Raises:
         MegamoeError: No GPU, or a stage that does not take part, or a variant that is wrong.
     """
     if not torch.cuda.is_available():
         raise MegamoeError("a bandwidth sweep needs a GPU; there is none here")
-    cases = getattr(importlib.import_module(stage.cases.partition(":")[0]), "SWEEP", None)
-    moved: Callable[..., int] | None = getattr(importlib.import_module(stage.contract), "bytes_moved", None)
-    if cases is None or moved is None:
-        raise MegamoeError(f"{stage.id} has no SWEEP of sizes: it is not bound by memory")
-    fallback = load(verify.best_fallback(stage).target)
-    extra = {COMPILED: torch.compile(fallback)} if compiled else {}
-    for name, case in cases.items():
+    subject = subject_of(stage)
+    compiled, left = torch.compile(subject.fallback), compile_seconds
+    for name, case in subject.cases.items():
         inputs = case.inputs(name, "cuda")
-        total = moved(**inputs)
+        total = subject.bytes_moved(**inputs)
         sets = [inputs, *({k: guards.clone(v) for k, v in inputs.items()} for _ in range(_copies(total) - 1))]
-        functions = {**_checked(stage, inputs), **extra}
+        functions = _checked(subject, inputs, name)
+        if left > 0:
+            start = time.perf_counter()
+            compiled(**inputs)
+            torch.cuda.synchronize()
+            left -= time.perf_counter() - start
+            functions[COMPILED] = compiled
         timed = {n: [_call(f, s) for s in sets] for n, f in functions.items()}
         timed[COPY] = [_copy(total) for _ in sets]
         us = timing.queued(timed, calls=10 if total > 2e8 else 50)
         yield Point(stage.id, name, total, {n: round(t, 3) for n, t in us.items()}, torch.cuda.clock_rate())
 
 
+def subject_of(stage: Stage) -> Subject:
+    """What a sweep of a stage measures.
+
+    Raises:
+        MegamoeError: The stage does not take part.
+    """
+    package = stage.contract.rpartition(".")[0]
+    if importlib.util.find_spec(f"{package}.sweep"):
+        found = importlib.import_module(f"{package}.sweep").SUBJECT
+        assert isinstance(found, Subject)
+        return found
+    cases = getattr(importlib.import_module(stage.cases.partition(":")[0]), "SWEEP", None)
+    moved: Callable[..., int] | None = getattr(importlib.import_module(stage.contract), "bytes_moved", None)
+    if cases is None or moved is None:
+        raise MegamoeError(f"{stage.id} has no SWEEP of sizes: it is not bound by memory")
+    this = op(stage.id)
+
+    def variants(inputs: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+        able = (v for v in stage.variants if v.role is not Role.REFERENCE and not runtime().hard_refusals(stage, v))
+        return {v.name: load(v.target) for v in able if not verify.refused(stage, v, inputs)}
+
+    return Subject(cases, moved, this.reference, load(verify.best_fallback(stage).target), variants, this.bounds)
+
+
 def _copies(total: int) -> int:
     return int(min(8, max(2, _BEYOND_L2 // max(total, 1))))
 
 
-def _checked(stage: Stage, inputs: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+def _checked(subject: Subject, inputs: dict[str, Any], case: str) -> dict[str, Callable[..., Any]]:
     """The variants that can run here, each found right on these inputs first."""
-    found: dict[str, Callable[..., Any]] = {}
-    this = op(stage.id)
-    expected = compare.leaves(this.reference(**inputs))
-    for variant in stage.variants:
-        if variant.role is Role.REFERENCE or runtime().hard_refusals(stage, variant):
-            continue
-        if verify.refused(stage, variant, inputs):
-            continue
-        run = load(variant.target)
-        results = compare.compare(compare.leaves(run(**inputs)), expected, this.bounds)
+    variants = dict(subject.variants(inputs))
+    expected = compare.leaves(subject.expected(**inputs))
+    for name, run in variants.items():
+        results = compare.compare(compare.leaves(run(**inputs)), expected, subject.bounds)
         if wrong := [r.reason for r in results if not r.passed]:
-            raise MegamoeError(f"{stage.id}: {variant.name} is wrong, so it is not timed: {'; '.join(wrong)}")
-        found[variant.name] = run
-    return found
+            raise MegamoeError(f"{case}: {name} is wrong, so it is not timed: {'; '.join(wrong)}")
+    return variants
 
 
 def _call(function: Callable[..., Any], inputs: dict[str, Any]) -> Callable[[], Any]:

@@ -6,7 +6,7 @@ over the keys, and the log-sum-exp as a second output so that results over sever
 """
 
 from megamoe.hookspecs import hookimpl
-from megamoe.model import Role, Stage, Variant
+from megamoe.model import Arch, Role, Stage, Variant
 
 STAGE = Stage(
     id="fp4_kv_decode",
@@ -15,6 +15,14 @@ STAGE = Stage(
     cases=f"{__name__}.cases:CASES",
     variants=(
         Variant("reference", Role.REFERENCE, f"{__name__}.reference:fp4_kv_decode"),
+        Variant(
+            "fused_sm90",
+            Role.FUSED,
+            f"{__name__}.sm90:fp4_kv_decode",
+            archs=frozenset({Arch(90)}),
+            needs=("nvidia-cutlass-dsl>=4.8,<4.9", "apache-tvm-ffi>=0.1.11,<0.2"),
+            supports=f"{__name__}.limits:supports",
+        ),
         Variant("fallback", Role.FALLBACK, f"{__name__}.fallback:fp4_kv_decode"),
     ),
     mutates=("k_codes", "k_scales", "v_codes", "v_scales"),

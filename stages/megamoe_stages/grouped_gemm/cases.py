@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from megamoe.numerics.fragments import HOPPER, layout_name, scales_to_fragments
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor, encode_e4m3, pack_nibbles
 from megamoe.testing.cases import EXACT, Bound, Case
 
 _ONE = 2  # E2M1 code of 1.0
 _SCALE_NAN = 0x7F
 _SCALES_AROUND_ONE = (0x30, 0x40)  # E4M3 bytes of 0.5 to 2
+_EXPERTS_DRAWN = 8  # whose scales are drawn and put in hopper order; a layer's would take a minute
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -28,6 +31,7 @@ def make(
     layout: str = "linear",
     a_layout: str = "linear",
     alphas: int | None = 1,
+    indexed: bool = False,
 ) -> dict[str, Any]:
     """Arguments of `grouped_gemm`.
 
@@ -43,32 +47,46 @@ def make(
         layout: Scale layout of the weights.
         a_layout: Scale layout of NVFP4 activations.
         alphas: Global scales of the weights: None one for all, 1 one an expert, else so many an expert.
+        indexed: Whether rows are gathered by a random `row_index`.
     """
     experts = len(rows)
     exact = values == "integers"
-    weights = random_nvfp4(generator, (experts, n, k), layout=layout, scale_bytes=(0x38, 0x39) if exact else None)
+    ones = (0x38, 0x39) if exact else None
+    weights = random_nvfp4(
+        generator, (experts, n, k), layout="linear" if values == "scales" else layout, scale_bytes=ones
+    )
     if values == "scales":
-        special = torch.tensor([0x00, 0x01, 0x07, 0x08, 0x38, 0x7E], dtype=torch.uint8)
-        picked = special[torch.randint(len(special), (experts, n, k // BLOCK), generator=generator)]
-        weights = NVFP4Tensor(weights.codes, picked.view(torch.float8_e4m3fn), weights.global_scale_dec)
-        weights = weights.with_layout(layout)
+        weights = _with_special_scales(generator, weights, zero_codes=layout == HOPPER).with_layout(layout)
     dec = torch.tensor(0.25) if exact else random_alphas(generator, experts, alphas)
-    weights = NVFP4Tensor(weights.codes, weights.scales, dec, layout)
+    weights = replace(weights, global_scale_dec=dec)
     total = sum(rows)
+    tokens = total // 2 + 1 if indexed else total
     if values in ("one_hot", "scales"):
-        activations = one_hot(total, k, a, a_layout)
+        activations = one_hot(tokens, k, a, a_layout)
     elif a == "nvfp4":
-        activations = random_nvfp4(generator, (total, k), layout=a_layout, scale_bytes=(0x38, 0x39) if exact else None)
-        activations = NVFP4Tensor(
-            activations.codes, activations.scales, torch.tensor(0.5 if exact else 0.0123), a_layout
-        )
+        activations = random_nvfp4(generator, (tokens, k), layout=a_layout, scale_bytes=ones)
+        activations = replace(activations, global_scale_dec=torch.tensor(0.5 if exact else 0.0123))
     else:
-        plain = torch.randn(total, k, generator=generator)
+        plain = torch.randn(tokens, k, generator=generator)
         activations = (plain.mul(4).round() if exact else plain).to(_DTYPES[a])
         if values == "nonfinite":
             activations[0, 3], activations[2, 5], activations[4, 7] = torch.nan, torch.inf, -torch.inf
-            weights.scales.view(torch.uint8)[-1, -1, 0] = _SCALE_NAN
-    return {"a": activations, "weights": weights, "offsets": offsets_of(rows)}
+            if layout != HOPPER:
+                weights.scales.view(torch.uint8)[-1, -1, 0] = _SCALE_NAN
+    arguments = {"a": activations, "weights": weights, "offsets": offsets_of(rows)}
+    if indexed:
+        arguments["row_index"] = torch.randint(tokens, (total,), generator=generator, dtype=torch.int32)
+    return arguments
+
+
+def _with_special_scales(generator: Generator, weights: NVFP4Tensor, *, zero_codes: bool) -> NVFP4Tensor:
+    """Zero, subnormal, one and largest block scales; hopper weights have no nonzero code under a zero scale."""
+    special = torch.tensor([0x00, 0x01, 0x07, 0x08, 0x38, 0x7E], dtype=torch.uint8)
+    picked = special[torch.randint(len(special), weights.scales.shape, generator=generator)]
+    codes = weights.codes.clone()
+    if zero_codes:
+        codes.view(*picked.shape, BLOCK // 2)[picked == 0] &= 0x88
+    return replace(weights, codes=codes, scales=picked.view(torch.float8_e4m3fn))
 
 
 def offsets_of(rows: Sequence[int]) -> Tensor:
@@ -86,9 +104,16 @@ def random_nvfp4(
     """Random codes and E4M3 scale bytes in [low, high), of 0.5 to 2 unless told; global scale 1."""
     *batch, k = shape
     low, high = scale_bytes or _SCALES_AROUND_ONE
-    scales = torch.randint(low, high, (*batch, k // BLOCK), generator=generator, dtype=torch.uint8)
+    ordered = layout == HOPPER and layout_name(*shape[-2:]) == HOPPER  # random codes are random in any order
+    drawn = (min(batch[0], _EXPERTS_DRAWN), *batch[1:]) if ordered and len(batch) == 2 else tuple(batch)
+    scales = torch.randint(low, high, (*drawn, k // BLOCK), generator=generator, dtype=torch.uint8)
     codes = random_bytes(generator, (*batch, k // 2))
-    return NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), torch.tensor(1.0)).with_layout(layout)
+    if ordered:
+        packed = scales_to_fragments(scales.view(torch.float8_e4m3fn)).view(torch.uint8)
+        packed = packed if drawn == tuple(batch) else packed[torch.arange(batch[0]) % drawn[0]]
+        return NVFP4Tensor(codes, packed.view(torch.float8_e4m3fn), torch.tensor(1.0), HOPPER)
+    plain = NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), torch.tensor(1.0))
+    return plain.with_layout(layout)
 
 
 def random_bytes(generator: Generator, shape: tuple[int, ...]) -> Tensor:
@@ -120,10 +145,42 @@ _FP16 = {"out": Bound(2**-11, "fp32 sums in another order may round to the neigh
 _ALL_EQUAL = {"out": EXACT}
 _UNEVEN = (3, 0, 1, 40, 0, 17)
 _DECODE = tuple(1 if e % 4 else 0 for e in range(256))  # 32 tokens, top 6: 192 rows over 256 experts
+_SKEWED = tuple(300 if e == 7 else e % 2 for e in range(256))  # one expert with most of the rows
 
 
 def _exact(**params: Any) -> Case:
     return Case(make, {"rows": _UNEVEN, "n": 48, "k": 64, **params}, bounds=_ALL_EQUAL)
+
+
+def _hopper(*, gpu_only: bool = False, bench: bool = False, **params: Any) -> Case:
+    exact = params.get("values") in ("one_hot", "scales", "integers")
+    bounds = _ALL_EQUAL if exact else {}
+    given = {"rows": _UNEVEN, "n": 48, "k": 64, "layout": HOPPER, **params}
+    return Case(make, given, bounds=bounds, gpu_only=gpu_only, bench=bench)
+
+
+_HOPPER_CASES: dict[str, Case] = {
+    "bf16": _hopper(),
+    "nvfp4": _hopper(a="nvfp4"),
+    "indexed": _hopper(indexed=True),
+    "indexed-nvfp4-128x4": _hopper(a="nvfp4", a_layout="128x4", indexed=True, n=160, k=80),
+    "fp16": _hopper(a="fp16"),
+    "shared-alpha": _hopper(alphas=None),
+    "three-parts": _hopper(a="nvfp4", alphas=3),
+    "parts-of-four-rows": _hopper(n=64, alphas=16),
+    "one-column": _hopper(values="integers", rows=(5, 9), n=1, k=32, a="nvfp4"),
+    "odd-columns": _hopper(rows=(5, 9), n=131, k=48, a="nvfp4"),
+    "one-row": _hopper(rows=(0, 1, 0), n=64, k=128),
+    "4001-rows": _hopper(rows=(4001, 0), n=24, k=32, a="nvfp4"),
+    "no-rows": _hopper(rows=(0, 0, 0), values="one_hot"),
+    "one-hot": _hopper(values="one_hot", n=128, k=1152),
+    "one-hot-nvfp4": _hopper(values="one_hot", a="nvfp4", alphas=2, n=192, k=2048),
+    "special-scales": _hopper(values="scales", a="nvfp4"),
+    "integers": _hopper(values="integers", k=512),
+    "integers-many-rows": _hopper(values="integers", rows=(130, 3), n=136, k=512, a="nvfp4", indexed=True),
+    "nonfinite": _hopper(values="nonfinite"),
+    "all-experts-live": _hopper(rows=tuple(1 + e % 3 for e in range(256)), n=64, k=256, a="nvfp4", indexed=True),
+}
 
 
 CASES: dict[str, Case] = {
@@ -155,6 +212,12 @@ CASES: dict[str, Case] = {
     "nonfinite": Case(make, {"rows": _UNEVEN, "n": 48, "k": 64, "values": "nonfinite"}),
     "bench-few-rows": Case(make, {"rows": (1, 0, 2, 1), "n": 256, "k": 256, "a": "nvfp4"}, bench=True),
     "bench-many-rows": Case(make, {"rows": (64, 128), "n": 256, "k": 256, "a": "nvfp4"}, bench=True),
+    **{f"hopper-{name}": case for name, case in _HOPPER_CASES.items()},
+    "hopper-bench-few-rows": _hopper(rows=(1, 0, 2, 1), n=256, k=256, a="nvfp4", bench=True),
+    "hopper-bench-many-rows": _hopper(rows=(64, 128), n=256, k=256, a="nvfp4", bench=True),
+    "hopper-flash-down-decode": _hopper(rows=_DECODE, n=4096, k=2048, a="nvfp4", gpu_only=True, bench=True),
+    "hopper-flash-down-prefill": _hopper(rows=(192,) * 256, n=4096, k=2048, a="nvfp4", gpu_only=True, bench=True),
+    "hopper-flash-down-skewed": _hopper(rows=_SKEWED, n=4096, k=2048, a="nvfp4", gpu_only=True),
     "flash-down-decode": Case(make, {"rows": _DECODE, "n": 4096, "k": 2048, "a": "nvfp4"}, gpu_only=True, bench=True),
     "flash-down-prefill": Case(
         make, {"rows": (192,) * 256, "n": 4096, "k": 2048, "a": "nvfp4"}, gpu_only=True, bench=True

@@ -6,23 +6,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
+from megamoe.numerics.fragments import is_fragments
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor, decode_e2m1, unpack_nibbles
 from megamoe_stages.grouped_gemm import contract
 
 _DECODED_AT_ONCE = 1 << 28  # values; bounds the temporary memory of `decode`
 
 
-def grouped_gemm(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor) -> Tensor:
+def grouped_gemm(
+    a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_index: Tensor | None = None
+) -> Tensor:
     """Grouped GEMM; arguments and result as the reference says.
 
     On CUDA, bf16 and NVFP4 activations of several experts take torch's grouped GEMM, which never waits for the device
     but rounds its sums to bf16 before alpha. Everything else keeps fp32 sums, expert by expert; on CUDA with several
     experts (fp16 and fp32 only) that reads `offsets` back once.
     """
-    contract.check(a, weights, offsets)
-    rows = decode(a, torch.bfloat16) if isinstance(a, NVFP4Tensor) else a  # (M, K)
+    contract.check(a, weights, offsets, row_index)
+    rows = decode(a, torch.bfloat16) if isinstance(a, NVFP4Tensor) else a
+    rows = rows if row_index is None else rows.index_select(0, row_index)  # (M, K)
     if rows.shape[0] == 0:
-        return contract.fake(a, weights, offsets)
+        return contract.fake(a, weights, offsets, row_index)
+    weights = weights.with_layout("linear") if is_fragments(weights.scale_layout) else weights
     if rows.is_cuda and rows.dtype == torch.bfloat16 and weights.codes.shape[0] > 1:
         sums = gemm_by_library(rows, weights, offsets)  # (M, N) bf16
     else:

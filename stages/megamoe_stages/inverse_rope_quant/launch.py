@@ -38,14 +38,20 @@ def inverse_rope_quant(
     contract.check(o, positions, cos, sin, global_scale_enc, groups=groups, scale_layout=scale_layout)
     tokens, heads, head_dim = o.shape
     blocks = o.numel() // BLOCK
-    if tokens > limits.MAX_ROWS or blocks > limits.MAX_BLOCKS:
-        reasons = limits.supports({"rows": tokens, "heads": heads, "head_dim": head_dim})
+    facts: dict[str, str | int | float | bool] = {
+        "rows": tokens,
+        "heads": heads,
+        "head_dim": head_dim,
+        "groups": groups,
+        "scale_layout": scale_layout,
+    }
+    if reasons := limits.supports(facts):
         raise ArgumentError("o", "; ".join(reasons), "what this kernel supports")
     for name, tensor in (("o", o), ("cos", cos), ("sin", sin)):
         check_readable(name, tensor)
     out = empty_result((groups, tokens, heads // groups * head_dim), global_scale_enc, scale_layout)
     if tokens:
-        launch = launcher(dtype_name(o), scale_layout, kernel.shape_for(dtype_name(o), blocks), target)
+        launch = launcher(dtype_name(o), scale_layout, kernel.shape_for(dtype_name(o), scale_layout, blocks), target)
         words = positions.view(torch.int32)  # of int64 the kernel reads the low words: tables are shorter than 2^31
         scales = out.scales.view(torch.uint8)
         launch(o, words, cos, sin, global_scale_enc, out.codes, scales, out.global_scale_dec)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-MAX_ROWS = 2**22  # tile rows go to a 31-bit grid with their columns, numbers of blocks into 32 bits
-MAX_BLOCKS = 2**30
+from megamoe_stages.quantize.limits import MAX_SCALES, tiled_scales
+
+MAX_ROWS = 2**29  # tokens: int64 positions are read as twice as many 32-bit words
 
 
 def supports(facts: Mapping[str, str | int | float | bool]) -> list[str]:
     """Reasons why the kernel cannot do a problem; facts that are not given count as fine."""
-    rows = int(facts.get("rows", 0))
-    blocks = rows * int(facts.get("heads", 0)) * (int(facts.get("head_dim", 0)) // 16)
-    if rows > MAX_ROWS or blocks > MAX_BLOCKS:
-        return [
-            f"about {rows} tokens, {blocks} blocks: the kernel counts up to {MAX_ROWS} tokens and {MAX_BLOCKS} blocks"
-        ]
+    rows, groups = int(facts.get("rows", 0)), max(int(facts.get("groups", 1)), 1)
+    cols = int(facts.get("heads", 0)) // groups * (int(facts.get("head_dim", 0)) // 16)
+    scales = groups * (tiled_scales(rows, cols) if facts.get("scale_layout") == "128x4" else rows * cols)
+    if rows > MAX_ROWS or scales > MAX_SCALES:
+        most = f"{MAX_ROWS} tokens and {MAX_SCALES} scales"
+        return [f"about {rows} tokens, {scales} scales, padding too: the kernel counts up to {most}"]
     return []

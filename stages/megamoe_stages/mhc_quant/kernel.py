@@ -1,15 +1,16 @@
 """mHC post, mix, collapse, RMSNorm and quantisation as one CuTe DSL kernel, one source for sm_90a and sm_100a.
 
 A cluster of CTAs owns 16 tokens at a time, each CTA a slice of the hidden dims, each warp 64 of them: the new streams
-of a group live in registers, in the very places where `mma` wants its left operand and a quantiser its block. The slice
-of fn stays in shared memory for good. What must be summed over the hidden dims (24 dot products and the squares of the
-streams, then the squares of y) goes round the cluster through distributed shared memory. The warps of a CTA are two
-teams, each with a group of its own, so that one computes while the other waits for memory or for its cluster.
+of a group live in registers, in the very places where `mma` wants its right operand and a quantiser its block. The
+slice of fn stays in shared memory for good. What must be summed over the hidden dims (24 dot products and the squares
+of the streams, then the squares of y) goes round the cluster through distributed shared memory. The warps of a CTA are
+teams, each with a group of its own, so that some compute while others wait for memory or for their cluster. Sinkhorn's
+iteration comes last, a lane a token: its chain is long, and nothing else in the kernel needs comb.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Sequence
 
 import cutlass
@@ -23,15 +24,12 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.recipe import BLOCK, Block
 from megamoe.cute.warp import WARP
-from megamoe_stages.mhc_quant import places
+from megamoe_stages.mhc_quant import mix, places
 from megamoe_stages.mhc_quant.places import (
-    COLUMNS,
-    COPIES,
     GROUP,
+    MATRIX,
     OWN_SUMS,
-    SHARED_SUMS,
-    TEAMS,
-    TILES,
+    ROWS,
     UNIT,
     Area,
     Inputs,
@@ -76,7 +74,7 @@ def launch(
     outputs = (residual, normed, codes, scales, dec, new_post, new_comb)
     mhc_quant(*inputs, *outputs, target, shape).launch(
         grid=[clusters * shape.ctas, 1, 1],
-        block=[TEAMS * shape.team, 1, 1],
+        block=[shape.all_warps * WARP, 1, 1],
         cluster=[shape.ctas, 1, 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,  # or ptxas saves registers for a second CTA, for which there is no shared memory
@@ -122,37 +120,47 @@ def mhc_quant(
     tokens = cute.size(f, mode=[0])
     groups = (tokens + GROUP - 1) // GROUP
 
-    _fetch_fn(floats, thread, place.rank, given, shape)
-    _prefetch(place, given, shape)
     if place.seat == 0:
-        cute.arch.mbarrier_init(area.sums_here, 1)
-        cute.arch.mbarrier_init(area.squares_here, 1)
+        for bar in (area.sums_here, area.squares_here, area.all_logits):
+            cute.arch.mbarrier_init(bar, 1)
+    if thread == 0:
+        cute.arch.mbarrier_init(places.fn_here(floats, shape), shape.all_warps)
     cute.arch.mbarrier_init_fence()
-    _zero_padding(out, tokens, tiled, cta * (TEAMS * shape.team) + thread, ctas * (TEAMS * shape.team))
+    cute.arch.sync_threads()
+    cute.arch.cluster_arrive_relaxed()
+    _prefetch(place, given, shape)
+    _fetch_factors(place.turn, place, area, given, shape)
+    mix.fetch_fn(floats, given, target, shape)
+    _zero_padding(out, tokens, tiled, cta * (shape.all_warps * WARP) + thread, ctas * (shape.all_warps * WARP))
     if cta + thread == 0:
         dec[()] = recipe.global_scale(enc[()], target).dec
     cluster.wait_copies()
-    cute.arch.cluster_arrive()
+    cute.arch.barrier(barrier_id=1 + place.team, number_of_threads=shape.team)  # the factors have come
     cute.arch.cluster_wait()
+    ahead = _load_ahead(place.turn, floats, given, shape)
     while places.turn_of(floats, shape) < 2 * groups:
-        _group(floats, given, out, target, shape)
-    cute.arch.cluster_arrive()  # no CTA ends while another may still write to it
+        ahead = _group(ahead, floats, given, out, target, shape)
+    _finish_neighbour(floats, given, out, target, shape)
+    cute.arch.cluster_arrive_relaxed()  # no CTA ends while another may still write to it
     cute.arch.cluster_wait()
 
 
 @cute.jit
-def _fetch_fn(
-    floats: cute.Pointer, thread: Int32, rank: Int32, given: Constexpr[Inputs], shape: Constexpr[Shape]
+def _fetch_factors(
+    turn: Int32, place: Constexpr[Place], area: Constexpr[Area], given: Constexpr[Inputs], shape: Constexpr[Shape]
 ) -> None:
-    """Copies this CTA's slice of fn to shared memory, in the order in which `_dots` reads it."""
-    hidden = places.hidden_of(given, shape)
-    lane, wide = thread % WARP, thread // WARP
-    for i in cutlass.range(wide, shape.warps * COPIES, TEAMS * shape.warps, unroll=4):
-        column, stream, dim, slot = places.fn_piece(i, lane)
-        h = rank * (shape.warps * UNIT) + dim
-        valid = h < hidden
-        source = column * (STREAMS * hidden) + stream * hidden + arith.select(valid, h, Int32(0))
-        cluster.copy16(given.fn.iterator + source, floats + slot * 4, valid)
+    """Copies post and comb of a turn's tokens to shared memory, zeros for tokens that do not exist."""
+    first, tokens = (turn >> 1) * GROUP, cute.size(given.f, mode=[0])
+    if place.seat < GROUP * STREAMS:
+        token, part = place.seat // STREAMS, place.seat % STREAMS
+        valid = first + token < tokens
+        source = given.comb.iterator + (arith.select(valid, first + token, Int32(0)) * MATRIX + part * STREAMS)
+        cluster.copy16(source, places.pointer_to(area.factors, token, STREAMS + part * STREAMS), valid)
+    elif place.seat < GROUP * (STREAMS + 1):
+        token = place.seat - GROUP * STREAMS
+        valid = first + token < tokens
+        source = given.post.iterator + arith.select(valid, first + token, Int32(0)) * STREAMS
+        cluster.copy16(source, places.pointer_to(area.factors, token, 0), valid)
 
 
 def _prefetch(place: Place, given: Inputs, shape: Shape) -> None:
@@ -181,75 +189,100 @@ def _zero_padding(out: Constexpr[Outputs], tokens: Int32, tiled: Int32, thread: 
             view[at // layout.TILE_COLS] = Uint32(0)
 
 
-@cute.jit
-def _group(
-    floats: cute.Pointer,
-    given: Constexpr[Inputs],
-    out: Constexpr[Outputs],
-    target: Constexpr[Target],
-    shape: Constexpr[Shape],
-) -> None:
-    """One group of tokens, from the old streams to the quantised input of the next sublayer."""
+def _group(ahead: Words, floats: cute.Pointer, given: Inputs, out: Outputs, target: Target, shape: Shape) -> Words:
+    """One group of tokens, from the old streams to the quantised input of the next sublayer.
+
+    Takes the words of this thread's first token, which were loaded ahead, and returns those of its next group: from the
+    collapse on there are registers for them, and so they come while the team waits for its cluster.
+    """
     place = places.place_of(floats, given, shape)
     area = places.area_of(floats, place.team, shape)
-    sums = GROUP * SHARED_SUMS + shape.owned * OWN_SUMS
+    sums = GROUP * (STREAMS + 1) + shape.owned * OWN_SUMS
     cluster.expect(area.sums_here, shape.ctas * sums * 4, place.seat == 0)
     cluster.expect(area.squares_here, shape.ctas * GROUP * 4, place.seat == 0)
-    streams = _new_streams(floats, given, out, target, shape)
+    streams = _new_streams(ahead, floats, given, out, target, shape)
     place = places.place_of(floats, given, shape)
     _prefetch(place._replace(turn=places.next_turn(place.turn, shape)), given, shape)
     _sum_slice(streams, floats, given, target, shape)
     place = places.place_of(floats, given, shape)
     area = places.area_of(floats, place.team, shape)
+    _fetch_factors(places.next_turn(place.turn, shape), place, area, given, shape)
     cute.arch.mbarrier_wait(area.sums_here, place.turn & 1)
-    own = _own_logits(place, area, given, out, target, shape)
     pre = _pre(place, area, given, target, shape)
     y = [[mhc.collapse([streams[t][s][w] for s in range(STREAMS)], pre[t], target) for w in range(8)] for t in range(2)]
+    place = places.place_of(floats, given, shape)
+    ahead = _load_ahead(places.next_turn(place.turn, shape), floats, given, shape)
+    cluster.wait_copies()  # of the factors; the barrier in here shows them to the team
     _send_squares(y, floats, given, target, shape)
+    _write_logits(floats, given, out, target, shape)
     place = places.place_of(floats, given, shape)
     area = places.area_of(floats, place.team, shape)
     weights = _norm_weights(place, given)
     cute.arch.mbarrier_wait(area.squares_here, place.turn & 1)
-    for t in cutlass.range_constexpr(2):
-        squares = _in_order([area.squares[r, place.row + 8 * t, 0] for r in range(shape.ctas)], target)
+    for t in range(2):
+        squares = _in_order([area.y[r, place.row + 8 * t] for r in range(shape.ctas)], target)
         factor = mhc.inverse_rms(squares, places.hidden_of(given, shape), given.norm_eps, target)
         words = [mhc.normalise(y[t][w], factor, weights[2 * w : 2 * w + 2], target) for w in range(8)]
-        for c in cutlass.range_constexpr(2):
+        for c in range(2):
             places.store_chunk(out.normed, t, c, [words[c * 4 : c * 4 + 4]], place, given, shape)
         _quantize(words, t, places.place_of(floats, given, shape), given, out, target, shape)
-    _finish_own(own, place, given, out, target, shape)
     places.set_turn(floats, place.lane == 0, places.next_turn(place.turn, shape), shape)
+    return ahead
 
 
-def _new_streams(floats: cute.Pointer, given: Inputs, out: Outputs, target: Target, shape: Shape) -> list[list[Words]]:
+def _new_streams(
+    ahead: Words, floats: cute.Pointer, given: Inputs, out: Outputs, target: Target, shape: Shape
+) -> list[list[Words]]:
     """The new streams of this thread's tokens: [token][stream][word]; 0 in hidden dims that do not exist."""
-    place = places.place_of(floats, given, shape)
-    rows = [cutlass.min(places.token_of(t, place), cute.size(given.f, mode=[0]) - 1) for t in range(2)]
-    old = []
-    for row in rows:
-        x = places.chunks_of(given.x, row, place, given, shape)
-        old.append([[word for chunk in x for word in places.load_chunk(chunk, s)] for s in range(STREAMS)])
+    turn = places.place_of(floats, given, shape).turn
+    first = ahead if shape.ahead else _load_token(0, (0, 1), turn, floats, given, shape)
+    loaded = [first, _load_token(1, (0,), turn, floats, given, shape)]
     streams = []
-    for t, row in enumerate(rows):
-        cute.arch.sync_warp()
-        post, comb = places.load_floats(given.post, row, 1), places.load_floats(given.comb, row, STREAMS)
+    for t in range(2):
         new: list[Words] = [[] for _ in range(STREAMS)]
-        for c, chunk in enumerate(places.chunks_of(given.f, row, place, given, shape)):
+        for c in range(2):
+            if t == 0 and c == 1:
+                cute.arch.sync_warp()  # no earlier: there are no registers for them
+                loaded[1] += _load_token(1, (1,), turn, floats, given, shape)
+            chunk = loaded[t][c * 20 : c * 20 + 20]
+            place = places.place_of(floats, given, shape)
+            factors = functools.partial(_factors, places.area_of(floats, place.team, shape), place.row + 8 * t)
+            mixed = mhc.post_mix([chunk[i : i + 4] for i in range(0, 20, 4)], factors, target)
             if not shape.whole:
-                now = places.place_of(floats, given, shape)
-            if c:
-                cute.arch.sync_warp()  # or the next token's values would come before there are registers for them
-            for w, added in enumerate(places.load_chunk(chunk, 0)):
-                mixed = mhc.post_mix([old[t][s][c * 4 + w] for s in range(STREAMS)], added, post, comb, target)
-                if not shape.whole:
-                    mask = arith.select(now.valid[c], Uint32(0xFFFFFFFF), Uint32(0))
-                    mixed = [word & mask for word in mixed]
-                for s in range(STREAMS):
-                    new[s].append(mixed[s])
-            now = places.place_of(floats, given, shape)
-            places.store_chunk(out.residual, t, c, [words[-4:] for words in new], now, given, shape)
+                mask = arith.select(place.valid[c], Uint32(0xFFFFFFFF), Uint32(0))
+                mixed = [[word & mask for word in words] for words in mixed]
+            for words, more in zip(new, mixed, strict=True):
+                words += more
+            places.store_chunk(out.residual, t, c, mixed, places.place_of(floats, given, shape), given, shape)
         streams.append(new)
     return streams
+
+
+def _load_ahead(turn: Int32, floats: cute.Pointer, given: Inputs, shape: Shape) -> Words:
+    """This thread's words of its first token in a turn, or none where they come later."""
+    return _load_token(0, (0, 1), turn, floats, given, shape) if shape.ahead else []
+
+
+def _load_token(t: int, chunks: Sequence[int], turn: Int32, floats: cute.Pointer, given: Inputs, shape: Shape) -> Words:
+    """This thread's words of its token number t in a turn: of a chunk 4 of the sublayer's output, then 4 a stream."""
+    place = places.place_of(floats, given, shape)._replace(turn=turn)
+    row = cutlass.min(places.token_of(t, place), cute.size(given.f, mode=[0]) - 1)
+    x, f = (places.chunks_of(tensor, row, place, given, shape) for tensor in (given.x, given.f))
+    words: Words = []
+    for c in chunks:
+        words += places.load_chunk(f[c], 0) + [word for s in range(STREAMS) for word in places.load_chunk(x[c], s)]
+    return words
+
+
+def _factors(area: Area, token: Int32, row: int) -> list[Float32]:
+    """Factors of the group's token: row 0 is post, the others are comb's."""
+    cute.arch.sync_warp()  # or the compiler loads all rows at once, and spills
+    rows = cute.make_tensor(
+        area.factors.iterator, cute.make_layout((GROUP * (STREAMS + 1), STREAMS), stride=(STREAMS, 1))
+    )
+    four = cute.make_rmem_tensor(STREAMS, Float32)
+    cute.autovec_copy(rows[token * (STREAMS + 1) + row, None], four)
+    return [four[i] for i in range(STREAMS)]
 
 
 @cute.jit
@@ -261,108 +294,130 @@ def _sum_slice(
     shape: Constexpr[Shape],
 ) -> None:
     """Sums the dots and squares over this CTA's slice and sends them to where they are needed."""
-    dots, squares = _dots(streams, places.place_of(floats, given, shape), floats, target, shape)
+    squares = mix.squares(streams, target)
     place = places.place_of(floats, given, shape)
-    area = places.area_of(floats, place.team, shape)
+    partial = places.area_of(floats, place.team, shape).partial_streams
+    mine = [arith.select(place.row % 2 == 0, even, odd) for even, odd in squares]
+    if place.quad == place.row // 2:
+        partial[place.member, place.row] = mine[0]
+        partial[place.member, place.row + 8] = mine[1]
+    cute.arch.mbarrier_wait(places.fn_here(floats, shape), 0)
+    dots = mix.dots(streams, places.place_of(floats, given, shape), floats, target, shape)
+    place = places.place_of(floats, given, shape)
+    area = places.area_of(floats, place.team, shape, place.turn)
     partial = area.partial
-    for tile in cutlass.range_constexpr(TILES):
-        for i in cutlass.range_constexpr(4):
-            partial[place.member, place.row + i // 2 * 8, tile * COLUMNS + place.quad * 2 + i % 2] = dots[tile][i]
-    if place.quad == 0:
-        partial[place.member, place.row, LOGITS] = squares[0]
-        partial[place.member, place.row + 8, LOGITS] = squares[1]
+    for t in cutlass.range_constexpr(2):
+        for i in cutlass.range_constexpr(6):
+            partial[place.member, t * 8 + place.quad * 2 + i % 2, i // 2 * ROWS + place.row] = dots[t][i]
     cute.arch.barrier(barrier_id=1 + place.team, number_of_threads=shape.team)
-    split = GROUP * SHARED_SUMS
-    if place.seat < split:
-        token, which = place.seat // SHARED_SUMS, place.seat % SHARED_SUMS
-        column = arith.select(which == STREAMS, Int32(LOGITS), which)
-        total = _in_order([partial[m, token, column] for m in range(shape.warps)], target)
-        slot = places.pointer_to(area.shared, place.rank, token, which)
-        for r in cutlass.range_constexpr(shape.ctas):
-            cluster.send(total, slot, area.sums_here, Int32(r))
-    else:
-        for k in cutlass.range_constexpr(0, GROUP * OWN_SUMS, shape.team - split):
-            i = place.seat - split + k
-            if i < GROUP * OWN_SUMS:
-                token, which = i // OWN_SUMS, i % OWN_SUMS
-                total = _in_order([partial[m, token, which + STREAMS] for m in range(shape.warps)], target)
-                slot = places.pointer_to(area.own, place.rank, token % shape.owned, which)
-                cluster.send(total, slot, area.sums_here, token // shape.owned)
-
-
-def _dots(
-    streams: list[list[Words]], place: Place, floats: cute.Pointer, target: Target, shape: Shape
-) -> tuple[list[list[Float32]], list[Float32]]:
-    """This warp's dots, [tile of columns][as `warp.mma_tf32`], and squares of its two tokens, summed over its lanes."""
-    zero = [Float32(0.0)] * 4
-    dots = [zero] * TILES
-    squares = [Float32(0.0)] * 2
-    fn = places.rows_of_words(floats, shape.fn_floats // 4)
-    for stream, chunk, half in itertools.product(range(STREAMS), range(2), range(2)):
-        left = []
-        for s in range(2):
-            words = [streams[t][stream][chunk * 4 + half * 2 + s] for t in range(2)]
-            # permutes, where the collapse shifts: else the compiler unpacks once and runs out of registers
-            left.append([arith.permute(w, Uint32(0), part, target) for part in (0x1044, 0x3244) for w in words])
-            for i, word in enumerate(left[s]):
-                value = arith.number(word)
-                squares[i % 2] = mhc.fma(value, value, squares[i % 2], target)
-        for tile in range(TILES):
-            block = places.fn_fragment(place.member, stream, chunk, half, tile) * WARP + place.lane
-            right = [warp.split_tf32(arith.number(v), target) for v in strips.load_words(fn, block)]
-            short = zero  # the tensor core cuts off: only sums of 16 products are left to it
-            for s, term in itertools.product(range(2), (1, 0)):  # the small term first
-                short = warp.mma_tf32(left[s], [right[2 * s][term], right[2 * s + 1][term]], short)
-            dots[tile] = [arith.add(*pair, target) for pair in zip(dots[tile], short, strict=True)]
-    return dots, [warp.sum_of_four(value, target) for value in squares]
+    for k in cutlass.range_constexpr(0, GROUP * shape.ctas, shape.team):
+        i = place.seat + k
+        if i < GROUP * shape.ctas:
+            token, rank = i % GROUP, i // GROUP
+            total = _sum_of_four(area.partial, token * LOGITS, target)
+            cluster.send(total, places.pointer_to(area.pre, place.rank, token, 0), area.sums_here, rank)
+    fours = OWN_SUMS // 4
+    for k in cutlass.range_constexpr(0, GROUP * fours, shape.team):
+        i = place.seat + k
+        if i < GROUP * fours:
+            token, which = i // fours, i % fours * 4
+            total = _sum_of_four(area.partial, token * LOGITS + STREAMS + which, target)
+            slot = places.pointer_to(area.own, place.rank, token % shape.owned, which)
+            cluster.send(total, slot, area.sums_here, token // shape.owned)
+    i = shape.team - 1 - place.seat  # the seats that have done less so far
+    _send_to_all(area.partial_streams, area.streams, area.sums_here, i, place.rank, target, shape)
 
 
 @cute.jit
-def _own_logits(
-    place: Constexpr[Place],
-    area: Constexpr[Area],
-    given: Constexpr[Inputs],
-    out: Constexpr[Outputs],
+def _send_to_all(
+    partial: cute.Tensor,
+    slots: cute.Tensor,
+    arrived: cute.Pointer,
+    i: Int32,
+    rank: Int32,
     target: Constexpr[Target],
     shape: Constexpr[Shape],
-) -> cute.Tensor:
-    """Writes post of the tokens that this CTA owns; returns the logits of comb, a row a lane of the first warps."""
-    logits = cute.make_rmem_tensor((1, STREAMS), Float32)
-    logits.fill(0.0)
-    slot, first = place.member * 8 + place.row, (place.turn >> 1) * GROUP
-    if place.member * 8 < shape.owned:
-        safe, row = cutlass.min(slot, shape.owned - 1), place.quad
-        token = place.rank * shape.owned + safe
-        rms = _inverse_rms(token, area, given, target, shape)
-        sums = [area.own[r, safe, row] for r in range(shape.ctas)]
-        value = mhc.logit(_in_order(sums, target), rms, given.scale[1], given.base[STREAMS + row], target)
-        if (slot < shape.owned) & (first + token < cute.size(given.f, mode=[0])):
-            new = arith.mul(mhc.sigmoid(value, target), Float32(mhc.POST_MULTIPLIER), target)
-            strips.flat(out.post)[(first + token) * STREAMS + row] = new
-        for c in cutlass.range_constexpr(STREAMS):
-            at = STREAMS + row * STREAMS + c
-            sums = [area.own[r, safe, at] for r in range(shape.ctas)]
-            base = given.base[STREAMS + at]
-            logits[0, c] = mhc.logit(_in_order(sums, target), rms, given.scale[2], base, target)
-    return logits
+) -> None:
+    """Sums a value a token over the team's warps and sends it to every CTA; i counts the threads."""
+    fours = GROUP // 4
+    if i < fours * shape.ctas:
+        total = _sum_of_four(partial, i % fours * 4, target)
+        cluster.send(total, places.pointer_to(slots, rank, i % fours * 4), arrived, i // fours)
+
+
+def _sum_of_four(partial: cute.Tensor, first: Int32, target: Target) -> list[Float32]:
+    """Sums over the team's warps, in their order, of four neighbours from the element `first` of a warp's part on."""
+    warps, size = partial.shape[0], cute.size(partial) // partial.shape[0]
+    fours = cute.make_tensor(partial.iterator, cute.make_layout((warps, size // 4, 4), stride=(size, 4, 1)))
+    loaded = []
+    for m in range(warps):
+        four = cute.make_rmem_tensor(4, Float32)
+        cute.autovec_copy(fours[m, first // 4, None], four)
+        loaded.append([four[i] for i in range(4)])
+    return [_in_order(values, target) for values in zip(*loaded, strict=True)]
 
 
 @cute.jit
-def _finish_own(
-    logits: cute.Tensor,
-    place: Constexpr[Place],
+def _write_logits(
+    floats: cute.Pointer,
     given: Constexpr[Inputs],
     out: Constexpr[Outputs],
     target: Constexpr[Target],
     shape: Constexpr[Shape],
 ) -> None:
-    """Sinkhorn for the tokens that this CTA owns: nothing in the group waits for it."""
-    if place.member * 8 < shape.owned:
-        mhc.sinkhorn(logits, given.iters, given.hc_eps, lambda value: warp.sum_of_four(value, target), target)
-        slot = place.member * 8 + place.row
-        token = (place.turn >> 1) * GROUP + place.rank * shape.owned + slot
-        if (slot < shape.owned) & (token < cute.size(given.f, mode=[0])):
-            cute.autovec_copy(logits[0, None], places.rows_of_streams(out.comb)[token * STREAMS + place.quad, None])
+    """The team's first warp writes post of the tokens that this CTA owns, and the logits of comb in comb's place."""
+    place = places.place_of(floats, given, shape)
+    area = places.area_of(floats, place.team, shape, place.turn)
+    if place.member == 0:
+        tokens = cute.size(given.f, mode=[0])
+        for i in cutlass.range(place.lane, shape.owned * OWN_SUMS, WARP, unroll=1):
+            owned, which = i // OWN_SUMS, i % OWN_SUMS
+            token = place.rank * shape.owned + owned
+            number = (place.turn >> 1) * GROUP + token
+            squares = _in_order([area.streams[r, token] for r in range(shape.ctas)], target)
+            rms = _inverse_rms(squares, given, target, shape)
+            dot = _in_order([area.own[r, owned, which] for r in range(shape.ctas)], target)
+            scale = arith.select(which < STREAMS, given.scale[1], given.scale[2])
+            value = mhc.logit(dot, rms, scale, given.base[STREAMS + which], target)
+            if number < tokens:
+                if which < STREAMS:
+                    new = arith.mul(mhc.sigmoid(value, target), Float32(mhc.POST_MULTIPLIER), target)
+                    strips.flat(out.post)[number * STREAMS + which] = new
+                else:
+                    strips.flat(out.comb)[number * MATRIX + which - STREAMS] = value
+        cute.arch.sync_warp()
+        if (place.lane == 0) & ((places.next_turn(place.turn, shape) >> 1) * GROUP >= tokens):
+            cute.arch.mbarrier_arrive(area.all_logits)
+
+
+@cute.jit
+def _finish_neighbour(
+    floats: cute.Pointer,
+    given: Constexpr[Inputs],
+    out: Constexpr[Outputs],
+    target: Constexpr[Target],
+    shape: Constexpr[Shape],
+) -> None:
+    """Turns the next team's logits into comb, a lane a token: with few tokens that team is busy and this one is not."""
+    place = places.place_of(floats, given, shape)
+    team = (place.team + 1) % shape.teams
+    area = places.area_of(floats, team, shape)
+    (cta, _, _), (ctas, _, _) = cute.arch.block_idx(), cute.arch.grid_dim()
+    clusters, tokens = ctas // shape.ctas, cute.size(given.f, mode=[0])
+    first, step = cta // shape.ctas + team * clusters, clusters * shape.teams
+    mine = ((tokens + GROUP - 1) // GROUP - first + step - 1) // step * shape.owned
+    if first * GROUP < tokens:
+        cute.arch.mbarrier_wait(area.all_logits, 0)
+        for i in cutlass.range(place.seat, mine, shape.team, unroll=1):
+            token = (first + i // shape.owned * step) * GROUP + place.rank * shape.owned + i % shape.owned
+            if token < tokens:
+                rows = places.rows_of_streams(out.comb)
+                comb = cute.make_rmem_tensor(cute.make_layout((STREAMS, STREAMS), stride=(STREAMS, 1)), Float32)
+                for r in cutlass.range_constexpr(STREAMS):
+                    cute.autovec_copy(rows[token * STREAMS + r, None], comb[r, None])
+                mhc.sinkhorn(comb, given.iters, given.hc_eps, target)
+                for r in cutlass.range_constexpr(STREAMS):
+                    cute.autovec_copy(comb[r, None], rows[token * STREAMS + r, None])
 
 
 def _pre(place: Place, area: Area, given: Inputs, target: Target, shape: Shape) -> list[list[Float32]]:
@@ -370,16 +425,20 @@ def _pre(place: Place, area: Area, given: Inputs, target: Target, shape: Shape) 
     pre = []
     for t in range(2):
         token = place.row + 8 * t
-        rms = _inverse_rms(token, area, given, target, shape)
-        dot = _in_order([area.shared[r, token, place.quad] for r in range(shape.ctas)], target)
+        if shape.ctas < 4:
+            squares = _in_order([area.streams[r, token] for r in range(shape.ctas)], target)
+        else:  # a quarter a lane
+            ranks = [place.quad + r for r in range(0, shape.ctas, 4)]
+            squares = warp.sum_of_four(_in_order([area.streams[r, token] for r in ranks], target), target)
+        rms = _inverse_rms(squares, given, target, shape)
+        dot = _in_order([area.pre[r, token, place.quad] for r in range(shape.ctas)], target)
         value = mhc.sigmoid(mhc.logit(dot, rms, given.scale[0], given.base[place.quad], target), target)
         mine = arith.add(value, given.hc_eps, target)
         pre.append([cute.arch.shuffle_sync(mine, place.lane // 4 * 4 + s) for s in range(STREAMS)])
     return pre
 
 
-def _inverse_rms(token: Int32, area: Area, given: Inputs, target: Target, shape: Shape) -> Float32:
-    squares = _in_order([area.shared[r, token, STREAMS] for r in range(shape.ctas)], target)
+def _inverse_rms(squares: Float32, given: Inputs, target: Target, shape: Shape) -> Float32:
     return mhc.inverse_rms(squares, places.hidden_of(given, shape) * STREAMS, given.norm_eps, target)
 
 
@@ -394,21 +453,16 @@ def _send_squares(
     """Sums the squares of y over this CTA's slice and sends them to every CTA."""
     place = places.place_of(floats, given, shape)
     area = places.area_of(floats, place.team, shape)
-    partial = area.partial  # everybody has read it, or the sums would not have arrived
+    partial = area.partial_y
     for t in cutlass.range_constexpr(2):
         total = Float32(0.0)
         for word in y[t]:
             total = mhc.add_squares(word, total, target)
         total = warp.sum_of_four(total, target)
         if place.quad == 0:
-            partial[place.member, place.row + 8 * t, 0] = total
+            partial[place.member, place.row + 8 * t] = total
     cute.arch.barrier(barrier_id=1 + place.team, number_of_threads=shape.team)
-    for k in cutlass.range_constexpr(0, GROUP * shape.ctas, shape.team):
-        i = place.seat + k
-        if i < GROUP * shape.ctas:
-            token = i % GROUP
-            total = _in_order([partial[m, token, 0] for m in range(shape.warps)], target)
-            cluster.send(total, places.pointer_to(area.squares, place.rank, token, 0), area.squares_here, i // GROUP)
+    _send_to_all(area.partial_y, area.y, area.squares_here, place.seat, place.rank, target, shape)
 
 
 @cute.jit

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 STREAMS = 4
-MAX_HIDDEN = 7168  # 16 CTAs with 172 KB of fn each
 MAX_VALUES = 2**28  # tokens * H: what x holds is counted in 32 bits
-CTAS = {512: 1, 2048: 4, 4096: 8, MAX_HIDDEN: 16}  # of a cluster, by the hidden dims that it covers
-WARPS = {512: 8, 2048: 8, 4096: 8, MAX_HIDDEN: 7}  # of a team: 64 hidden dims each
+MAX_HIDDEN = 7168  # 16 CTAs with 172 KB of fn each
+SMALL = 256  # up to here any H: further up a slice that is not whole leaves too few registers
+CTAS = {SMALL: 1, 512: 2, 1024: 4, 2048: 8, 4096: 16, MAX_HIDDEN: 16}  # of a cluster, by the hidden dims that it covers
+TEAMS = {MAX_HIDDEN: 2}  # of a CTA; 4 where not named
+WARPS = {MAX_HIDDEN: 7}  # of a team, 64 hidden dims each; 4 where not named
+PARTS = {MAX_HIDDEN: 6}  # fn as fp32; as three terms of bf16, 10, where not named
 
 
 def covered(hidden: int) -> int:
-    """Hidden dims that the cluster for `hidden` covers."""
+    """Hidden dims that the cluster for `hidden`, which `supports` lets pass, covers."""
     return next(dims for dims in CTAS if hidden <= dims)
 
 
@@ -24,8 +27,9 @@ def supports(facts: Mapping[str, str | int | float | bool]) -> list[str]:
     streams, hidden = int(facts.get("streams", STREAMS)), int(facts.get("hidden", 0))
     if streams != STREAMS:
         reasons.append(f"{streams} streams: the kernel has {STREAMS} only")
-    if hidden > MAX_HIDDEN:
-        reasons.append(f"H = {hidden}: a cluster's shared memory holds fn for up to {MAX_HIDDEN}")
+    if hidden > SMALL and hidden not in CTAS:
+        sizes = ", ".join(str(size) for size in CTAS if size > SMALL)
+        reasons.append(f"H = {hidden}: the kernel has any up to {SMALL}, and {sizes}")
     rows = int(facts.get("rows", 0))
     if rows * hidden > MAX_VALUES:
         reasons.append(f"about {rows} tokens of {hidden}: the kernel counts up to {MAX_VALUES} values")

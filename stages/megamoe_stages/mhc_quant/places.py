@@ -2,7 +2,7 @@
 
 A turn of a team is a group of 16 tokens. A warp owns 64 hidden dims of all of them: lane (g, q) = (lane // 4, lane % 4)
 has tokens g and g + 8, and of the 64 dims the eights q and 4 + q: two chunks. So four lanes read and write 64 bytes in
-a row, and a chunk is, in pairs, what `warp.mma_tf32` takes as its left operand.
+a row, and the words of a chunk are in pairs, as they are, what `mma` takes as its right operand.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from megamoe.cute import arith, cluster, strips, warp
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.warp import WARP
 
-GROUP = 16  # tokens: rows of an mma
-TEAMS = 2
+GROUP = 16  # tokens: columns of two mmas
 UNIT = 64  # hidden dims of a warp: 4 lanes with two chunks of 8
 CHUNK = 32  # hidden dims that 4 lanes load at once, 16 bytes each
-UNIT_FN = LOGITS * STREAMS * UNIT  # fp32 values of fn that a warp multiplies with
-COPIES = UNIT_FN // 4 // WARP  # 16 bytes a lane
-COLUMNS = 8  # of fn in one mma
-TILES = LOGITS // COLUMNS
-SUMS = LOGITS + 1  # the dots, and the squares
-SHARED_SUMS = STREAMS + 1  # what every CTA needs: the dots of pre, and the squares
-OWN_SUMS = LOGITS - STREAMS  # what the owner of a token needs besides: the dots of post and comb
+ROWS = 8  # of fn in a group
+PIECES = STREAMS * (UNIT // CHUNK)  # of fn that a warp multiplies with: all rows by CHUNK dims of a stream each
+BF16_PARTS = 10  # 16 bytes of each lane that a piece takes in terms of bf16, see `mix`
+TF32_PARTS = 6  # and as fp32
+OWN_SUMS = LOGITS - STREAMS  # what the owner of a token needs besides the dots of pre: those of post and comb
+FACTORS = STREAMS * (STREAMS + 1)  # of a token: post, comb
+MATRIX = STREAMS * STREAMS
 Words = list[Uint32]
 
 
@@ -35,18 +34,27 @@ class Shape(NamedTuple):
 
     Attributes:
         ctas: Of a cluster, a power of two up to 16.
+        teams: Of a CTA, each with a group of its own.
         warps: Of a team: UNIT hidden dims each.
+        parts: How fn lies in shared memory: BF16_PARTS or TF32_PARTS.
         whole: The slices cover the hidden dims exactly.
     """
 
     ctas: int
+    teams: int
     warps: int
+    parts: int
     whole: bool
 
     @property
     def team(self) -> int:
         """Threads of a team."""
         return self.warps * WARP
+
+    @property
+    def all_warps(self) -> int:
+        """Warps of a CTA."""
+        return self.teams * self.warps
 
     @property
     def covers(self) -> int:
@@ -59,19 +67,45 @@ class Shape(NamedTuple):
         return GROUP // self.ctas
 
     @property
-    def fn_floats(self) -> int:
-        """Shared memory for fn."""
-        return self.warps * UNIT_FN
+    def ahead(self) -> bool:
+        """Whether a thread loads its first token's streams a turn ahead: TF32 leaves no registers for them."""
+        return self.parts == BF16_PARTS
 
     @property
-    def team_floats(self) -> int:
-        """Shared memory of a team: partial sums of its warps, then what the CTAs of the cluster send."""
-        return self.warps * GROUP * SUMS + self.ctas * (GROUP * SHARED_SUMS + self.owned * OWN_SUMS + GROUP)
+    def fn_words(self) -> int:
+        """Words of shared memory for fn."""
+        return self.warps * PIECES * self.parts * WARP * 4
+
+    @property
+    def team_words(self) -> int:
+        """Words of shared memory of a team."""
+        return sum(rows * cols * depth for depth, rows, cols in self.matrices)
+
+    @property
+    def matrices(self) -> list[tuple[int, int, int]]:
+        """Sizes of what a team's area holds, in the order of `Area`; `own` twice."""
+        own = (self.ctas, self.owned, OWN_SUMS)
+        return [
+            (1, GROUP, FACTORS),
+            (self.warps, GROUP, LOGITS),
+            (self.warps, 1, GROUP),
+            (self.warps, 1, GROUP),
+            (self.ctas, GROUP, STREAMS),
+            (self.ctas, 1, GROUP),
+            own,
+            own,
+            (self.ctas, 1, GROUP),
+        ]
+
+    @property
+    def bars(self) -> int:
+        """Number of mbarriers: three a team, and that of fn."""
+        return 3 * self.teams + 1
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a CTA: fn, the teams' areas, two 8-byte mbarriers a team, a turn a warp."""
-        return 4 * (self.fn_floats + TEAMS * (self.team_floats + self.warps)) + TEAMS * 2 * 8
+        """Shared memory of a CTA: fn, the teams' areas, 8-byte mbarriers, a turn a warp."""
+        return 4 * (self.fn_words + self.teams * (self.team_words + self.warps)) + self.bars * 8
 
 
 class Inputs(NamedTuple):
@@ -117,7 +151,7 @@ class Place(NamedTuple):
         dims: First hidden dim of its two chunks; 0 where there is none.
         valid: Whether the chunks exist.
         team: Its team in the CTA.
-        turn: Of the team, see `_first_turn`.
+        turn: Of the team, see `first_turn`.
     """
 
     rank: Int32
@@ -136,20 +170,30 @@ class Area(NamedTuple):
     """A team's shared memory.
 
     Attributes:
-        partial: (warps, GROUP, SUMS), what each warp summed.
-        shared: (ctas, GROUP, SHARED_SUMS), sums of the slice of each CTA.
-        own: (ctas, owned, OWN_SUMS), the same of the tokens that this CTA owns.
-        squares: (ctas, GROUP), of y.
-        sums_here: mbarrier: `shared` and `own` are complete.
-        squares_here: mbarrier: `squares` is complete.
+        factors: (GROUP, FACTORS), post and comb of the group's tokens.
+        partial: (warps, GROUP, LOGITS), dots of each warp's dims.
+        partial_streams: (warps, GROUP), squares of the streams, the same.
+        partial_y: (warps, GROUP), squares of y, the same.
+        pre: (ctas, GROUP, STREAMS), dots of pre of the slice of each CTA.
+        streams: (ctas, GROUP), squares of the streams, the same.
+        own: (ctas, owned, OWN_SUMS), dots of post and comb of this CTA's tokens, the same; two that take turns.
+        y: (ctas, GROUP), squares of y, the same.
+        sums_here: mbarrier: `pre`, `streams` and `own` are complete.
+        squares_here: mbarrier: `y` is complete.
+        all_logits: mbarrier: the logits of comb of all the team's tokens have been written.
     """
 
+    factors: cute.Tensor
     partial: cute.Tensor
-    shared: cute.Tensor
+    partial_streams: cute.Tensor
+    partial_y: cute.Tensor
+    pre: cute.Tensor
+    streams: cute.Tensor
     own: cute.Tensor
-    squares: cute.Tensor
+    y: cute.Tensor
     sums_here: cute.Pointer
     squares_here: cute.Pointer
+    all_logits: cute.Pointer
 
 
 def first_turn(shape: Shape) -> Int32:
@@ -163,14 +207,13 @@ def first_turn(shape: Shape) -> Int32:
 
 def next_turn(turn: Int32, shape: Shape) -> Int32:
     """The turn after this one: the next group of the team, the other parity."""
-    ctas, _, _ = cute.arch.grid_dim()
-    return (turn ^ 1) + ctas // shape.ctas * (2 * TEAMS)
+    return (turn ^ 1) + warp.ctas() // shape.ctas * (2 * shape.teams)
 
 
 def turns(floats: cute.Pointer, shape: Shape) -> cute.Tensor:
     """The turn of every warp, in shared memory: a register less in the tightest places."""
-    words = cute.recast_ptr(floats + (shape.shared_bytes // 4 - TEAMS * shape.warps), dtype=Int32)
-    return cute.make_tensor(words, cute.make_layout(TEAMS * shape.warps))
+    words = cute.recast_ptr(floats + (shape.shared_bytes // 4 - shape.all_warps), dtype=Int32)
+    return cute.make_tensor(words, cute.make_layout(shape.all_warps))
 
 
 def turn_of(floats: cute.Pointer, shape: Shape) -> Int32:
@@ -182,8 +225,9 @@ def turn_of(floats: cute.Pointer, shape: Shape) -> Int32:
 def set_turn(floats: cute.Pointer, leader: Boolean, turn: Int32, shape: Constexpr[Shape]) -> None:
     """The warp's `leader` writes its next turn, once all lanes have read the last one."""
     cute.arch.sync_warp()
+    words = turns(floats, shape)
     if leader:
-        turns(floats, shape)[warp.thread() // WARP] = turn
+        words[warp.thread() // WARP] = turn
     cute.arch.sync_warp()
 
 
@@ -214,41 +258,40 @@ def place_of(floats: cute.Pointer, given: Inputs, shape: Shape) -> Place:
     )
 
 
-def area_of(floats: cute.Pointer, team: Int32, shape: Shape) -> Area:
-    """The shared memory of a team; `floats` is where the CTA's begins."""
-    at = floats + (shape.fn_floats + team * shape.team_floats)
-    partial = _matrices(at, (shape.warps, GROUP, SUMS))
-    at = at + cute.size(partial)
-    shared = _matrices(at, (shape.ctas, GROUP, SHARED_SUMS))
-    at = at + cute.size(shared)
-    own = _matrices(at, (shape.ctas, shape.owned, OWN_SUMS))
-    squares = _matrices(at + cute.size(own), (shape.ctas, GROUP, 1))
-    bars = cute.recast_ptr(floats + (shape.fn_floats + TEAMS * shape.team_floats), dtype=cutlass.Int64) + team * 2
-    return Area(partial, shared, own, squares, bars, bars + 1)
+def area_of(floats: cute.Pointer, team: Int32, shape: Shape, turn: Int32 | int = 0) -> Area:
+    """The shared memory of a team in a turn; `floats` is where the CTA's begins."""
+    at = floats + (shape.fn_words + team * shape.team_words)
+    matrices = []
+    for sizes in shape.matrices:
+        matrices.append(_matrices(at, sizes))
+        at = at + cute.size(matrices[-1])
+    factors, partial, partial_streams, partial_y, pre, streams, own, other, y = matrices
+    own = _matrices(own.iterator + (turn & 1) * cute.size(other), (shape.ctas, shape.owned, OWN_SUMS))
+    bars = cute.recast_ptr(floats + (shape.fn_words + shape.teams * shape.team_words), dtype=cutlass.Int64) + team * 3
+    return Area(
+        factors[0, None, None],
+        partial,
+        partial_streams[None, 0, None],
+        partial_y[None, 0, None],
+        pre,
+        streams[None, 0, None],
+        own,
+        y[None, 0, None],
+        bars,
+        bars + 1,
+        bars + 2,
+    )
+
+
+def fn_here(floats: cute.Pointer, shape: Shape) -> cute.Pointer:
+    """mbarrier: fn is in shared memory."""
+    bars = cute.recast_ptr(floats + (shape.fn_words + shape.teams * shape.team_words), dtype=cutlass.Int64)
+    return bars + 3 * shape.teams
 
 
 def _matrices(at: cute.Pointer, sizes: tuple[int, int, int]) -> cute.Tensor:
     _, rows, cols = sizes
     return cute.make_tensor(at, cute.make_layout(sizes, stride=(rows * cols, cols, 1)))
-
-
-def fn_piece(i: Int32, lane: Int32) -> tuple[Int32, Int32, Int32, Int32]:
-    """Which four values of fn a lane copies in the warp's copy number i, and where to.
-
-    A copy takes four rows of 128 bytes.
-
-    Returns:
-        Row of fn, stream, first hidden dim in the CTA's slice, and slot: 16 bytes of shared memory.
-    """
-    unit, rest, part = i // COPIES, i % COPIES, lane % 8
-    stream, chunk, tile, row = rest // 12, rest // 6 % 2, rest // 2 % TILES, rest % 2 * 4 + lane // 8
-    slot = fn_fragment(unit, stream, chunk, part % 2, tile) * WARP + row * 4 + part // 2
-    return tile * COLUMNS + row, stream, unit * UNIT + chunk * CHUNK + part * 4, slot
-
-
-def fn_fragment(unit: Int32, stream: Int32 | int, chunk: Int32 | int, half: Int32 | int, tile: Int32 | int) -> Int32:
-    """Number of the 512 bytes, 16 a lane, that hold fn for one tile of columns and 16 hidden dims."""
-    return (((unit * STREAMS + stream) * 2 + chunk) * 2 + half) * TILES + tile
 
 
 def hidden_of(given: Inputs, shape: Shape) -> Int32 | int:
@@ -296,15 +339,6 @@ def store_chunk(
     rows = chunks_of(tensor, token, place, given, shape)[chunk]
     for stream, four in enumerate(words):
         cluster.store16(rows[stream, None].iterator, four, here)
-
-
-def load_floats(tensor: cute.Tensor, row: Int32, vectors: int) -> list[Float32]:
-    """`vectors` times four fp32 values from the row on."""
-    view = rows_of_streams(tensor)
-    loaded = [cute.make_rmem_tensor(4, Float32) for _ in range(vectors)]
-    for i, four in enumerate(loaded):
-        cute.autovec_copy(view[row * vectors + i, None], four)
-    return [four[i] for four in loaded for i in range(4)]
 
 
 def rows_of_streams(tensor: cute.Tensor) -> cute.Tensor:

@@ -24,6 +24,7 @@ class Problem(NamedTuple):
         dtype: Of x.
         k: Values along the last dim.
         rows: All rows of all batch entries, as a bucket.
+        entries: Batch entries, as a bucket; 1 where there is no batch.
         scale_dims: Dims of the global scale; -1 where it is taken from x.
         scale_layout: As asked.
         fast: As asked.
@@ -35,6 +36,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     k: int
     rows: int
+    entries: int
     scale_dims: int
     scale_layout: str
     fast: bool
@@ -73,9 +75,9 @@ def problem(
     """The facts of these arguments."""
     k = x.size(-1)
     scale_dims = -1 if global_scale_enc is None else global_scale_enc.ndim
-    rows = bucket(x.numel() // k)
+    rows, entries = bucket(x.numel() // k), 1 if x.ndim == 2 else bucket(x.shape[:-2].numel())
     return fast_problem(
-        Problem, (x.device, x.dtype, k, rows, scale_dims, scale_layout, fast, zero_guard, four_over_six)
+        Problem, (x.device, x.dtype, k, rows, entries, scale_dims, scale_layout, fast, zero_guard, four_over_six)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,6 @@ from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
 from megamoe_stages.quantize import contract, kernel, limits
 
 ALIGNMENT = 16  # bytes that a thread loads at once
-LARGE_BLOCKS = 132 * 4 * 256 * 4  # from here on four blocks a thread still give every SM of an H200 1024 threads
 
 
 def quantize(
@@ -38,10 +38,13 @@ def quantize(
         x, global_scale_enc, scale_layout=scale_layout, fast=fast, zero_guard=zero_guard, four_over_six=four_over_six
     )
     *batch, rows, k = x.shape
+    entries = math.prod(batch)
     facts: dict[str, str | int | float | bool | None] = {
         "scale_dims": -1 if global_scale_enc is None else global_scale_enc.ndim,
-        "rows": x.numel() // k,
+        "rows": entries * rows,
+        "entries": entries,
         "k": k,
+        "scale_layout": scale_layout,
         "fast": fast,
         "zero_guard": zero_guard,
         "four_over_six": four_over_six,
@@ -53,17 +56,12 @@ def quantize(
         raise ArgumentError("x", f"device {x.device}", "a CUDA device")
     if x.data_ptr() % ALIGNMENT:
         raise ArgumentError("x", f"data at {x.data_ptr():#x}", f"an address that is a multiple of {ALIGNMENT}")
-    cols = k // BLOCK
-    entries = x.numel() // (rows * k) if rows else 0
-    tail = padded_shape(rows, cols) if scale_layout == "128x4" else (rows, cols)
-    if entries * tail[0] * tail[1] > limits.MAX_SCALES:
-        raise ArgumentError("x", f"{entries} batch entries of {tail} scales", f"at most {limits.MAX_SCALES} scales")
+    tail = padded_shape(rows, k // BLOCK) if scale_layout == "128x4" else (rows, k // BLOCK)
     codes = x.new_empty((entries * rows, k // 2), dtype=torch.uint8)
     scales = x.new_empty((entries * tail[0], tail[1]), dtype=torch.uint8)
     dec = torch.empty_like(global_scale_enc)
     if scales.numel():
-        shape = (kernel.LARGE if scales.numel() >= LARGE_BLOCKS else kernel.SMALL)[scale_layout]
-        launch = _launcher(x.dtype, scale_layout, shape, target)
+        launch = _launcher(x.dtype, scale_layout, target)
         entry = (rows,) if scale_layout == "128x4" else ()
         launch(x.view(-1, k), global_scale_enc, codes, scales, dec, *entry)
     else:
@@ -73,5 +71,6 @@ def quantize(
 
 
 @functools.cache
-def _launcher(dtype: torch.dtype, scale_layout: str, shape: kernel.Shape, target: Target) -> Callable[..., None]:
-    return compiler.load(kernel.spec(str(dtype).removeprefix("torch."), scale_layout, shape, target))
+def _launcher(dtype: torch.dtype, scale_layout: str, target: Target) -> Callable[..., None]:
+    name, shape = str(dtype).removeprefix("torch."), kernel.SHAPE[scale_layout]
+    return compiler.load(kernel.spec(name, scale_layout, shape, target))

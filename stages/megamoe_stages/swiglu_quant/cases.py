@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Generator
 
+from megamoe.numerics.fragments import HOPPER
+from megamoe.numerics.gate_up import interleave
 from megamoe.numerics.nvfp4 import NVFP4Tensor, pack_nibbles
 from megamoe.testing.cases import EXACT, Bound, Case
 from megamoe_stages.grouped_gemm.cases import make as make_gemm
@@ -31,6 +34,7 @@ def make(
     limit: float | None = 10.0,
     order: str = "gate_up",
     scale_layout: str = "linear",
+    indexed: bool = False,
 ) -> dict[str, Any]:
     """Arguments of `swiglu_quant`.
 
@@ -49,8 +53,10 @@ def make(
         limit: See the op.
         order: See the op.
         scale_layout: See the op.
+        indexed: Whether rows are gathered by a random `row_index`.
     """
     exact = values in ("one_hot", "saturated")
+    mixed = order == "interleaved" and not exact and values != "nonfinite"  # random rows are random in any order
     gemm = make_gemm(
         generator,
         rows=rows,
@@ -58,26 +64,30 @@ def make(
         k=k,
         a=a,
         values="one_hot" if exact else values,
-        layout="linear",
+        layout=layout if mixed else "linear",
         a_layout=a_layout,
         alphas=alphas,
+        indexed=indexed,
     )
     weights, activations = gemm["weights"], gemm["a"]
     if exact:  # powers of two keep gate and up exact in bf16
         powers = torch.randint(-1, 1, weights.global_scale_dec.shape, generator=generator)
-        weights = NVFP4Tensor(weights.codes, weights.scales, torch.exp2(powers.float()))
+        weights = replace(weights, global_scale_dec=torch.exp2(powers.float()))
         if isinstance(activations, NVFP4Tensor):
-            activations = NVFP4Tensor(activations.codes, activations.scales, torch.tensor(0.5), a_layout)
-    elif a == "nvfp4":  # gate and up of a few units: some beyond the limit, most not
-        weights = NVFP4Tensor(weights.codes, weights.scales, weights.global_scale_dec * 128)
-    else:
-        weights = NVFP4Tensor(weights.codes, weights.scales, weights.global_scale_dec * 8)
+            activations = replace(activations, global_scale_dec=torch.tensor(0.5))
+    else:  # gate and up of a few units: some beyond the limit, most not
+        weights = replace(weights, global_scale_dec=weights.global_scale_dec * (128 if a == "nvfp4" else 8))
     if values == "saturated":
-        weights = _with_large_gates(generator, weights, gate_first=order == "gate_up")
+        weights = _with_large_gates(generator, weights, gate_first=order != "up_gate")
+    if values == "nonfinite" and layout == HOPPER:  # its weights have no NaN
+        weights.scales.view(torch.uint8)[-1, -1, 0] = _SCALE_128
+    if order == "interleaved" and not mixed:
+        weights = interleave(weights, "gate_up")
     total = sum(rows)
     return {
         "a": activations,
         "weights": weights.with_layout(layout),
+        **({"row_index": gemm["row_index"]} if indexed else {}),
         "offsets": gemm["offsets"],
         # no block scale saturates: |y| is at most 100 with the usual limit, some thousands without
         "global_scale_enc": torch.tensor(23.7 if limit is not None else 0.051),
@@ -105,6 +115,7 @@ _ONE_HOT = {
     "out": Bound(3e-3, "gate and up are exact; `exp` differs by an ulp or two, which moves one code in 10^4 by a step")
 }
 _FP32 = {"out": Bound(3e-3, "gate and up differ by the order of fp32 sums, which moves one code in 10^4 by a step")}
+_EXACT = {"out": EXACT}
 _DECODE = tuple(1 if e % 4 else 0 for e in range(256))  # 32 tokens, top 6: 192 rows over 256 experts
 
 
@@ -117,12 +128,52 @@ def _one_hot(**params: Any) -> Case:
 
 
 def _saturated(**params: Any) -> Case:
-    return Case(make, {**_SIZES, "values": "saturated", "limit": None, **params}, bounds={"out": EXACT})
+    return Case(make, {**_SIZES, "values": "saturated", "limit": None, **params}, bounds=_EXACT)
 
 
 def _bench(*, gpu_only: bool = False, **params: Any) -> Case:
     return Case(make, {**params, "a": "nvfp4"}, gpu_only=gpu_only, bench=True)
 
+
+def _hopper(
+    *, bounds: dict[str, Bound] | None = None, gpu_only: bool = False, bench: bool = False, **params: Any
+) -> Case:
+    given = {**_SIZES, "layout": HOPPER, "order": "interleaved", **params}
+    return Case(make, given, bounds=bounds or {}, gpu_only=gpu_only, bench=bench)
+
+
+_HOPPER_CASES: dict[str, Case] = {
+    "bf16": _hopper(),
+    "nvfp4": _hopper(a="nvfp4"),
+    "indexed": _hopper(indexed=True, k=512, intermediate=256),
+    "indexed-nvfp4-128x4": _hopper(
+        rows=(130, 0, 5), intermediate=144, k=80, a="nvfp4", a_layout="128x4", scale_layout="128x4", indexed=True
+    ),
+    "shared-alpha": _hopper(a="nvfp4", alphas=None),
+    "alpha-an-expert": _hopper(a="nvfp4", alphas=1),
+    "row-weight": _hopper(a="nvfp4", weighted=True, indexed=True),
+    "no-limit": _hopper(a="nvfp4", limit=None),
+    "tight-limit": _hopper(limit=0.5),
+    "one-expert-127-rows": _hopper(a="nvfp4", rows=(127,)),
+    "one-row": _hopper(rows=(0, 1, 0), k=256, intermediate=256),
+    "4001-rows": _hopper(rows=(4001, 0), intermediate=16, k=32, a="nvfp4"),
+    "nonfinite": _hopper(values="nonfinite"),
+    "no-rows-128x4": _hopper(rows=(0, 0), a="nvfp4", scale_layout="128x4"),
+    "one-hot": _hopper(values="one_hot", intermediate=80, k=1152, bounds=_ONE_HOT),
+    "one-hot-nvfp4": _hopper(values="one_hot", a="nvfp4", weighted=True, scale_layout="128x4", bounds=_ONE_HOT),
+    "saturated": _hopper(values="saturated", limit=None, bounds=_EXACT),
+    "saturated-nvfp4": _hopper(
+        values="saturated", limit=None, a="nvfp4", scale_layout="128x4", k=2048, indexed=True, bounds=_EXACT
+    ),
+    "saturated-row-weight": _hopper(values="saturated", limit=None, a="nvfp4", weighted=True, bounds=_EXACT),
+    "saturated-many-rows": _hopper(
+        values="saturated", limit=None, rows=(130, 3), intermediate=144, a="nvfp4", indexed=True, bounds=_EXACT
+    ),
+    "all-experts-live": _hopper(
+        rows=tuple(1 + e % 3 for e in range(256)), intermediate=32, k=256, a="nvfp4", indexed=True
+    ),
+    "plain-layout": _hopper(layout="linear", a="nvfp4"),
+}
 
 CASES: dict[str, Case] = {
     "bf16": _random(),
@@ -152,6 +203,11 @@ CASES: dict[str, Case] = {
     "saturated-row-weight": _saturated(a="nvfp4", weighted=True),
     "bench-few-rows": _bench(rows=(1, 0, 2, 1), intermediate=128, k=256),
     "bench-many-rows": _bench(rows=(64, 128), intermediate=128, k=256),
+    **{f"hopper-{name}": case for name, case in _HOPPER_CASES.items()},
+    "hopper-bench-few-rows": _hopper(rows=(1, 0, 2, 1), intermediate=128, k=256, a="nvfp4", bench=True),
+    "hopper-bench-many-rows": _hopper(rows=(64, 128), intermediate=128, k=256, a="nvfp4", bench=True),
+    "hopper-flash-decode": _hopper(rows=_DECODE, intermediate=2048, k=4096, a="nvfp4", gpu_only=True, bench=True),
+    "hopper-flash-prefill": _hopper(rows=(192,) * 256, intermediate=2048, k=4096, a="nvfp4", gpu_only=True, bench=True),
     "flash-decode": _bench(rows=_DECODE, intermediate=2048, k=4096, gpu_only=True),
     "flash-prefill": _bench(rows=(192,) * 256, intermediate=2048, k=4096, gpu_only=True),
 }

@@ -8,14 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megamoe.contracts import bucket, check_multiple, check_tensor, fast_problem
+from megamoe.contracts import check_multiple, check_tensor, fast_problem
 from megamoe.errors import ArgumentError
+from megamoe.numerics.gate_up import ORDERS
 from megamoe.numerics.layout import padded_shape
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor, check_scale_layout
 from megamoe.testing.cases import Bound
 from megamoe_stages.grouped_gemm.contract import check as check_gemm
+from megamoe_stages.grouped_gemm.contract import logical_size, rows_of
+from megamoe_stages.grouped_gemm.contract import problem as gemm_problem
 
-ORDERS = ("gate_up", "up_gate")
 BOUNDS: Mapping[str, Bound] = {
     "out": Bound(
         rel_l2=5e-2,
@@ -35,13 +37,14 @@ class Problem(NamedTuple):
     rows: int  # bucket of M
     n: int  # 2 * intermediate
     k: int
-    weights_scale_layout: str
+    weights_scale_layout: str  # "hopper" for its padded form too
     a_scale_layout: str  # empty when the activations are plain
     scale_layout: str  # of the result
     alphas: int  # dims of the weights' global scale: 0 shared, 1 an expert, 2 an expert and half
     order: str
     limited: bool
     weighted: bool
+    indexed: bool  # rows are gathered by an index
 
 
 def check(
@@ -50,6 +53,7 @@ def check(
     offsets: Tensor,
     global_scale_enc: Tensor,
     row_weight: Tensor | None = None,
+    row_index: Tensor | None = None,
     *,
     limit: float | None = 10.0,
     order: str = "gate_up",
@@ -60,8 +64,8 @@ def check(
     Raises:
         ArgumentError: Wrong type, dtype, shape, device, strides, order, limit or scale layout.
     """
-    check_gemm(a, weights, offsets)
-    experts, rows, _ = weights.codes.shape
+    check_gemm(a, weights, offsets, row_index)
+    experts, rows, _ = weights.shape
     if rows % 2:
         raise ArgumentError("weights.codes", f"{rows} rows an expert", "as many gate rows as up rows")
     check_multiple("weights.codes", rows // 2, BLOCK, "gate rows an expert")
@@ -70,7 +74,7 @@ def check(
         raise ArgumentError("weights.global_scale_dec", got, f"(), ({experts},) or ({experts}, 2)")
     check_tensor("global_scale_enc", global_scale_enc, (), [torch.float32], like=offsets)
     if row_weight is not None:
-        check_tensor("row_weight", row_weight, (a.shape[0],), [torch.float32], like=offsets)
+        check_tensor("row_weight", row_weight, (rows_of(a, row_index),), [torch.float32], like=offsets)
     check_options(limit, order, scale_layout)
 
 
@@ -89,34 +93,32 @@ def problem(
     offsets: Tensor,
     global_scale_enc: Tensor,
     row_weight: Tensor | None = None,
+    row_index: Tensor | None = None,
     *,
     limit: float | None = 10.0,
     order: str = "gate_up",
     scale_layout: str = "linear",
 ) -> Problem:
     """The facts of one call; attribute reads only."""
-    experts, n, half = weights.codes.shape
-    if isinstance(a, NVFP4Tensor):
-        rows, dtype, quantized, a_layout = a.codes.shape[0], torch.bfloat16, True, a.scale_layout
-    else:
-        rows, dtype, quantized, a_layout = a.shape[0], a.dtype, False, ""
+    gemm = gemm_problem(a, weights, offsets, row_index)
     return fast_problem(
         Problem,
         (
-            offsets.device,
-            dtype,
-            quantized,
-            experts,
-            bucket(rows),
-            n,
-            half * 2,
-            weights.scale_layout,
-            a_layout,
+            gemm.device,
+            gemm.dtype,
+            gemm.quantized,
+            gemm.experts,
+            gemm.rows,
+            gemm.n,
+            gemm.k,
+            gemm.scale_layout,
+            gemm.a_scale_layout,
             scale_layout,
-            weights.global_scale_dec.ndim,
+            gemm.alphas,
             order,
             limit is not None,
             row_weight is not None,
+            gemm.indexed,
         ),
     )
 
@@ -127,14 +129,15 @@ def fake(
     offsets: Tensor,
     global_scale_enc: Tensor,
     row_weight: Tensor | None = None,
+    row_index: Tensor | None = None,
     *,
     limit: float | None = 10.0,
     order: str = "gate_up",
     scale_layout: str = "linear",
 ) -> NVFP4Tensor:
     """An empty result (M, I)."""
-    rows = a.codes.shape[0] if isinstance(a, NVFP4Tensor) else a.shape[0]
-    intermediate = weights.codes.shape[1] // 2
+    rows = rows_of(a, row_index)
+    intermediate = logical_size(weights)[0] // 2
     cols = intermediate // BLOCK
     scales = padded_shape(rows, cols) if scale_layout == "128x4" else (rows, cols)
     return NVFP4Tensor(

@@ -14,11 +14,11 @@ from megamoe.cute import compiler
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.host import check_readable, dtype_name, empty_result, target_of
-from megamoe.cute.strips import Shape
 from megamoe.errors import ArgumentError
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
 from megamoe_stages.grouped_gemm.fallback import grouped_gemm
 from megamoe_stages.swiglu_quant import contract, kernel, limits
+from megamoe_stages.swiglu_quant.fallback import in_halves
 
 
 def swiglu_quant(
@@ -27,6 +27,7 @@ def swiglu_quant(
     offsets: Tensor,
     global_scale_enc: Tensor,
     row_weight: Tensor | None = None,
+    row_index: Tensor | None = None,
     *,
     limit: float | None = 10.0,
     order: str = "gate_up",
@@ -37,9 +38,18 @@ def swiglu_quant(
     The GEMM stores gate and up in its output dtype, as in the plain fallback.
     """
     contract.check(
-        a, weights, offsets, global_scale_enc, row_weight, limit=limit, order=order, scale_layout=scale_layout
+        a,
+        weights,
+        offsets,
+        global_scale_enc,
+        row_weight,
+        row_index,
+        limit=limit,
+        order=order,
+        scale_layout=scale_layout,
     )
-    gate_up = grouped_gemm(a, weights, offsets)  # (M, 2I)
+    weights, order = in_halves(weights, order)
+    gate_up = grouped_gemm(a, weights, offsets, row_index)  # (M, 2I)
     return activate(gate_up, global_scale_enc, row_weight, limit=limit, order=order, scale_layout=scale_layout)
 
 
@@ -75,16 +85,18 @@ def activate(
     if row_weight is not None:
         check_tensor("row_weight", row_weight, (rows,), [torch.float32], like=gate_up)
     contract.check_options(limit, order, scale_layout)
-    if reasons := limits.supports({"rows": rows, "n": width}):
+    if order == "interleaved":
+        raise ArgumentError("order", repr(order), "'gate_up' or 'up_gate'")
+    if reasons := limits.supports({"rows": rows, "n": width, "scale_layout": scale_layout}):
         raise ArgumentError("gate_up", "; ".join(reasons), "what this kernel supports")
     check_readable("gate_up", gate_up)
     out = empty_result((rows, width // 2), global_scale_enc, scale_layout)
     if rows:
         dtype = dtype_name(gate_up)
-        shape = kernel.shape_for(dtype, rows * width // (2 * BLOCK))
-        launch = launcher(dtype, scale_layout, shape, row_weight is not None, target_of(gate_up.device))
-        factors = global_scale_enc.view(1) if row_weight is None else row_weight  # not read unless they are weights
         bound = math.inf if limit is None else float(limit)
+        packed = kernel.packs(dtype, bound)
+        launch = launcher(dtype, scale_layout, row_weight is not None, packed, target_of(gate_up.device))
+        factors = global_scale_enc.view(1) if row_weight is None else row_weight  # not read unless they are weights
         scales = out.scales.view(torch.uint8)
         gate_first = int(order == "gate_up")
         launch(gate_up, global_scale_enc, factors, bound, gate_first, out.codes, scales, out.global_scale_dec)
@@ -94,9 +106,9 @@ def activate(
 
 
 @functools.cache
-def launcher(dtype: str, scale_layout: str, shape: Shape, weighted: bool, target: Target) -> Callable[..., None]:
+def launcher(dtype: str, scale_layout: str, weighted: bool, packed: bool, target: Target) -> Callable[..., None]:
     """The compiled kernel."""
-    return compiler.load(kernel.spec(dtype, scale_layout, shape, weighted, target))
+    return compiler.load(kernel.spec(dtype, scale_layout, kernel.SHAPE, weighted, packed, target))
 
 
 def kernels() -> list[KernelSpec]:

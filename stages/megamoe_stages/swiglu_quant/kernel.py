@@ -5,10 +5,12 @@ A thread owns blocks of 16 results of one column: the same 16 gate and 16 up val
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 from cuda.bindings.driver import CUstream
-from cutlass import Constexpr, Float32, Int32, Int64, Numeric, Uint8, cute
+from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Numeric, Uint8, Uint32, cute
 from cutlass.cute import math
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
@@ -16,10 +18,9 @@ from megamoe.cute import arith, layout, recipe, strips
 from megamoe.cute.arith import Target, ptx
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.recipe import BLOCK
-from megamoe.cute.strips import DTYPES, Output, Shape, Strip, Words
+from megamoe.cute.strips import DTYPES, Output, Shape, Strip, Tiles, Words
 
-LARGE = Shape(256, 1)  # the fastest of the cuts tried on an H200: see NOTES.md
-SMALL = Shape(128, 1)  # more CTAs where there is little work, and the only one for fp16 and fp32
+SHAPE = Shape(128, 1)  # the fastest of the cuts tried on an H200: see NOTES.md
 _LOG2_E = 1.4426950408889634
 
 
@@ -33,6 +34,7 @@ class GateUp(NamedTuple):
         gate: Columns of blocks before the first gate.
         up: Columns of blocks before the first up.
         weighted: Compile-time.
+        packed: The values and the limit are bf16, so that they are clamped two at a time; compile-time.
     """
 
     values: cute.Tensor
@@ -41,6 +43,7 @@ class GateUp(NamedTuple):
     gate: Int32
     up: Int32
     weighted: bool
+    packed: bool
 
     @property
     def rows(self) -> Int32:
@@ -67,14 +70,15 @@ def launch_linear(
     target: Constexpr[Target],
     shape: Constexpr[Shape],
     weighted: Constexpr[bool],
+    packed: Constexpr[bool],
 ) -> None:
     """Launches one thread for every strip of `shape.blocks` rows."""
     cols = cute.size(scales, mode=[1])
     grid = linear_grid(cute.size(scales, mode=[0]), cols, shape)
     by_cols = cute.FastDivmodDivisorV2(cols)
     swiglu_linear(
-        values, enc, row_weight, limit, gate_first, codes, scales, dec, by_cols, target, shape, weighted
-    ).launch(grid=[grid, 1, 1], block=[shape.threads, 1, 1], stream=stream)
+        values, enc, row_weight, limit, gate_first, codes, scales, dec, by_cols, target, shape, weighted, packed
+    ).launch(grid=[grid, 1, 1], block=[shape.threads, 1, 1], stream=stream, use_pdl=True)
 
 
 @cute.jit
@@ -91,17 +95,17 @@ def launch_tiled(
     target: Constexpr[Target],
     shape: Constexpr[Shape],
     weighted: Constexpr[bool],
+    packed: Constexpr[bool],
 ) -> None:
     """Launches over the 128x4 tiles."""
     tile_rows = cute.size(scales, mode=[0]) // layout.TILE_ROWS
     cols = cute.size(codes, mode=[1]) // (BLOCK // 2)
-    divisors = (
-        cute.FastDivmodDivisorV2(tile_rows),
-        cute.FastDivmodDivisorV2(strips.tiled_across(cols, shape)),
-    )
+    rows = cute.size(values, mode=[0])
+    bits = strips.slice_bits(rows, shape)
+    grid = strips.tiled_grid(Tiles(rows, cols, tile_rows, None, bits), shape)
     swiglu_tiled(
-        values, enc, row_weight, limit, gate_first, codes, scales, dec, *divisors, target, shape, weighted
-    ).launch(grid=[strips.tiled_grid(tile_rows, cols, shape), 1, 1], block=[shape.threads, 1, 1], stream=stream)
+        values, enc, row_weight, limit, gate_first, codes, scales, dec, bits, target, shape, weighted, packed
+    ).launch(grid=grid, block=[shape.threads, 1, 1], stream=stream, use_pdl=True)
 
 
 @cute.kernel
@@ -118,14 +122,17 @@ def swiglu_linear(
     target: Constexpr[Target],
     shape: Constexpr[Shape],
     weighted: Constexpr[bool],
+    packed: Constexpr[bool],
 ) -> None:
     """Linear scales."""
+    strips.let_next_start()
     thread, _, _ = cute.arch.thread_idx()
     cta, _, _ = cute.arch.block_idx()
-    source = gate_up(values, row_weight, limit, gate_first, weighted)
-    out = Output(codes, scales, enc, dec, False)
-    activate(source, linear_place(source, cta, thread, by_cols, shape), out, target, shape.blocks)
-    strips.write_dec(out, cta + thread == 0, target)
+    source = gate_up(values, row_weight, limit, gate_first, weighted, packed)
+    out = Output(codes, scales, enc, dec, False, cta + thread == 0)
+    strip = linear_place(source, cta, thread, by_cols, shape)
+    strips.wait_for_previous()
+    activate(source, strip, out, target, shape.blocks)
 
 
 @cute.kernel
@@ -138,26 +145,31 @@ def swiglu_tiled(
     codes: cute.Tensor,
     scales: cute.Tensor,
     dec: cute.Tensor,
-    per_entry: cute.FastDivmodDivisorV2,
-    across: cute.FastDivmodDivisorV2,
+    bits: Int32,
     target: Constexpr[Target],
     shape: Constexpr[Shape],
     weighted: Constexpr[bool],
+    packed: Constexpr[bool],
 ) -> None:
     """128x4 scales."""
+    strips.let_next_start()
     thread, _, _ = cute.arch.thread_idx()
-    cta, _, _ = cute.arch.block_idx()
-    source = gate_up(values, row_weight, limit, gate_first, weighted)
-    out = Output(codes, scales, enc, dec, True)
-    strip = strips.tiled_strip(cta, thread, source.rows, source.cols, per_entry, across, shape)
+    across, down = strips.place_in_grid()
+    source = gate_up(values, row_weight, limit, gate_first, weighted, packed)
+    out = Output(codes, scales, enc, dec, True, across + down + thread == 0)
+    tiles = Tiles(source.rows, source.cols, cute.size(scales, mode=[0]) // layout.TILE_ROWS, None, bits)
+    strip = strips.tiled_strip(tiles, across, down, thread, shape)
+    strips.wait_for_previous()
     activate(source, strip, out, target, shape.blocks)
-    strips.write_dec(out, cta + thread == 0, target)
+    strips.write_rest(strip, out, bits, shape)
 
 
-def gate_up(values: cute.Tensor, row_weight: cute.Tensor, limit: Float32, gate_first: Int32, weighted: bool) -> GateUp:
+def gate_up(
+    values: cute.Tensor, row_weight: cute.Tensor, limit: Float32, gate_first: Int32, weighted: bool, packed: bool
+) -> GateUp:
     """What the kernel reads, with the halves in order."""
     half = cute.size(values, mode=[1]) // (2 * BLOCK)
-    return GateUp(values, row_weight, limit, half * (1 - gate_first), half * gate_first, weighted)
+    return GateUp(values, row_weight, limit, half * (1 - gate_first), half * gate_first, weighted, packed)
 
 
 def linear_grid(rows: Int32, cols: Int32, shape: Shape) -> Int32:
@@ -189,25 +201,37 @@ def activate(
         return strips.load_words(halves, of_row + source.gate), strips.load_words(halves, of_row + source.up)
 
     def activated(loaded: tuple[Words, Words], row: Int32) -> tuple[Words, type[Numeric]]:
-        gates, ups = (recipe.values(words, dtype) for words in loaded)
-        y = [swiglu(g, u, source.limit, target) for g, u in zip(gates, ups, strict=True)]
+        gates, ups = clamped(*loaded, source, target)
+        y = [swiglu(g, u, target) for g, u in zip(gates, ups, strict=True)]
         if source.weighted:
             weight = source.row_weight[row]
             y = [arith.mul(value, weight, target) for value in y]
         return strips.as_bits(y), Float32
 
-    strips.write(strip, load, activated, out, target, blocks)
+    strips.write(strip, load, activated, out, target, blocks, anew=True)
+    strips.write_padding(strip, out, blocks)
 
 
-def swiglu(gate: Float32, up: Float32, limit: Float32, target: Target) -> Float32:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit); NaN stays NaN.
+def clamped(gates: Words, ups: Words, source: GateUp, target: Target) -> tuple[list[Float32], list[Float32]]:
+    """min(gate, limit) and clamp(up, -limit, limit) of a block as fp32; NaN stays NaN."""
+    dtype, limit = source.values.element_type, source.limit
+    if source.packed:
+        top = arith.bits(limit) >> 16
+        most, least = top | top << 16, top | top << 16 | Uint32(0x80008000)
+        gates = [minimum_or_nan_bf16x2(w, most, target) for w in gates]
+        ups = [maximum_or_nan_bf16x2(minimum_or_nan_bf16x2(w, most, target), least, target) for w in ups]
+        return recipe.values(gates, dtype), recipe.values(ups, dtype)
+    g = [minimum_or_nan(value, limit, target) for value in recipe.values(gates, dtype)]
+    bounded = [minimum_or_nan(value, limit, target) for value in recipe.values(ups, dtype)]
+    return g, [maximum_or_nan(value, -limit, target) for value in bounded]
+
+
+def swiglu(g: Float32, u: Float32, target: Target) -> Float32:
+    """silu(g) * u.
 
     exp(-g) = 2^(-g log2 e), and both it and the reciprocal of 1 + exp(-g) by approximate instructions. Their errors,
     2^-22.5 and 2^-23, and the roundings come to 5e-7 of silu, and for a negative gate 7e-8 |g| more from the exponent.
     """
-    g = minimum_or_nan(gate, limit, target)
-    bounded = minimum_or_nan(up, limit, target)
-    u = maximum_or_nan(bounded, -limit, target)
     exponential = power_of_two(arith.mul(g, Float32(-_LOG2_E), target), target)
     sigmoid = fast_reciprocal(arith.add(exponential, Float32(1.0), target), target)
     return arith.mul(arith.mul(g, sigmoid, target), u, target)
@@ -233,7 +257,24 @@ def maximum_or_nan(a: Float32, b: Float32, target: Target) -> Float32:
     return arith.select(a < b, b, a) if target.host else ptx(Float32, "max.NaN.f32 $0, $1, $2;", a, b)
 
 
-def spec(dtype: str, scale_layout: str, shape: Shape, weighted: bool, target: Target) -> KernelSpec:
+def minimum_or_nan_bf16x2(a: Uint32, b: Uint32, target: Target) -> Uint32:
+    """`minimum_or_nan` of two pairs of bf16."""
+    return _by_halves(minimum_or_nan, a, b) if target.host else ptx(Uint32, "min.NaN.bf16x2 $0, $1, $2;", a, b)
+
+
+def maximum_or_nan_bf16x2(a: Uint32, b: Uint32, target: Target) -> Uint32:
+    """`maximum_or_nan` of two pairs of bf16."""
+    return _by_halves(maximum_or_nan, a, b) if target.host else ptx(Uint32, "max.NaN.bf16x2 $0, $1, $2;", a, b)
+
+
+def _by_halves(function: Callable[..., Float32], a: Uint32, b: Uint32) -> Uint32:
+    """An exact operation on two pairs of bf16, one by one in fp32, on the CPU."""
+    pairs = zip(recipe.values([a], BFloat16), recipe.values([b], BFloat16), strict=True)
+    low, high = (arith.bits(function(x, y, Target.HOST)) for x, y in pairs)
+    return low >> 16 | high & Uint32(0xFFFF0000)
+
+
+def spec(dtype: str, scale_layout: str, shape: Shape, weighted: bool, packed: bool, target: Target) -> KernelSpec:
     """The kernel for one dtype and layout, any sizes.
 
     Args:
@@ -241,6 +282,7 @@ def spec(dtype: str, scale_layout: str, shape: Shape, weighted: bool, target: Ta
         scale_layout: "linear" or "128x4".
         shape: How the work is cut.
         weighted: Rows have a weight.
+        packed: bf16 values and a limit that is a bf16 number.
         target: A GPU.
     """
 
@@ -250,16 +292,17 @@ def spec(dtype: str, scale_layout: str, shape: Shape, weighted: bool, target: Ta
         values = _compact(DTYPES[dtype], (size(), size(divisibility=2 * BLOCK)), 16)
         row_weight = _compact(Float32, (size(),), 4)
         codes = _compact(Uint8, (size(), size(divisibility=BLOCK // 2)), 8)
-        scales = _compact(Uint8, (size(), size()), 1)
+        scales = _compact(Uint8, (size(), size()), 16 if scale_layout == "128x4" else 1)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
         numbers = (Float32(0.0), Int32(0))
         return (
-            values, scalars[0], row_weight, *numbers, codes, scales, scalars[1], stream, target, shape, weighted
+            values, scalars[0], row_weight, *numbers, codes, scales, scalars[1], stream, target, shape, weighted, packed
         )  # fmt: skip
 
     function = launch_tiled if scale_layout == "128x4" else launch_linear
-    name = f"act_{scale_layout}_{dtype}_{shape.threads}x{shape.blocks}{'_weighted' if weighted else ''}"
-    return KernelSpec(name, target.value, function, arguments, (dtype, scale_layout, *shape, weighted))
+    marks = "_weighted" * weighted + "_packed" * packed
+    name = f"act_{scale_layout}_{dtype}_{shape.threads}x{shape.blocks}x{shape.tall}{marks}"
+    return KernelSpec(name, target.value, function, arguments, (dtype, scale_layout, *shape, weighted, packed))
 
 
 def _compact(dtype: type[Numeric], shape: tuple[object, ...], align: int) -> object:
@@ -267,17 +310,18 @@ def _compact(dtype: type[Numeric], shape: tuple[object, ...], align: int) -> obj
     return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
 
 
-def shape_for(dtype: str, blocks: int) -> Shape:
-    """How the work on so many blocks is cut: two a thread only where every SM of an H200 still gets four CTAs."""
-    return LARGE if dtype == "bfloat16" and blocks >= 132 * 4 * LARGE.threads * LARGE.blocks else SMALL
+def packs(dtype: str, limit: float) -> bool:
+    """Whether values and limit are bf16 numbers, or the limit is infinite."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", limit))
+    return dtype == "bfloat16" and bits & 0xFFFF == 0
 
 
 def specs(target: Target) -> list[KernelSpec]:
     """Every kernel that `fused_act.activate` may ask for."""
-    shapes = [(dtype, SMALL) for dtype in DTYPES] + [("bfloat16", LARGE)]
+    kinds = [*((dtype, False) for dtype in DTYPES), ("bfloat16", True)]
     return [
-        spec(dtype, scale_layout, shape, weighted, target)
-        for dtype, shape in shapes
+        spec(dtype, scale_layout, SHAPE, weighted, packed, target)
+        for dtype, packed in kinds
         for scale_layout in ("linear", "128x4")
         for weighted in (False, True)
     ]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-MAX_ROWS = 2**22  # tile rows go to a 31-bit grid with their columns, numbers of blocks into 32 bits
-MAX_BLOCKS = 2**29  # of results; twice as many are read
+from megamoe_stages.quantize.limits import MAX_SCALES, tiled_scales
 
 
 def supports(facts: Mapping[str, str | int | float | bool]) -> list[str]:
     """Reasons why the kernel cannot do a problem; facts that are not given count as fine."""
-    rows = int(facts.get("rows", 0))
-    blocks = rows * (int(facts.get("n", 0)) // 32)
-    if rows > MAX_ROWS or blocks > MAX_BLOCKS:
-        return [f"about {rows} rows, {blocks} blocks: the kernel counts up to {MAX_ROWS} rows and {MAX_BLOCKS} blocks"]
+    rows, cols = int(facts.get("rows", 0)), int(facts.get("n", 0)) // 32
+    scales = tiled_scales(rows, cols) if facts.get("scale_layout") == "128x4" else rows * cols
+    if scales > MAX_SCALES:
+        return [f"about {scales} scales, padding too: the kernel counts up to {MAX_SCALES}"]
     return []

@@ -4,9 +4,10 @@
     model.generate(...)
     disable(model)                            # the model is what it was, bit for bit
 
-Five hook points, each left to the model's own code when one of the ops that it needs is "off" in the configuration:
+Six hook points, each left to the model's own code when one of the ops that it needs is "off" in the configuration:
 
-- experts: the routed experts of DeepseekV4SparseMoeBlock; swiglu_quant, grouped_gemm.
+- router: scores, choice and weights of DeepseekV4TopKRouter and DeepseekV4HashRouter; moe_route.
+- experts: the routed experts of DeepseekV4SparseMoeBlock; moe_permute, swiglu_quant, grouped_gemm, moe_combine.
 - attention_output: inverse RoPE, o_a_proj and o_b_proj of DeepseekV4Attention; inverse_rope_quant, grouped_gemm and
   quantize.
 - hyper_connections: DeepseekV4DecoderLayer (post, next mix, collapse, norm, quantise); mhc_quant. It hands the experts
@@ -14,10 +15,10 @@ Five hook points, each left to the model's own code when one of the ops that it 
 - prefill: core attention of a prompt, or of a chunk of one; multi_cta_attention.
 - decode: core attention of a single token, over a cache in NVFP4; fp4_kv_decode.
 
-Router, shared expert, q and kv projections, compressors and indexer stay the model's and read the unquantised normed
-input. The model's own cache keeps working beside the NVFP4 pages: its window and its compressed entries are what the
-pages are filled from, so prompts continued in chunks read unquantised keys, and a cache that was reordered, cropped or
-filled before `enable` is quantised again when a step finds it changed.
+The router's logits, shared expert, q and kv projections, compressors and indexer stay the model's and read the
+unquantised normed input. The model's own cache keeps working beside the NVFP4 pages: its window and its compressed
+entries are what the pages are filled from, so prompts continued in chunks read unquantised keys, and a cache that was
+reordered, cropped or filled before `enable` is quantised again when a step finds it changed.
 
 Inference only. Batches hold sequences of one length; padding raises ArgumentError (`scope.check_inputs` says why).
 """

@@ -18,7 +18,13 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 )
 
 from megamoe.integrations.transformers.kv import PagedCaches
-from megamoe.integrations.transformers.layers import AttentionForward, DecoderForward, ModelForward, MoeForward
+from megamoe.integrations.transformers.layers import (
+    AttentionForward,
+    DecoderForward,
+    ModelForward,
+    MoeForward,
+    RouterForward,
+)
 from megamoe.integrations.transformers.patching import Patches
 from megamoe.integrations.transformers.scales import LayerScales, encode_scale, norm_bound
 from megamoe.integrations.weights import ExpertWeights, OutputWeights, Weights
@@ -28,7 +34,8 @@ from megamoe.nn.hyper_connections import HyperSite
 
 # Hook point -> the ops without which it cannot run.
 HOOK_POINTS: Mapping[str, tuple[str, ...]] = {
-    "experts": ("swiglu_quant", "grouped_gemm"),
+    "router": ("moe_route",),
+    "experts": ("moe_permute", "swiglu_quant", "grouped_gemm", "moe_combine"),
     "attention_output": ("inverse_rope_quant", "grouped_gemm", "quantize"),
     "hyper_connections": ("mhc_quant",),
     "prefill": ("multi_cta_attention",),
@@ -61,11 +68,15 @@ def install(
     layers = list(body.layers)
     for i, layer in enumerate(layers):
         encs = _Encoders(scales[i] if scales else None, layer.self_attn.sinks.device)
+        if points["router"]:
+            patches.set(layer.mlp.gate, "forward", RouterForward(layer.mlp.gate))
         if points["experts"]:
-            experts = _experts(layer.mlp.experts, weights.experts[i], encs)
+            with session():  # what it chooses decides how the weights are laid out
+                experts = _experts(layer.mlp.experts, weights.experts[i], encs)
             patches.set(layer.mlp, "forward", MoeForward(layer.mlp, experts))
         if points["attention_output"] or points["prefill"] or points["decode"]:
-            output = _output(weights.output[i], encs) if points["attention_output"] else None
+            with session():
+                output = _output(weights.output[i], encs) if points["attention_output"] else None
             caches = PagedCaches(layer.self_attn) if points["decode"] and scales else None
             attention = AttentionForward(
                 layer.self_attn, body.rotary_emb, prefill=points["prefill"], caches=caches, output=output
@@ -88,11 +99,12 @@ class _Encoders:
 
 
 def _experts(own: DeepseekV4Experts, weights: ExpertWeights, encs: _Encoders) -> Experts:
-    return Experts(weights.gate_up, weights.down, limit=own.limit, activation_scale_enc=encs.product)
+    experts = Experts(weights.gate_up, weights.down, limit=own.limit, activation_scale_enc=encs.product)
+    return experts.prepare()
 
 
 def _output(weights: OutputWeights, encs: _Encoders) -> AttentionOutput:
-    return AttentionOutput(weights.wo_a, weights.wo_b, o_scale_enc=encs.o, z_scale_enc=encs.z)
+    return AttentionOutput(weights.wo_a, weights.wo_b, o_scale_enc=encs.o, z_scale_enc=encs.z).prepare()
 
 
 def _site(connection: DeepseekV4HyperConnection, norm: DeepseekV4RMSNorm) -> HyperSite:

@@ -1,6 +1,6 @@
 """The forwards that replace a DeepSeek-V4 model's own, one class for each kind of module.
 
-They read the model's own parameters and submodules, so whatever is not replaced (router, shared expert, projections,
+They read the model's own parameters and submodules, so whatever is not replaced (shared expert, projections,
 compressors, indexer) runs as it did, hooks included.
 """
 
@@ -16,13 +16,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4Attention,
     DeepseekV4DecoderLayer,
+    DeepseekV4HashRouter,
     DeepseekV4Model,
     DeepseekV4RotaryEmbedding,
     DeepseekV4SparseMoeBlock,
+    DeepseekV4TopKRouter,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
+from megamoe.errors import ArgumentError
 from megamoe.integrations.transformers.kv import KVState, PagedCaches
 from megamoe.integrations.transformers.scope import check_inputs, current_scope, forward_scope
 from megamoe.nn.attention import attend, indices_of
@@ -30,6 +33,7 @@ from megamoe.nn.attention_output import AttentionOutput
 from megamoe.nn.experts import Experts
 from megamoe.nn.hyper_connections import HyperSite, advance, enter, leave
 from megamoe.numerics.nvfp4 import NVFP4Tensor
+from megamoe.ops import op
 
 
 class ModelForward:
@@ -100,6 +104,33 @@ class DecoderForward:
         streams = out.residual.view_as(hidden_states)
         scope.hand_over(layer.layer_idx + 1, streams, out)
         return streams
+
+
+class RouterForward:
+    """Forward of a top-k or hash router: the model's own logits, then scores, choice and weights in one moe_route.
+
+    Scores are fp32 whatever the logits are, as in DeepSeek's reference; of equal ones the lower expert is chosen.
+
+    Args:
+        module: The router.
+    """
+
+    def __init__(self, module: DeepseekV4TopKRouter | DeepseekV4HashRouter) -> None:
+        self.module = module
+
+    def __call__(self, hidden_states: Tensor, input_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """See DeepseekV4TopKRouter.forward and DeepseekV4HashRouter.forward; the weights are fp32, indices int32."""
+        router = self.module
+        logits = torch.nn.functional.linear(hidden_states.reshape(-1, router.hidden_dim), router.weight)
+        options = {"top_k": router.top_k, "scaling": router.routed_scaling_factor}
+        if isinstance(router, DeepseekV4HashRouter):
+            if input_ids is None:
+                raise ArgumentError("input_ids", "None", "the token ids that a hash router looks up")
+            ids = input_ids.reshape(-1).contiguous()
+            indices, weights = op("moe_route")(logits.float(), None, ids, router.tid2eid, **options)
+        else:
+            indices, weights = op("moe_route")(logits.float(), router.e_score_correction_bias.float(), **options)
+        return logits, weights, indices
 
 
 class MoeForward:

@@ -1,0 +1,229 @@
+"""What attention on sm_90a is made of: two warpgroup products, asynchronous copies of a thread, base-2 exponentials.
+
+Operands in shared memory are blocks of 64 columns: a row of a block is 128 bytes, its 16-byte chunks swizzled as in
+`wgmma`. Read along the columns (keys: k is the head dim) a block is K-major; read along the rows (values: k is the
+token) the same bytes are MN-major.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cutlass import Float32, Int32, Int64, Uint32
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+
+from megamoe.cute import arith, warp
+from megamoe.cute.arith import Target
+from megamoe.cute.wgmma import ROW_BYTES, SWIZZLE_ROWS
+
+BLOCK_COLUMNS = 64
+CHUNK = 16  # bytes
+_EIGHT_ROWS = SWIZZLE_ROWS * ROW_BYTES >> 4  # descriptors count in 16 bytes
+_SWIZZLE = 1 << 62  # of 128 bytes
+
+
+def transposed(address: Int32, block_bytes: int) -> Int64:
+    """The descriptor of rows that are k, from a multiple of 1024 on; 128 more is the next 16 rows.
+
+    Args:
+        address: Of the first block of 64 columns in shared memory.
+        block_bytes: From one block of 64 columns to the next.
+    """
+    return Int64(address >> 4) | Int64(_SWIZZLE | _EIGHT_ROWS << 32 | block_bytes >> 4 << 16)
+
+
+def mma_shared(acc: Sequence[Float32], a: Int64, b: Int64) -> list[Float32]:
+    """acc + a b, of a (64, 16) and b (16, n), both K-major in shared memory; asynchronous and placed as `wgmma.mma`.
+
+    Args:
+        acc: n / 2 values.
+        a: `wgmma.descriptor`.
+        b: `wgmma.descriptor`.
+    """
+    return _mma(acc, [a, b], "${0}, ${1}, 1, 1, 1, 0, 0", "ll")
+
+
+def mma_transposed(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64) -> list[Float32]:
+    """acc + a b, of a (64, 16) in registers as for `wgmma.mma` and b (16, n) MN-major in shared memory.
+
+    Args:
+        acc: n / 2 values.
+        a: Four words, not to be changed before `wgmma.wait`.
+        b: `transposed`.
+    """
+    return _mma(acc, [*a, b], "{{${0}, ${1}, ${2}, ${3}}}, ${4}, 1, 1, 1, 1", "rrrrl")
+
+
+def mma_shared_transposed(acc: Sequence[Float32], a: Int64, b: Int64) -> list[Float32]:
+    """acc + a b, of a (64, 16) K-major and b (16, n) MN-major, both in shared memory.
+
+    Args:
+        acc: n / 2 values.
+        a: `wgmma.descriptor`.
+        b: `transposed`.
+    """
+    return _mma(acc, [a, b], "${0}, ${1}, 1, 1, 1, 0, 1", "ll")
+
+
+def _mma(acc: Sequence[Float32], operands: Sequence[Uint32 | Int64], tail: str, letters: str) -> list[Float32]:
+    count = len(acc)
+    names = ", ".join(f"${i}" for i in range(count))
+    rest = tail.format(*(2 * count + i for i in range(len(operands))))
+    text = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.bf16.bf16 {{{names}}}, {rest};"
+    constraints = ["=f"] * count + [str(i) for i in range(count)] + list(letters)
+    out = llvm.inline_asm(
+        llvm.StructType.get_literal([Float32.mlir_type] * count),
+        [operand.ir_value() for operand in (*acc, *operands)],
+        text,
+        ",".join(constraints),
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    place = [ir.DenseI64ArrayAttr.get([i]) for i in range(count)]
+    return [Float32(llvm.extractvalue(Float32.mlir_type, out, p)) for p in place]
+
+
+def fence(values: Sequence[Float32 | Uint32]) -> list[Float32 | Uint32]:
+    """`wgmma.fence` that values which the next products use stand before."""
+    return _tied("wgmma.fence.sync.aligned;", values)
+
+
+def wait(values: Sequence[Float32], groups: int = 0) -> list[Float32]:
+    """`wgmma.wait` for sums that are to be used behind it."""
+    return _tied(f"wgmma.wait_group.sync.aligned {groups};", values)
+
+
+def _tied(text: str, values: Sequence[Any]) -> list[Any]:
+    """An instruction without operands that keeps its place among what makes and uses the values."""
+    count = len(values)
+    letters = ["f" if type(value) is Float32 else "r" for value in values]
+    out = llvm.inline_asm(
+        llvm.StructType.get_literal([type(value).mlir_type for value in values]),
+        [value.ir_value() for value in values],
+        text,
+        ",".join([f"={letter}" for letter in letters] + [str(i) for i in range(count)] + ["~{memory}"]),
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    place = [ir.DenseI64ArrayAttr.get([i]) for i in range(count)]
+    return [type(v)(llvm.extractvalue(type(v).mlir_type, out, p)) for v, p in zip(values, place, strict=True)]
+
+
+def add_global(target: Int64, value: Int32) -> Int32:
+    """Adds to a word of global memory, in order with what was fenced before; what it was."""
+    out = llvm.inline_asm(
+        Int32.mlir_type,
+        [target.ir_value(), value.ir_value()],
+        "atom.acq_rel.gpu.global.add.s32 $0, [$1], $2;",
+        "=r,l,r,~{memory}",
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    return Int32(out)
+
+
+def copy16(target: Int32, source: Int64, size: Int32) -> None:
+    """Starts this thread's copy of 16 bytes into shared memory; bytes from `size` (0 or 16) on become 0."""
+    _asm("cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", target, source, size)
+
+
+def copy4(target: Int32, source: Int64, size: Int32) -> None:
+    """Starts this thread's copy of 4 bytes into shared memory; bytes from `size` (0 or 4) on become 0."""
+    _asm("cp.async.ca.shared.global [$0], [$1], 4, $2;", "r,l,r", target, source, size)
+
+
+def commit_copies() -> None:
+    """Closes the group of this thread's copies since the last one."""
+    _asm("cp.async.commit_group;", "")
+
+
+def wait_copies(groups: int) -> None:
+    """Until at most so many groups of this thread are not done."""
+    _asm(f"cp.async.wait_group {groups};", "")
+
+
+def store16(target: Int32, words: Sequence[Uint32]) -> None:
+    """Writes four words of shared memory."""
+    _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", target, *words)
+
+
+def store4_if(target: Int32, value: Float32, condition: Int32) -> None:
+    """Writes a word of shared memory where the condition is not 0; no branch."""
+    _asm("{.reg .pred p; setp.ne.s32 p, $2, 0; @p st.shared.f32 [$0], $1;}", "r,f,r", target, value, condition)
+
+
+def load16_global(source: Int64) -> list[Uint32]:
+    """Four words of global memory, seen as other CTAs left them."""
+    text = "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];"
+    result = llvm.StructType.get_literal([Uint32.mlir_type] * 4)
+    out = llvm.inline_asm(
+        result,
+        [source.ir_value()],
+        text,
+        "=r,=r,=r,=r,l,~{memory}",
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    place = [ir.DenseI64ArrayAttr.get([i]) for i in range(4)]
+    return [Uint32(llvm.extractvalue(Uint32.mlir_type, out, p)) for p in place]
+
+
+def store16_global(target: Int64, words: Sequence[Uint32]) -> None:
+    """Writes four words of global memory."""
+    _asm("st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", target, *words)
+
+
+def store8_global(target: Int64, words: Sequence[Uint32]) -> None:
+    """Writes two words of global memory."""
+    _asm("st.global.v2.b32 [$0], {$1, $2};", "l,r,r", target, *words)
+
+
+def store4_global_if(target: Int64, word: Uint32, condition: Int32) -> None:
+    """Writes a word of global memory where the condition is not 0; no branch."""
+    _asm("{.reg .pred p; setp.ne.s32 p, $2, 0; @p st.global.b32 [$0], $1;}", "l,r,r", target, word, condition)
+
+
+def proxy_fence() -> None:
+    """Shows this thread's writes to shared memory to the tensor cores."""
+    _asm("fence.proxy.async.shared::cta;", "")
+
+
+def named_barrier(number: int, threads: int) -> None:
+    """A barrier of some whole warps of the CTA."""
+    _asm(f"bar.sync {number}, {threads};", "")
+
+
+def exp2(x: Float32) -> Float32:
+    """2^x to about 2^-22, 0 for -inf."""
+    out: Float32 = arith.ptx(Float32, "ex2.approx.ftz.f32 $0, $1;", x)
+    return out
+
+
+def log2(x: Float32) -> Float32:
+    """The base-2 logarithm, to about 2^-22; -inf for 0."""
+    out: Float32 = arith.ptx(Float32, "lg2.approx.f32 $0, $1;", x)
+    return out
+
+
+def max_of_four(x: Float32) -> Float32:
+    """The largest over four neighbouring lanes, in each of them."""
+    pair = arith.maximum(x, warp.from_lane(x, 1), Target.SM90)
+    return arith.maximum(pair, warp.from_lane(pair, 2), Target.SM90)
+
+
+def _asm(text: str, constraints: str, *operands: Uint32 | Int32 | Int64 | Float32) -> None:
+    llvm.inline_asm(
+        None,
+        [operand.ir_value() for operand in operands],
+        text,
+        ",".join(part for part in (constraints, "~{memory}") if part),
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )

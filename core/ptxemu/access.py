@@ -1,0 +1,203 @@
+"""Checked access to memory by whole arrays of addresses, for operations that Python executes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptxemu import native
+from ptxemu.memory import Flag, Region
+
+if TYPE_CHECKING:
+    from ptxemu.instruction import Instruction
+    from ptxemu.machine import Machine, Warp
+
+Offsets = NDArray[np.int64]
+SHARED_WINDOW = 0x53 << 56  # top byte of a generic address of shared memory, as in native/ptxemu.h
+WINDOW_MASK = 0xFF << 56
+
+
+@dataclass(eq=False)
+class Hold:
+    """Bytes in flight."""
+
+    access: str
+    parts: list[tuple[Region, Offsets]] = field(default_factory=list)
+
+    def release(self) -> None:
+        """They are no longer."""
+        for region, offsets in self.parts:
+            if self.access == "write":
+                region.flags[offsets] &= np.uint8(~Flag.IN_FLIGHT_WRITE & 255)
+            else:
+                assert region.readers is not None
+                region.readers[offsets] -= 1
+                region.flags[offsets[region.readers[offsets] == 0]] &= np.uint8(~Flag.IN_FLIGHT_READ & 255)
+        self.parts = []
+
+
+@dataclass(frozen=True)
+class Accessor:
+    """Memory as one execution of an instruction may touch it."""
+
+    machine: Machine
+    warp: Warp
+    instruction: Instruction
+    mask: int
+
+    def finding(self, kind: str, text: str, address: int, *, stop: bool = False) -> None:
+        """Reports what is wrong with an access."""
+        self.machine.finding(
+            kind, text, instruction=self.instruction, warp=self.warp, lanes=self.mask, address=address, stop=stop
+        )
+
+    def find(self, address: int, space: str) -> Region | None:
+        """The region that an address lies in; shared memory of a CTA that has exited is gone."""
+        if space == "generic":
+            space = "shared" if address & WINDOW_MASK == SHARED_WINDOW else "global"
+            address &= ~WINDOW_MASK if space == "shared" else -1
+        if space == "global":
+            return self.machine.memory.find(address)
+        ctas = self.warp.cta.cluster.ctas
+        rank = address >> 24
+        if not 0 <= rank < len(ctas) or not ctas[rank].running:
+            return None
+        shared = ctas[rank].shared
+        return shared if shared.base <= address < shared.base + shared.size else None
+
+    def _parts(
+        self, addresses: Offsets, width: int, space: str
+    ) -> Iterator[tuple[Region, Offsets, NDArray[np.bool_] | None]]:
+        """Region by region: offsets, and which addresses they belong to (None: all). Out of bounds ends the launch."""
+        left: NDArray[np.bool_] | None = None
+        while True:
+            first = int(addresses[0] if left is None else addresses[np.argmax(left)])
+            region = self.find(first, space)
+            base = (
+                0
+                if region is None
+                else region.base | (first & WINDOW_MASK if space == "generic" and first >= 1 << 56 else 0)
+            )
+            offsets = addresses - base
+            inside = (offsets >= 0) & (offsets <= region.size - width) if region else np.zeros(addresses.shape, bool)
+            if region is None or not inside[0 if left is None else int(np.argmax(left))]:
+                self.finding("out_of_bounds", f"{width} bytes{self._where(first, space)}", first, stop=True)
+                return
+            if left is None and inside.all():
+                yield region, offsets, None
+                return
+            here = inside if left is None else inside & left
+            yield region, offsets[here], here
+            left = ~inside if left is None else left & ~inside
+            if not left.any():
+                return
+
+    def _where(self, address: int, space: str) -> str:
+        return f", {self.machine.memory.nearest(address)}" if space == "global" else ""
+
+    def load(self, addresses: NDArray[np.generic], width: int, space: str, proxy: str) -> NDArray[np.uint8]:
+        """See `Context.load`."""
+        flat = addresses.reshape(-1).astype(np.int64)
+        out = np.empty((flat.size, width), np.uint8)
+        if flat.size:
+            for region, offsets, which in self._parts(flat, width, space):
+                rows = out if which is None else np.empty((offsets.size, width), np.uint8)
+                self._gather(region, np.ascontiguousarray(offsets), rows, proxy)
+                if which is not None:
+                    out[which] = rows
+        return out.reshape(*addresses.shape, width)
+
+    def store(
+        self, addresses: NDArray[np.generic], data: NDArray[np.uint8], space: str, proxy: str, *, own: bool = False
+    ) -> None:
+        """See `Context.store`; `own`: the bytes are in flight because of this very operation."""
+        flat = addresses.reshape(-1).astype(np.int64)
+        width = data.shape[-1]
+        rows = np.ascontiguousarray(data.reshape(-1, width))
+        if not flat.size:
+            return
+        for region, offsets, which in self._parts(flat, width, space):
+            if region.read_only:
+                self.finding("read_only", f"a store to {region.name}", region.base + int(offsets[0]), stop=True)
+            part = rows if which is None else np.ascontiguousarray(rows[which])
+            epoch = self.machine.epoch if proxy == "generic" else 0
+            at = np.ascontiguousarray(offsets)
+            source = (at.ctypes.data, at.size, width, part.ctypes.data)
+            before = native.core().emu_scatter(*region.pointers, *source, epoch, self.warp.number)
+            if proxy == "generic" and not own and before & (Flag.IN_FLIGHT_READ | Flag.IN_FLIGHT_WRITE):
+                self.finding("async_race", "a store to bytes in flight", region.base + int(offsets[0]))
+            if before & Flag.MBARRIER:
+                self.finding("mbarrier", "a store over an mbarrier object", region.base + int(offsets[0]))
+
+    def _gather(self, region: Region, offsets: Offsets, out: NDArray[np.uint8], proxy: str) -> None:
+        """Copies rows of bytes out of a region, and checks that they may be read."""
+        width = out.shape[1]
+        newest = ctypes.c_uint32()
+        target = (out.ctypes.data, ctypes.addressof(newest))
+        if native.core().emu_gather(*region.pointers[:3], offsets.ctypes.data, offsets.size, width, *target):
+            self._blame(region, offsets, width)
+        if proxy == "async" and newest.value >= max(self.warp.fence_epoch, 1):
+            self._check_fenced(region, offsets, width)
+
+    def _blame(self, region: Region, offsets: Offsets, width: int) -> None:
+        """Says why bytes may not be read."""
+        flags = region.flags[offsets[:, None] + np.arange(width)]
+        bad = (flags & np.uint8(~Flag.IN_FLIGHT_READ & 255)) != Flag.INIT
+        row, column = divmod(int(np.argmax(bad)), width)
+        flag, address = int(flags[row, column]), region.base + int(offsets[row]) + column
+        if flag & Flag.MBARRIER:
+            self.finding("mbarrier", "an mbarrier object read as data", address)
+        elif flag & Flag.IN_FLIGHT_WRITE:
+            self.finding("async_race", "bytes read that an operation in flight will write", address)
+        else:
+            self.finding("uninitialised", f"{int(bad.sum())} of {bad.size} bytes were never written", address)
+
+    def _check_fenced(self, region: Region, offsets: Offsets, width: int) -> None:
+        """Bytes that threads wrote need fence.proxy.async, by the writer or later by who issues the operation."""
+        words = _words(offsets, width)
+        epochs = region.epoch[words]
+        writers = region.writer[words]
+        for number in np.unique(writers[epochs > 0]):
+            last = int(epochs[writers == number].max())
+            if self.warp.fence_epoch <= last and self.machine.fence_epoch_of(int(number)) <= last:
+                where = int(words.reshape(-1)[np.argmax((writers == number).reshape(-1))]) * 4
+                writer_name = self.machine.name_of(int(number))
+                text = f"{region.name} was written by warp {writer_name}, and no fence.proxy.async followed"
+                self.finding("missing_proxy_fence", text, region.base + where)
+
+    def hold(self, addresses: NDArray[np.generic], width: int, access: str, space: str) -> Hold:
+        """See `Context.hold`. Two operations in flight that conflict are a finding."""
+        held = Hold(access)
+        if self.machine.asynchronous.policy == "eager" or not addresses.size:  # nothing is ever in flight
+            return held
+        flat = np.unique(addresses.reshape(-1).astype(np.int64))
+        for region, offsets, _ in self._parts(flat, width, space):
+            at = (offsets[:, None] + np.arange(width)).reshape(-1)
+            flags = region.flags[at]
+            against = Flag.IN_FLIGHT_WRITE | (Flag.IN_FLIGHT_READ if access == "write" else 0)
+            if (conflict := flags & against).any():
+                first = int(at[np.argmax(conflict != 0)])
+                other = "write" if int(flags[np.argmax(conflict != 0)]) & Flag.IN_FLIGHT_WRITE else "read"
+                self.finding(
+                    "async_race",
+                    f"a {access} is started while a {other} of the same bytes is in flight",
+                    region.base + first,
+                )
+            if access == "read":
+                if region.readers is None:
+                    region.readers = np.zeros(region.size, np.uint16)
+                region.readers[at] += 1
+            region.flags[at] = flags | np.uint8(Flag.IN_FLIGHT_WRITE if access == "write" else Flag.IN_FLIGHT_READ)
+            held.parts.append((region, at))
+        return held
+
+
+def _words(offsets: Offsets, width: int) -> NDArray[np.int64]:
+    """Numbers of the 4-byte words that hold the bytes at some offsets."""
+    first = offsets >> 2
+    return first if width <= 4 else first[:, None] + np.arange((width + 3) // 4)

@@ -1,0 +1,203 @@
+/* The native core: interprets lowered warp instructions over 32 lanes. Python lowers, schedules asynchronous work and reports. */
+#ifndef PTXEMU_H
+#define PTXEMU_H
+
+#include <stdint.h>
+#include <string.h>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+typedef int8_t s8;
+typedef int16_t s16;
+typedef int32_t s32;
+typedef int64_t s64;
+typedef float f32;
+typedef double f64;
+
+enum { LANES = 32, FULL = -1, OPERANDS = 12, GROUPS = 32, NAMED_BARRIERS = 16, NOTES = 256 };
+
+/* What lies in the flags of each byte of a region; the same numbers as in memory.py. */
+enum { INIT = 1, IN_FLIGHT_WRITE = 2, IN_FLIGHT_READ = 4, MBARRIER = 8 };
+
+/* Findings; the same order as in native.py. Those up to LAST_STOPPING end the launch. */
+enum {
+    NO_FINDING, OUT_OF_BOUNDS, MISALIGNED, READ_ONLY, BAD_MBARRIER, BAD_BARRIER, DIVERGENCE, TRAP,
+    LAST_STOPPING = TRAP, UNINITIALISED, ASYNC_RACE, PENDING_REGISTER
+};
+
+/* What a handler returns. */
+typedef enum {
+    NEXT,   /* go on with the next instruction */
+    WAIT,   /* not yet: nothing was done */
+    YIELD,  /* done, but the warp only polls: let others run */
+    FAULT,  /* the launch is over */
+    PYTHON, /* a Python operation is to be executed */
+    EXITED, /* lanes have exited */
+    BRANCH  /* go to the target */
+} Outcome;
+
+/* What emu_run returns. */
+enum { EVENT_CALLBACK, EVENT_FAULT, EVENT_STUCK, EVENT_CLUSTER_END, EVENT_ROUND, EVENT_BUDGET };
+
+/* An address range. Global memory lies at its real address, shared memory at (rank << 24) + 0x400, local at 0x100. */
+typedef struct {
+    u64 base, size;
+    u8 *data, *flags;
+    u32 *epoch;  /* per 4 bytes: proxy epoch of the last generic write, 0 when there is none */
+    u32 *writer; /* per 4 bytes: warp that wrote */
+    u32 read_only, id;
+} Region;
+
+typedef struct {
+    u32 address, expected, pending, valid;
+    s64 tx;
+    u64 phase;
+    u32 init_warp, init_epoch; /* when mbarrier.init was executed, to see whether a fence followed */
+} Mbarrier;
+
+typedef struct {
+    u32 arrived, needed, reduced; /* needed: 0 for all warps that have not exited */
+    u64 phase;
+    u32 result; /* of the reduction of the last phase */
+} NamedBarrier;
+
+struct Cluster;
+typedef struct {
+    Region shared;
+    u32 *bar_index; /* per 8 bytes of shared memory: 1 + index of its mbarrier */
+    Mbarrier *bars;
+    u32 bar_count, bar_room;
+    u32 rank, live_warps;
+    NamedBarrier named[NAMED_BARRIERS];
+    struct Cluster *cluster;
+} Cta;
+
+typedef struct Cluster {
+    Cta **ctas;
+    u32 cta_count, live_warps, id;
+    u32 barrier_pending; /* lanes that have yet to arrive */
+    u32 live_lanes;
+    u64 barrier_phase;
+} Cluster;
+
+/* Lanes that share a program counter. */
+typedef struct {
+    u32 pc, mask;
+    u8 blocked;       /* could not go on when it was last tried */
+    u8 arrived;       /* has arrived at the barrier it waits at */
+    u64 wait_phase;   /* of that barrier */
+    u64 python_epoch; /* machine.progress when a Python operation was blocked */
+} Group;
+
+typedef struct {
+    u8 *base[4]; /* 0 registers, 1 constants of the kernel, 2 special registers of the warp */
+    Cta *cta;
+    Group groups[GROUPS];
+    u32 group_count, live, exited, index, id;
+    u32 running;       /* index of the group that executes */
+    u32 carry;         /* condition code of add.cc, one bit a lane */
+    u32 spin_pc, spin_count; /* the polling load executed last, and how often without any effect in between */
+    u32 fence_epoch;   /* of the last fence.proxy.async */
+    u32 init_fence_epoch; /* of the last fence that makes mbarrier.init visible */
+    u32 pending_count; /* registers that a Python operation has reserved */
+    u8 *pending;       /* one byte a register offset / 4 */
+    u64 cluster_phase; /* of the last barrier.cluster.arrive */
+    u32 cluster_arrived; /* lanes that arrived in that phase */
+    u32 cluster_waiting; /* lanes that have arrived and not yet waited */
+    Region local;      /* of lane 0; the others follow, local.size apart */
+    u64 executed;
+} Warp;
+
+typedef struct {
+    u16 op;
+    u8 negated, count;
+    u32 guard; /* operand, or NO_GUARD */
+    u32 o[OPERANDS];
+    s64 offset; /* of an address */
+    u32 aux, target;
+} Ins;
+#define NO_GUARD 0xffffffffu
+
+typedef struct {
+    u32 kind, pc, warp, lanes;
+    u64 address;
+    s64 detail;
+} Note;
+
+typedef struct Machine {
+    const Ins *code;
+    u32 code_count, flags;
+    u8 *params;
+    Region *regions; /* global memory, by address */
+    u32 region_count, last_region;
+    Warp **warps; /* NULL where there is none */
+    u32 warp_count, warp_room;
+    u32 *order;
+    u32 cursor, progressed, spinning, idle_spin, random, poll; /* idle_spin: some warp polled in the last round */
+    u64 rng, executed, budget, progress;
+    u32 epoch; /* counts proxy fences, from 1 */
+    u32 block_threads;
+    u32 *hits;        /* executions of each instruction */
+    u32 *noted;       /* kinds already noted for each instruction */
+    Note notes[NOTES];
+    u32 note_count;
+    Note fault;
+    /* event, for Python */
+    u32 event_warp, event_group, event_pc, event_mask, event_cluster;
+    void (*trace)(u32 warp, u32 pc, u32 mask);
+} Machine;
+
+typedef Outcome (*Handler)(Machine *, Warp *, const Ins *, u32 mask);
+typedef struct {
+    const char *name;
+    Handler run;
+} Op;
+
+extern const Op integer_ops[], compare_ops[], float_ops[], half_ops[], convert_ops[], memory_ops[], atomic_ops[], warp_ops[], sync_ops[], mbarrier_ops[];
+
+static inline u8 *operand(const Warp *w, u32 o) { return w->base[o >> 30] + (o & 0x3fffffffu); }
+#define SRC(T, k) ((const T *)(const void *)operand(w, i->o[k]))
+#define DST(T, k) ((T *)(void *)operand(w, i->o[k]))
+#define EACH_LANE for (int l = 0; l < LANES; l++)
+#define UNUSED(x) (void)(x)
+
+#define PUT(T) \
+    static inline void put_##T(T *d, u32 mask, const T *r) { \
+        if (mask == (u32)FULL) memcpy(d, r, sizeof(T) * LANES); \
+        else EACH_LANE if (mask >> l & 1) d[l] = r[l]; \
+    }
+PUT(u16)
+PUT(u32)
+PUT(u64)
+#undef PUT
+static inline void put_mask(u32 *d, u32 mask, u32 bits) { *d = (*d & ~mask) | (bits & mask); }
+
+static inline f32 as_f32(u32 x) { f32 r; memcpy(&r, &x, 4); return r; }
+static inline u32 bits_f32(f32 x) { u32 r; memcpy(&r, &x, 4); return r; }
+static inline f64 as_f64(u64 x) { f64 r; memcpy(&r, &x, 8); return r; }
+static inline u64 bits_f64(f64 x) { u64 r; memcpy(&r, &x, 8); return r; }
+static inline int first_lane(u32 mask) { return __builtin_ctz(mask); }
+
+/* Records what does not stop the launch, once for each instruction and kind. */
+void note(Machine *m, const Warp *w, const Ins *i, u32 kind, u32 lanes, u64 address, s64 detail);
+/* Records what does, and returns FAULT. */
+Outcome fault(Machine *m, const Warp *w, const Ins *i, u32 kind, u32 lanes, u64 address, s64 detail);
+
+/* Finds the bytes of each lane, checks bounds, alignment and shadow state. space: see SPACE_*. NULL in inactive lanes. */
+enum { SPACE_GENERIC, SPACE_GLOBAL, SPACE_SHARED, SPACE_LOCAL };
+enum { ACCESS_LOAD, ACCESS_STORE, ACCESS_UPDATE };
+Outcome reach(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 *address, u32 bytes, int access, u8 **place);
+/* The addresses of an instruction's address operand: base register plus offset, wrapped to 32 bits if `narrow`. */
+void addresses(const Warp *w, const Ins *i, int k, int narrow, u64 *out);
+Mbarrier *find_mbarrier(Machine *m, Warp *w, const Ins *i, u32 lane_mask, u64 address, int *bad);
+void mbarrier_settle(Mbarrier *b);
+void retire_lanes(Machine *m, Warp *w, u32 mask);
+
+/* Generic addresses of shared and local memory; a real address never has these top bytes. */
+#define SHARED_WINDOW (0x53ull << 56)
+#define LOCAL_WINDOW (0x4cull << 56)
+#define WINDOW_MASK (0xffull << 56)
+
+#endif

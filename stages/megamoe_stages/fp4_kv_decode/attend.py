@@ -1,0 +1,333 @@
+"""The consumers of the decode kernel: scores, softmax and sums over decoded tiles.
+
+A consumer, a warpgroup, holds 64 rows, each a query and a head. Up to 256 columns of output fit its registers: then
+the consumers take turns at the tiles, and join their sums at the end. Of more columns each holds half. They still take
+turns at the scores: the weights of a tile go through shared memory to the other consumer, whose own next scores are
+multiplied meanwhile. Scores are in base 2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
+
+from megamoe.cute import arith, attention_mma, bf16, ring, wgmma
+from megamoe.cute.arith import Target
+from megamoe.cute.attention_mma import exp2
+from megamoe.cute.warp import WARP, sum_of_four
+from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, COLUMNS, GROUP, ROWS, TILE, Shape
+
+_STEP_BYTES = wgmma.K_STEP * 2  # along a row
+_STEP_ROWS = wgmma.K_STEP * wgmma.ROW_BYTES >> 4  # in units of descriptors
+CONSUMERS_BARRIER = 1  # of the consumers; 0 is that of the CTA
+NONE = float("-inf")
+
+
+class Rows(NamedTuple):
+    """The rows of a CTA and what they see.
+
+    Attributes:
+        first: The CTA's first row.
+        count: Rows of the whole problem of this kv head.
+        group: Heads that share a kv head.
+        position: Token that query 0 is at.
+        window: Tokens that a query sees; 0 for all before it.
+        indexed: Every query sees all tokens of the tiles.
+        query: Row of q, in queries, of query 0.
+        heads: Of q.
+        head: First of the CTA's.
+    """
+
+    first: Int32
+    count: Int32
+    group: Int32
+    position: Int32
+    window: Int32
+    indexed: Int32
+    query: Int32
+    heads: Int32
+    head: Int32
+
+    def place(self, row: Int32) -> Int32:
+        """Where in q, in heads, a row lies; row counts from the start of the problem."""
+        query = row // self.group
+        return (self.query + query) * self.heads + self.head + row - query * self.group
+
+
+def lanes() -> tuple[Int32, Int32, Int32]:
+    """Row (0..15 of a warp: this and 8 more), pair of columns, and the warp's number in its warpgroup."""
+    lane = cute.arch.lane_idx()
+    return lane // 4, lane % 4, cute.arch.warp_idx() % (GROUP // WARP)
+
+
+def below(count: Int32) -> Uint32:
+    """A mask of the lowest bits: none for count <= 0, all from 32 on."""
+    bounded = cutlass.max(cutlass.min(count, 32), 0)
+    return arith.ptx(Uint32, "{.reg .b32 x; shl.b32 x, 1, $1; add.s32 $0, x, -1;}", bounded)  # 1 << 32 is 0 here
+
+
+def row_masks(row: Int32, start: Int32, exist: list[Uint32], rows: Rows) -> list[Uint32]:
+    """Which tokens of a tile a row of the CTA sees, 32 a word, from this lane's first column on."""
+    _, t, _ = lanes()
+    last = rows.position + (rows.first + row) // rows.group - start  # in the tile
+    end = arith.select(rows.indexed != 0, Int32(TILE), last + 1)
+    begin = arith.select((rows.indexed != 0) | (rows.window == 0), Int32(0), last - rows.window + 1)
+    return [(exist[i] & below(end - 32 * i) & ~below(begin - 32 * i)) >> Uint32(2 * t) for i in range(2)]
+
+
+@cute.jit
+def attend(
+    acc: cute.Tensor,  # (out columns / 2,) fp32, as `wgmma.mma`
+    stat: cute.Tensor,  # (4,) fp32: largest scores of two rows, their sums
+    base: Int32,
+    consumer: Int32,
+    tiles: Int32,
+    first: Int32,
+    factor: Float32,
+    rows: Constexpr[Rows],
+    shape: Constexpr[Shape],
+) -> None:
+    """All tiles that a consumer attends to; `factor` makes scores of products, `first` is the first token."""
+    for i, zero in enumerate(wgmma.zeros(shape.out_columns // 2)):
+        acc[i] = zero
+    for i in cutlass.range_constexpr(2):
+        stat[i], stat[2 + i] = Float32(NONE), Float32(0.0)
+    if cutlass.const_expr(shape.split_columns):
+        attend_together(acc, stat, base, consumer, tiles, first, factor, rows, shape)
+    else:
+        for turn in cutlass.range((tiles - consumer + 1) // 2, unroll=1):
+            tile = consumer + 2 * turn
+            attend_alone(acc, stat, base, consumer, tile, first, factor, rows, shape)
+    for i in cutlass.range_constexpr(2):
+        stat[2 + i] = sum_of_four(stat[2 + i], Target.SM90)
+    if cutlass.const_expr(shape.split_columns):
+        join_totals(stat, base, consumer, shape)
+
+
+@cute.jit
+def attend_alone(
+    acc: cute.Tensor,
+    stat: cute.Tensor,
+    base: Int32,
+    consumer: Int32,
+    tile: Int32,
+    first: Int32,
+    factor: Float32,
+    rows: Constexpr[Rows],
+    shape: Constexpr[Shape],
+) -> None:
+    """One tile, scores and sums."""
+    count = shape.out_columns // 2
+    scores = start_scores(base, tile, shape)
+    masks = masks_of(base, tile, first, rows, shape)
+    weights, scale = softmax(attention_mma.wait(scores), masks, stat, factor, rows)
+    if cutlass.const_expr(shape.split_columns):
+        publish(weights, stat, base, tile, shape)
+    ready = attention_mma.fence([acc[i] * scale[i // 2 % 2] for i in range(count)] + weights)
+    sums = start_sums(ready[:count], ready[count:], base, consumer, tile, shape)
+    for i, value in enumerate(attention_mma.wait(sums)):
+        acc[i] = value
+    release(base, tile, shape)
+
+
+@cute.jit
+def attend_together(
+    acc: cute.Tensor,
+    stat: cute.Tensor,
+    base: Int32,
+    consumer: Int32,
+    tiles: Int32,
+    first: Int32,
+    factor: Float32,
+    rows: Constexpr[Rows],
+    shape: Constexpr[Shape],
+) -> None:
+    """All tiles, each consumer half of the columns and the scores of every other tile."""
+    count = shape.out_columns // 2
+    if (consumer == 0) & (tiles > 0):
+        attend_alone(acc, stat, base, consumer, Int32(0), first, factor, rows, shape)
+    skipped = 1 - consumer
+    pairs = cutlass.max(tiles - skipped, 0) // 2
+    for pair in cutlass.range(pairs, unroll=1):
+        other = skipped + 2 * pair
+        own = other + 1
+        scores = start_scores(base, own, shape)
+        scale = follow(stat, base, other, shape)
+        sums = attention_mma.fence([acc[i] * scale[i // 2 % 2] for i in range(count)])
+        sums = start_other_sums(sums, base, consumer, other, shape)
+        masks = masks_of(base, own, first, rows, shape)
+        weights, scale = softmax(attention_mma.wait(scores, 1), masks, stat, factor, rows)  # while the sums are made
+        publish(weights, stat, base, own, shape)
+        sums = attention_mma.wait(sums)
+        release(base, other, shape)
+        ready = attention_mma.fence([sums[i] * scale[i // 2 % 2] for i in range(count)] + weights)
+        sums = start_sums(ready[:count], ready[count:], base, consumer, own, shape)
+        for i, value in enumerate(attention_mma.wait(sums)):
+            acc[i] = value
+        release(base, own, shape)
+    if skipped + 2 * pairs < tiles:
+        other = skipped + 2 * pairs
+        scale = follow(stat, base, other, shape)
+        sums = attention_mma.fence([acc[i] * scale[i // 2 % 2] for i in range(count)])
+        for i, value in enumerate(attention_mma.wait(start_other_sums(sums, base, consumer, other, shape))):
+            acc[i] = value
+
+
+def start_scores(base: Int32, tile: Int32, shape: Shape) -> list[Float32]:
+    """Starts the products of the queries and the keys of a tile, once it is there; a group of its own."""
+    buffer = tile % shape.buffers
+    ring.wait(base + shape.barriers_at + buffer * 16, tile // shape.buffers % 2)
+    scores = attention_mma.fence(wgmma.zeros(TILE // 2))
+    queries, keys = wgmma.descriptor(base), wgmma.descriptor(base + shape.tiles_at + buffer * shape.tile_bytes)
+    for k in range(shape.head_dim // wgmma.K_STEP):
+        ahead = (k // 4 * BLOCK_BYTES + k % 4 * _STEP_BYTES) >> 4
+        scores = attention_mma.mma_shared(scores, queries + ahead, keys + ahead)
+    wgmma.commit()
+    return scores
+
+
+def start_sums(
+    sums: list[Float32], weights: list[Uint32], base: Int32, consumer: Int32, tile: Int32, shape: Shape
+) -> list[Float32]:
+    """Starts adding the values of a tile by weights in registers; a group of its own."""
+    values = _values(base, consumer, tile, shape)
+    for k in range(TILE // wgmma.K_STEP):
+        sums = attention_mma.mma_transposed(sums, weights[4 * k : 4 * k + 4], values + k * _STEP_ROWS)
+    wgmma.commit()
+    return sums
+
+
+def start_other_sums(sums: list[Float32], base: Int32, consumer: Int32, tile: Int32, shape: Shape) -> list[Float32]:
+    """The same by the weights of the other consumer."""
+    values = _values(base, consumer, tile, shape)
+    weights = wgmma.descriptor(base + shape.weights_at + tile % 2 * BLOCK_BYTES)
+    for k in range(TILE // wgmma.K_STEP):
+        ahead = k * _STEP_BYTES >> 4
+        sums = attention_mma.mma_shared_transposed(sums, weights + ahead, values + k * _STEP_ROWS)
+    wgmma.commit()
+    return sums
+
+
+def _values(base: Int32, consumer: Int32, tile: Int32, shape: Shape) -> Int64:
+    at = base + shape.tiles_at + tile % shape.buffers * shape.tile_bytes + shape.values_block * BLOCK_BYTES
+    if shape.split_columns:
+        at = at + consumer * (shape.out_columns // COLUMNS * BLOCK_BYTES)
+    return attention_mma.transposed(at, BLOCK_BYTES)
+
+
+def release(base: Int32, tile: Int32, shape: Shape) -> None:
+    """Gives the place of a tile back, an arrival a warp."""
+    empty = base + shape.barriers_at + tile % shape.buffers * 16 + 8
+    ring.arrive_if(empty, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
+
+
+def masks_of(base: Int32, tile: Int32, first: Int32, rows: Rows, shape: Shape) -> list[list[Uint32]]:
+    """What this lane's two rows see of a tile."""
+    g, _, wide = lanes()
+    at = base + shape.masks_at + tile % shape.buffers * 8
+    exist = [Uint32(ring.load4(at + 4 * i)) for i in range(2)]
+    return [row_masks(wide * 16 + g + 8 * i, first + tile * TILE, exist, rows) for i in range(2)]
+
+
+@cute.jit
+def publish(
+    weights: Constexpr[list[Uint32]], stat: cute.Tensor, base: Int32, tile: Int32, shape: Constexpr[Shape]
+) -> None:
+    """Shows the weights of a tile and the largest scores so far to the other consumer.
+
+    It has read what was here, of the tile before the last: else this one would not have had a place to be decoded to.
+    """
+    g, t, wide = lanes()
+    for half in cutlass.range_constexpr(2):
+        row = wide * 16 + g + 8 * half
+        at = base + shape.weights_at + tile % 2 * BLOCK_BYTES + row * wgmma.ROW_BYTES + t * 4
+        for block in cutlass.range_constexpr(TILE // 8):
+            ring.store4(at + ((g ^ block) * 16), weights[2 * block + half])
+        one = arith.select(t == 0, Int32(1), Int32(0))
+        attention_mma.store4_if(base + shape.tops_at + (tile % 2 * ROWS + row) * 4, stat[half], one)
+    attention_mma.proxy_fence()
+    ring.arrive_if(base + shape.ready_at + tile % 2 * 8, Int32(1))
+
+
+def follow(stat: cute.Tensor, base: Int32, tile: Int32, shape: Shape) -> list[Float32]:
+    """Waits for the weights of the other consumer's tile and follows its largest scores; by what the sums shrink."""
+    g, _, wide = lanes()
+    ring.wait(base + shape.ready_at + tile % 2 * 8, tile // 2 % 2)
+    scale = []
+    for half in range(2):
+        at = base + shape.tops_at + (tile % 2 * ROWS + wide * 16 + g + 8 * half) * 4
+        top = arith.number(Uint32(ring.load4(at)))
+        scale.append(exp2(stat[half] - finite(top)))
+        stat[half], stat[2 + half] = top, stat[2 + half] * scale[half]
+    return scale
+
+
+@cute.jit
+def join_totals(stat: cute.Tensor, base: Int32, consumer: Int32, shape: Constexpr[Shape]) -> None:
+    """Adds the sums of both consumers, whose largest scores are the same by now."""
+    g, t, wide = lanes()
+    at = base + shape.tops_at + (wide * 16 + g) * 4
+    attention_mma.named_barrier(CONSUMERS_BARRIER, 2 * GROUP)
+    one = arith.select(t == 0, Int32(1), Int32(0))
+    for half in cutlass.range_constexpr(2):
+        attention_mma.store4_if(at + (consumer * ROWS + 8 * half) * 4, stat[2 + half], one)
+    attention_mma.named_barrier(CONSUMERS_BARRIER, 2 * GROUP)
+    for half in cutlass.range_constexpr(2):
+        other = arith.number(Uint32(ring.load4(at + ((1 - consumer) * ROWS + 8 * half) * 4)))
+        stat[2 + half] = stat[2 + half] + other
+
+
+def finite(top: Float32) -> Float32:
+    """What to subtract from scores of which `top` is the largest, so that no score at all gives no NaN."""
+    return Float32(arith.select(top == Float32(NONE), Float32(0.0), top))
+
+
+def softmax(
+    scores: list[Float32], masks: list[list[Uint32]], stat: cute.Tensor, factor: Float32, rows: Rows
+) -> tuple[list[Uint32], list[Float32]]:
+    """Weights of a tile as left operands of four products, and by what the sums so far shrink; updates `stat`."""
+    weights = cute.make_rmem_tensor((TILE // 4,), Uint32)
+    scale = cute.make_rmem_tensor((2,), Float32)
+    _, _, wide = lanes()
+    valid = rows.count - rows.first - wide * 16
+    for half in range(2):
+        own = [scores[i + j] for i in range(2 * half, len(scores), 4) for j in range(2)]
+        softmax_of_row(weights, scale, stat, own, masks[half], factor, valid > 8 * half, half)
+    return [weights[i] for i in range(TILE // 4)], [scale[i] for i in range(2)]
+
+
+@cute.jit
+def softmax_of_row(
+    weights: cute.Tensor,
+    scale: cute.Tensor,
+    stat: cute.Tensor,
+    scores: Constexpr[list[Float32]],
+    masks: Constexpr[list[Uint32]],
+    factor: Float32,
+    some: Boolean,
+    half: Constexpr[int],
+) -> None:
+    """The same for one of a lane's two rows; nothing where no row of the warp is `some`."""
+    target = Target.SM90
+    for i in cutlass.range_constexpr(TILE // 8):
+        weights[2 * i + half] = Uint32(0)
+    scale[half] = Float32(1.0)
+    if some:
+        x = []
+        for i, score in enumerate(scores):
+            visible = (masks[i // 8] & Uint32(1 << (i % 8 // 2 * 8 + i % 2))) != 0
+            x.append(arith.select(visible, arith.mul(score, factor, target), Float32(NONE)))
+        top = stat[half]
+        for value in x:
+            top = arith.maximum(top, value, target)
+        top = attention_mma.max_of_four(top)
+        scale[half] = exp2(stat[half] - finite(top))
+        total = stat[2 + half] * scale[half]
+        for i, value in enumerate(x):
+            x[i] = exp2(value - finite(top))
+            total = total + x[i]
+        for i in cutlass.range_constexpr(TILE // 8):
+            weights[2 * i + half] = bf16.pack(x[2 * i], x[2 * i + 1], target)
+        stat[half], stat[2 + half] = top, total

@@ -1,0 +1,260 @@
+"""The decode kernel for sm_90a: FP4 tiles decoded once to bf16 in shared memory, attended to with wgmma.
+
+A CTA takes up to 64 rows (queries times heads of one kv head) and a share of the tokens that they see, found from the
+lengths on the device. One or two warpgroups copy and decode tiles of 64 tokens, two attend.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cutlass
+from cuda.bindings.driver import CUstream
+from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, cute
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
+
+from megamoe.cute import arith, attention_mma, ring
+from megamoe.cute.arith import Target
+from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.convert import DECODED_UNIT
+from megamoe_stages.fp4_kv_decode import attend, produce
+from megamoe_stages.fp4_kv_decode.attend import Rows
+from megamoe_stages.fp4_kv_decode.produce import Store, Tokens
+from megamoe_stages.fp4_kv_decode.result import Result, finish, join_consumers
+from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, GROUP, ROWS, TILE, Shape
+
+PRODUCER_REGISTERS = 56
+CONSUMER_REGISTERS = {1: 224, 2: 200}  # by the number of producers: what is left of 64 K
+
+
+@cute.jit
+def launch(
+    q: cute.Tensor,  # (batch * queries * heads, D) bf16
+    k_codes: cute.Tensor,  # (pages * kv_heads * page, D/2) uint8
+    k_scales: cute.Tensor,  # (pages * kv_heads * page, D/16) uint8
+    v_codes: cute.Tensor,  # the same with Dv; the keys' when shared
+    v_scales: cute.Tensor,
+    block_table: cute.Tensor,  # (batch, max_pages) int32
+    lengths: cute.Tensor,  # (batch,) int32
+    indices: cute.Tensor,  # (batch * queries, picked) int32; not read unless indexed
+    k_scale: cute.Tensor,  # () fp32
+    v_scale: cute.Tensor,  # () fp32
+    sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
+    out: cute.Tensor,  # (batch * queries * heads, Dv) bf16
+    lse: cute.Tensor,  # (batch * queries * heads,) fp32
+    parts: cute.Tensor,  # (CTAs * ROWS, Dv) fp32; not used with one split
+    stats: cute.Tensor,  # (CTAs * ROWS, 2) fp32
+    arrived: cute.Tensor,  # (CTAs / splits,) int32, zeros
+    softmax_scale: Float32,
+    queries: Int32,
+    heads: Int32,
+    kv_heads: Int32,
+    page: Int32,
+    window: Int32,  # 0 for none
+    indexed: Int32,
+    has_sink: Int32,
+    splits: Int32,
+    stream: CUstream,
+    shape: Constexpr[Shape],
+) -> None:
+    """Launches a CTA for each share of the tokens of 64 rows."""
+    group = heads // kv_heads
+    batch = cute.size(lengths)
+    rows = group if indexed != 0 else group * queries
+    problems = batch * queries if indexed != 0 else batch
+    scores = softmax_scale * Float32(DECODED_UNIT / math.log(2))
+    pages = cute.FastDivmodDivisorV2(page)
+    kernel(
+        q,
+        k_codes,
+        k_scales,
+        v_codes,
+        v_scales,
+        block_table,
+        lengths,
+        indices,
+        k_scale,
+        v_scale,
+        sink,
+        out,
+        lse,
+        parts,
+        stats,
+        arrived,
+        scores,
+        queries,
+        heads,
+        kv_heads,
+        page,
+        pages,
+        window,
+        indexed,
+        has_sink,
+        splits,
+        shape,
+    ).launch(
+        grid=[problems, cute.ceil_div(rows, ROWS) * kv_heads, splits],
+        block=[shape.threads, 1, 1],
+        smem=shape.shared_bytes,
+        min_blocks_per_mp=1,
+        stream=stream,
+    )
+
+
+@cute.kernel
+def kernel(
+    q: cute.Tensor,
+    k_codes: cute.Tensor,
+    k_scales: cute.Tensor,
+    v_codes: cute.Tensor,
+    v_scales: cute.Tensor,
+    block_table: cute.Tensor,
+    lengths: cute.Tensor,
+    indices: cute.Tensor,
+    k_scale: cute.Tensor,
+    v_scale: cute.Tensor,
+    sink: cute.Tensor,
+    out: cute.Tensor,
+    lse: cute.Tensor,
+    parts: cute.Tensor,
+    stats: cute.Tensor,
+    arrived: cute.Tensor,
+    scores: Float32,  # softmax_scale in units of the decoded products, base 2
+    queries: Int32,
+    heads: Int32,
+    kv_heads: Int32,
+    page: Int32,
+    pages: cute.FastDivmodDivisorV2,
+    window: Int32,
+    indexed: Int32,
+    has_sink: Int32,
+    splits: Int32,
+    shape: Constexpr[Shape],
+) -> None:
+    """The kernel; see the module."""
+    thread, _, _ = cute.arch.thread_idx()
+    problem, part, split = cute.arch.block_idx()
+    base = ring.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
+    if thread == 0:
+        for buffer in cutlass.range_constexpr(shape.buffers):
+            ring.init(base + shape.barriers_at + buffer * 16, shape.producer_threads)
+            readers = 2 if shape.split_columns else 1
+            ring.init(base + shape.barriers_at + buffer * 16 + 8, readers * GROUP // 32)
+        for i in cutlass.range_constexpr(2 if shape.split_columns else 0):
+            ring.init(base + shape.ready_at + i * 8, GROUP)
+        ring.init_fence()
+
+    row_block, kv_head = part // kv_heads, part % kv_heads
+    group = heads // kv_heads
+    sequence = arith.select(indexed != 0, problem // queries, problem)
+    length = lengths[sequence]
+    rows = Rows(
+        first=row_block * ROWS,
+        count=arith.select(indexed != 0, group, group * queries),
+        group=group,
+        position=length - queries,
+        window=window,
+        indexed=indexed,
+        query=arith.select(indexed != 0, problem, problem * queries),
+        heads=heads,
+        head=kv_head * group,
+    )
+    held = cutlass.min(length, cute.size(block_table, mode=[1]) * page)
+    start, end = seen(rows, held, cute.size(indices, mode=[1]))
+    tiles = (cutlass.max(end - start, 0) + (TILE - 1)) // TILE
+    share = (tiles + splits - 1) // splits
+    first = start + split * share * TILE
+    own = cutlass.max(cutlass.min(tiles - split * share, share), 0)
+    tokens = Tokens(
+        block_table, indices, indexed, sequence, problem, held, first, end, own, pages, page, kv_heads, kv_head
+    )
+    problem_number = problem * cute.arch.grid_dim()[1] + part
+    result = Result(out, lse, sink, has_sink, v_scale, parts, stats, arrived, splits, split, problem_number)
+
+    load_queries(q, base, rows, shape)
+    attention_mma.proxy_fence()
+    cute.arch.sync_threads()
+    if thread < shape.producer_threads:
+        cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+        produce.produce(
+            base, tokens, store_of(k_codes, k_scales, shape.head_dim), store_of(v_codes, v_scales, shape.v_dim), shape
+        )
+    else:
+        cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[shape.producers])
+        consumer = thread // GROUP - shape.producers
+        acc = cute.make_rmem_tensor((shape.out_columns // 2,), Float32)
+        stat = cute.make_rmem_tensor((4,), Float32)
+        attend.attend(acc, stat, base, consumer, own, first, scores * k_scale[()], rows, shape)
+        if cutlass.const_expr(shape.split_columns):
+            finish(acc, stat, base, consumer, rows, result, shape)
+        else:
+            join_consumers(acc, stat, base, consumer, shape)
+            if consumer == 0:
+                finish(acc, stat, base, consumer, rows, result, shape)
+
+
+def seen(rows: Rows, held: Int32, picked: Int32) -> tuple[Int32, Int32]:
+    """The tokens that some row of the CTA may see, from one to before another; places in the list when indexed."""
+    last = cutlass.min(rows.first + ROWS, rows.count) - 1
+    end = cutlass.min(held, rows.position + last // rows.group + 1)
+    start = rows.position + rows.first // rows.group - rows.window + 1
+    start = arith.select(rows.window != 0, cutlass.max(start, 0), Int32(0))
+    some = rows.indexed != 0
+    return arith.select(some, Int32(0), start), arith.select(some, picked, end)
+
+
+def store_of(codes: cute.Tensor, scales: cute.Tensor, dim: int) -> Store:
+    """A side of the cache by its addresses."""
+    return Store(ring.address(codes.iterator), ring.address(scales.iterator), dim // 2, dim // 16)
+
+
+@cute.jit
+def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows], shape: Constexpr[Shape]) -> None:
+    """Brings the queries into shared memory, in the order of decoded values; zeros where there are no rows."""
+    thread, _, _ = cute.arch.thread_idx()
+    chunks = shape.head_dim // 8
+    for item in cutlass.range(thread, ROWS * chunks, shape.threads, unroll=1):
+        row, chunk = item // chunks, item % chunks
+        at = base + chunk // 8 * BLOCK_BYTES + row * 128 + ((chunk ^ row) % 8) * 16
+        inside = rows.first + row < rows.count
+        place = rows.place(arith.select(inside, rows.first + row, Int32(0)))
+        words = attention_mma.load16_global(ring.address(q.iterator) + (Int64(place) * shape.head_dim + chunk * 8) * 2)
+        words = [arith.select(inside, word, word ^ word) for word in produce.value_order(words)]
+        attention_mma.store16(at, words)
+
+
+def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
+    """The kernel for any sizes."""
+
+    def arguments() -> tuple[object, ...]:
+        size = cute.sym_int32
+
+        def matrix(dtype: type, columns: object, align: int) -> object:
+            return make_fake_compact_tensor(dtype, (size(), columns), stride_order=(1, 0), assumed_align=align)
+
+        def vector(dtype: type) -> object:
+            return make_fake_compact_tensor(dtype, (size(),), stride_order=(0,), assumed_align=4)
+
+        caches = [matrix(Uint8, dim // part, 16) for dim in (shape.head_dim, shape.v_dim) for part in (2, 16)]
+        scalars = [make_fake_tensor(Float32, (), (), assumed_align=4) for _ in range(2)]
+        return (
+            matrix(BFloat16, shape.head_dim, 16),
+            *caches,
+            matrix(Int32, size(), 4),
+            vector(Int32),
+            matrix(Int32, size(), 4),
+            *scalars,
+            vector(Float32),
+            matrix(BFloat16, shape.v_dim, 16),
+            vector(Float32),
+            matrix(Float32, shape.v_dim, 16),
+            matrix(Float32, 2, 4),
+            vector(Int32),
+            Float32(0),
+            *(Int32(0) for _ in range(8)),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+            shape,
+        )
+
+    kind = "shared" if shape.shared else f"v{shape.v_dim}"
+    return KernelSpec(f"decode_d{shape.head_dim}_{kind}", target.value, launch, arguments, tuple(shape))

@@ -1,0 +1,21 @@
+"""What the fused decode kernel leaves to the fallback; no torch here, since the chooser asks before loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megamoe_stages.fp4_kv_decode.shape import SHAPES, Shape
+
+
+def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
+    """Reasons why the kernel cannot do a problem; facts that are not given count as fine."""
+    reasons = []
+    if facts.get("dtype", "bfloat16") != "bfloat16":
+        reasons.append(f"{facts['dtype']} queries: the kernel takes bfloat16")
+    if "head_dim" in facts:
+        shared = bool(facts.get("shared"))
+        wanted = Shape(int(facts["head_dim"] or 0), int(facts.get("v_dim") or facts["head_dim"] or 0), shared)
+        if wanted not in SHAPES:
+            kind = "that are the values" if shared else f"with values of {wanted.v_dim}"
+            reasons.append(f"keys of {wanted.head_dim} {kind}: no kernel is compiled for them")
+    return reasons

@@ -1,0 +1,192 @@
+"""The producers of the decode kernel: they find the tokens of a tile, copy them and decode them to bf16.
+
+A thread owns some 64-column blocks of one token of each tile. It copies 32 bytes of codes and 4 of scales a
+block into a ring that only it reads, so nothing but its own groups of copies has to be waited for, and any token may
+lie anywhere. Eight values come out in the order 0, 4, 1, 5, 2, 6, 3, 7, which the queries and the output follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import cutlass
+from cutlass import Constexpr, Int32, Int64, Uint32, cute
+
+from megamoe.cute import arith, attention_mma, convert, ring
+from megamoe.cute.arith import Target
+from megamoe.cute.warp import WARP
+from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, TILE, Shape
+
+_CHUNKS = 8  # of a row of 64 values
+
+
+class Store(NamedTuple):
+    """One side of the cache: addresses of codes and scales, and bytes a row of each."""
+
+    codes: Int64
+    scales: Int64
+    code_bytes: int
+    scale_bytes: int
+
+
+class Tokens(NamedTuple):
+    """The tokens that a CTA goes through.
+
+    Attributes:
+        block_table: (batch, max_pages) int32.
+        indices: (rows, picked) int32; not read unless indexed.
+        indexed: Whether the tokens are picked ones.
+        sequence: Row of `block_table`.
+        row: Of `indices`.
+        length: Tokens that exist, unless on a page that does not.
+        first: Where its first tile starts.
+        end: Where its last tile ends.
+        tiles: How many it has.
+        page: Divides by the tokens of a page.
+        page_size: Tokens of a page.
+        kv_heads: Of the cache.
+        kv_head: The CTA's.
+    """
+
+    block_table: cute.Tensor
+    indices: cute.Tensor
+    indexed: Int32
+    sequence: Int32
+    row: Int32
+    length: Int32
+    first: Int32
+    end: Int32
+    tiles: Int32
+    page: cute.FastDivmodDivisorV2
+    page_size: Int32
+    kv_heads: Int32
+    kv_head: Int32
+
+
+@cute.jit
+def locate(tile: Int32, tokens: Constexpr[Tokens]) -> Int32:
+    """The row of the cache of this thread's token of a tile, -1 for none."""
+    thread, _, _ = cute.arch.thread_idx()
+    place = tokens.first + tile * TILE + thread % TILE
+    token = arith.select((tile < tokens.tiles) & (place < tokens.end), place, Int32(-1))
+    if (tokens.indexed != 0) & (token >= 0):
+        token = tokens.indices[tokens.row, token]
+    row = Int32(-1)
+    if (token >= 0) & (token < tokens.length):
+        number, within = divmod(token, tokens.page)
+        home = tokens.block_table[tokens.sequence, number]
+        if home >= 0:
+            row = (home * tokens.kv_heads + tokens.kv_head) * tokens.page_size + within
+    return row
+
+
+def codes_at(unit: int, shape: Shape) -> int:
+    """Where in a slot of the ring the codes of a unit start, of all threads; behind the last the scales."""
+    return unit * shape.producer_threads * 32
+
+
+@cute.jit
+def copy_unit(
+    row: Int32,
+    unit: Constexpr[int],
+    slot: Int32,
+    keys: Constexpr[Store],
+    values: Constexpr[Store],
+    shape: Constexpr[Shape],
+) -> None:
+    """Starts the copies of one of this thread's units to its place in a slot of the ring."""
+    thread, _, _ = cute.arch.thread_idx()
+    block = thread // TILE + shape.threads_a_token * unit
+    if block < shape.blocks:
+        column = block
+        codes, scales = keys.codes, keys.scales
+        code_bytes, scale_bytes = Int32(keys.code_bytes), Int32(keys.scale_bytes)
+        if cutlass.const_expr(not shape.shared):
+            of_values = block >= shape.key_blocks
+            codes, scales = (arith.select(of_values, values[i], keys[i]) for i in range(2))
+            code_bytes, scale_bytes = (arith.select(of_values, Int32(values[i]), Int32(keys[i])) for i in (2, 3))
+            column = arith.select(of_values, block - shape.key_blocks, block)
+        there = Int64(arith.select(row >= 0, row, Int32(0)))
+        source = codes + there * code_bytes + column * 32
+        size = arith.select(row >= 0, Int32(16), Int32(0))
+        at = slot + codes_at(unit, shape) + thread * 16
+        attention_mma.copy16(at, source, size)
+        attention_mma.copy16(at + shape.producer_threads * 16, source + 16, size)
+        at = slot + codes_at(shape.units, shape) + (unit * shape.producer_threads + thread) * 4
+        attention_mma.copy4(at, scales + there * scale_bytes + column * 4, size // 4)
+
+
+@cute.jit
+def decode_unit(unit: Constexpr[int], slot: Int32, tile: Int32, shape: Constexpr[Shape]) -> None:
+    """Decodes one of this thread's units from a slot of the ring to a tile in shared memory."""
+    thread, _, _ = cute.arch.thread_idx()
+    block, token = thread // TILE + shape.threads_a_token * unit, thread % TILE
+    if block < shape.blocks:
+        at = slot + codes_at(unit, shape) + thread * 16
+        words = ring.load16(at) + ring.load16(at + shape.producer_threads * 16)
+        scales = Uint32(ring.load4(slot + codes_at(shape.units, shape) + (unit * shape.producer_threads + thread) * 4))
+        row = tile + block * BLOCK_BYTES + token * 128
+        for i in cutlass.range_constexpr(_CHUNKS // 2):
+            factor = convert.bf16_factor(scales >> (8 * i) & 0xFF, Target.SM90)
+            for chunk in (2 * i, 2 * i + 1):
+                there = row + ((token % _CHUNKS) ^ chunk) * 16
+                attention_mma.store16(there, decode_word(words[chunk], factor))
+
+
+def decode_word(codes: Uint32, factor: Uint32) -> list[Uint32]:
+    """Eight codes to four pairs of bf16, 2^-7 of E2M1 * E4M3: values (0, 4), (1, 5), (2, 6), (3, 7)."""
+    words = []
+    for i in range(4):
+        top = codes << (12 - 4 * i) if i < 3 else codes
+        spread = (top & Uint32(0x80008000)) | (top >> 6 & 0x01C001C0)
+        words.append(convert.mul_bf16x2(spread, factor, Target.SM90))
+    return words
+
+
+def value_order(words: Sequence[Uint32]) -> list[Uint32]:
+    """Eight bf16 in four words, brought into the order of decoded values."""
+    return [arith.permute(words[i], words[i + 2], part, Target.SM90) for i in range(2) for part in (0x5410, 0x7632)]
+
+
+@cute.jit
+def produce(
+    base: Int32,
+    tokens: Constexpr[Tokens],
+    keys: Constexpr[Store],
+    values: Constexpr[Store],
+    shape: Constexpr[Shape],
+) -> None:
+    """Decodes all tiles of the CTA; the CTA's first threads, `Shape.producer_threads`."""
+    thread, _, _ = cute.arch.thread_idx()
+    lane, wide = thread % WARP, thread // WARP
+    exist = Uint32(0)  # a bit a tile on its way: this thread's token exists; the last tile in the lowest
+    for tile in cutlass.range_constexpr(shape.stages):
+        row = locate(Int32(tile), tokens)
+        for unit in cutlass.range_constexpr(shape.units):
+            copy_unit(row, unit, base + shape.ring_at + tile * shape.stage_bytes, keys, values, shape)
+        attention_mma.commit_copies()
+        exist = exist << 1 | arith.select(row >= 0, Uint32(1), Uint32(0))
+    ahead = locate(Int32(shape.stages), tokens)
+    stage, buffer, parity = Int32(0), Int32(0), Int32(1)
+    for tile in cutlass.range(tokens.tiles, unroll=1):
+        row = ahead
+        ahead = locate(tile + shape.stages + 1, tokens)  # long before its address is needed
+        attention_mma.wait_copies(shape.stages - 1)
+        slot = base + shape.ring_at + stage * shape.stage_bytes
+        full = base + shape.barriers_at + buffer * 16
+        ring.wait(full + 8, parity)
+        mask = cute.arch.vote_ballot_sync((exist >> (shape.stages - 1) & 1) != 0)
+        if (lane == 0) & (wide < TILE // WARP):
+            ring.store4(base + shape.masks_at + buffer * 8 + wide * 4, Uint32(mask))
+        for unit in cutlass.range_constexpr(shape.units):
+            decode_unit(unit, slot, base + shape.tiles_at + buffer * shape.tile_bytes, shape)
+            copy_unit(row, unit, slot, keys, values, shape)
+        attention_mma.commit_copies()
+        exist = exist << 1 | arith.select(row >= 0, Uint32(1), Uint32(0))
+        attention_mma.proxy_fence()
+        ring.arrive_if(full, Int32(1))
+        stage = arith.select(stage == shape.stages - 1, Int32(0), stage + 1)
+        parity = arith.select(buffer == shape.buffers - 1, parity ^ 1, parity)
+        buffer = arith.select(buffer == shape.buffers - 1, Int32(0), buffer + 1)
+    attention_mma.wait_copies(0)

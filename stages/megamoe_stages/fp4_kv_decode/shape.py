@@ -1,0 +1,163 @@
+"""How the decode kernel cuts its work and its shared memory: numbers only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+GROUP = 128  # threads of a warpgroup
+CONSUMERS = 2  # warpgroups
+ROWS = 64  # queries times heads of a CTA
+TILE = 64  # tokens
+COLUMNS = 64  # of a block of shared memory
+BLOCK_BYTES = TILE * COLUMNS * 2  # ROWS or TILE rows of 128 bytes
+UNIT_BYTES = 32 + 4  # codes and scales of 64 values
+SHARED_BYTES = 227 * 1024  # that a CTA may have
+_SMALL = 1024  # masks, mbarriers, flags
+_MOST_STAGES = 8
+
+
+class Shape(NamedTuple):
+    """A kernel; compile-time.
+
+    Attributes:
+        head_dim: D, a multiple of 64 up to 512.
+        v_dim: Dv, likewise; up to 256 unless shared.
+        shared: The keys are the values.
+    """
+
+    head_dim: int
+    v_dim: int
+    shared: bool
+
+    @property
+    def key_blocks(self) -> int:
+        """Blocks of 64 columns of a tile of keys."""
+        return self.head_dim // COLUMNS
+
+    @property
+    def blocks(self) -> int:
+        """Of keys and values."""
+        return self.key_blocks + (0 if self.shared else self.v_dim // COLUMNS)
+
+    @property
+    def values_block(self) -> int:
+        """The first block of the values."""
+        return 0 if self.shared else self.key_blocks
+
+    @property
+    def split_columns(self) -> bool:
+        """Both consumers see all tokens, each with half of the columns of the output; else they take turns."""
+        return self.v_dim > 256
+
+    @property
+    def out_columns(self) -> int:
+        """Columns of the output that a consumer holds."""
+        return self.v_dim // 2 if self.split_columns else self.v_dim
+
+    @property
+    def producers(self) -> int:
+        """Warpgroups that decode; a thread of them has a token and every so many of its blocks.
+
+        With two of them ptxas holds a product to 128 registers, too few for 256 columns.
+        """
+        return 2 if self.blocks > 2 and self.out_columns <= 128 else 1
+
+    @property
+    def producer_threads(self) -> int:
+        """Of a CTA; the first ones."""
+        return self.producers * GROUP
+
+    @property
+    def threads(self) -> int:
+        """Of a CTA."""
+        return self.producer_threads + CONSUMERS * GROUP
+
+    @property
+    def threads_a_token(self) -> int:
+        """Producers' threads that share a token."""
+        return self.producer_threads // TILE
+
+    @property
+    def units(self) -> int:
+        """Blocks that a producer thread decodes; some have one less."""
+        return -(-self.blocks // self.threads_a_token)
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of a decoded tile."""
+        return self.blocks * BLOCK_BYTES
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of a tile as it lies in the cache."""
+        return self.units * self.producer_threads * UNIT_BYTES
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the weights that consumers pass to each other, of two tiles."""
+        return 2 * BLOCK_BYTES if self.split_columns else 0
+
+    @property
+    def buffers(self) -> int:
+        """Decoded tiles; two, as of the weights, where consumers share them."""
+        room = SHARED_BYTES - _SMALL - self.tiles_at - self.stage_bytes
+        return 4 if room >= 4 * self.tile_bytes else 2
+
+    @property
+    def stages(self) -> int:
+        """Tiles on their way, besides the decoded ones."""
+        return min(_MOST_STAGES, (SHARED_BYTES - _SMALL - self.ring_at) // self.stage_bytes)
+
+    @property
+    def tiles_at(self) -> int:
+        """Where the decoded tiles start, behind the queries."""
+        return self.key_blocks * BLOCK_BYTES
+
+    @property
+    def weights_at(self) -> int:
+        """Where the weights start."""
+        return self.tiles_at + self.buffers * self.tile_bytes
+
+    @property
+    def ring_at(self) -> int:
+        """Where the tiles on their way start."""
+        return self.weights_at + self.weights_bytes
+
+    @property
+    def masks_at(self) -> int:
+        """Where the masks of the tokens that exist start, 8 bytes a tile."""
+        return self.ring_at + self.stages * self.stage_bytes
+
+    @property
+    def barriers_at(self) -> int:
+        """Where the mbarriers start: a tile is full, a tile is empty."""
+        return self.masks_at + 8 * self.buffers
+
+    @property
+    def ready_at(self) -> int:
+        """The mbarriers of the weights of two tiles."""
+        return self.barriers_at + 16 * self.buffers
+
+    @property
+    def tops_at(self) -> int:
+        """Where the largest scores start, of two tiles."""
+        return self.ready_at + 16
+
+    @property
+    def flag_at(self) -> int:
+        """Where it is said whether this CTA merges."""
+        return self.tops_at + (2 * ROWS * 4 if self.split_columns else 0)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a CTA."""
+        return self.flag_at + 16
+
+
+SHAPES = (
+    Shape(512, 512, shared=True),
+    Shape(64, 64, shared=False),
+    Shape(128, 128, shared=False),
+    Shape(192, 128, shared=False),
+    Shape(256, 256, shared=False),
+)

@@ -1,0 +1,104 @@
+"""`fp4_kv_decode` on Hopper (sm_90a)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megamoe.contracts import E4M3Tensor
+from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.host import check_readable
+from megamoe.errors import ArgumentError
+from megamoe_stages.fp4_kv_decode import contract, launch, limits
+from megamoe_stages.fp4_kv_decode.contract import DecodeOutput
+from megamoe_stages.fp4_kv_decode.shape import Shape
+
+
+def fp4_kv_decode(
+    q: Tensor,
+    k_codes: Tensor,
+    k_scales: E4M3Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    k_scale: Tensor,
+    v_codes: Tensor | None = None,
+    v_scales: E4M3Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_new: Tensor | None = None,
+    v_new: Tensor | None = None,
+    sink: Tensor | None = None,
+    indices: Tensor | None = None,
+    *,
+    softmax_scale: float,
+    window: int | None = None,
+    splits: int = 0,
+) -> DecodeOutput:
+    """See the reference and `limits.supports`; at most two launches, on the current stream, no synchronisation.
+
+    Raises:
+        ArgumentError: As the reference, and for what `limits.supports` names, and data not aligned to 16 bytes.
+    """
+    contract.check(
+        q,
+        k_codes,
+        k_scales,
+        block_table,
+        lengths,
+        k_scale,
+        v_codes,
+        v_scales,
+        v_scale,
+        k_new,
+        v_new,
+        sink,
+        indices,
+        softmax_scale=softmax_scale,
+        window=window,
+        splits=splits,
+    )
+    keys = values = launch.Side(k_codes, k_scales, k_scale)
+    if v_codes is not None and v_scales is not None and v_scale is not None:
+        values = launch.Side(v_codes, v_scales, v_scale)
+    shape = Shape(q.shape[3], values.codes.shape[1] * 2, shared=v_codes is None)
+    facts = {"dtype": str(q.dtype).removeprefix("torch."), **shape._asdict()}
+    if reasons := limits.supports(facts):
+        raise ArgumentError("fp4_kv_decode", "; ".join(reasons), "what this kernel supports")
+    caches = {"k_codes": k_codes, "k_scales": k_scales, "v_codes": v_codes, "v_scales": v_scales}
+    for name, tensor in {"q": q, **caches, "k_new": k_new, "v_new": v_new}.items():
+        if tensor is not None and tensor.numel():
+            check_readable(name, tensor)
+    pages, kv_heads, page, _ = k_codes.shape
+    empty = pages == 0 or block_table.shape[1] == 0
+    if k_new is not None and k_new.numel() and not empty:
+        arguments = launch.append_new(keys, values, k_new, v_new, block_table, lengths, page)
+        launch.append_kernel(k_new.dtype)(*arguments)
+    out = contract.fake(q, k_codes, k_scales, block_table, lengths, k_scale, v_codes, softmax_scale=softmax_scale)
+    if q.numel() == 0:
+        return out
+    if empty or (indices is not None and indices.shape[2] == 0):
+        out.out.zero_()
+        out.lse.fill_(-torch.inf)
+        return out
+    arguments = launch.attend(
+        q,
+        keys,
+        values,
+        block_table,
+        lengths,
+        sink,
+        indices,
+        out,
+        softmax_scale=softmax_scale,
+        window=window,
+        splits=splits,
+        kv_heads=kv_heads,
+        page=page,
+        sms=torch.cuda.get_device_properties(q.device).multi_processor_count,
+    )
+    launch.decode_kernel(shape)(*arguments)
+    return out
+
+
+def kernels() -> list[KernelSpec]:
+    """What `megamoe compile` compiles."""
+    return launch.kernels()

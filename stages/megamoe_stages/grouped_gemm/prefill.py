@@ -1,0 +1,87 @@
+"""The host side of the grouped GEMM for many rows an expert: packs the activations, then multiplies."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megamoe.cute import compiler, pack, weight_gemm
+from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.weight_gemm import Shape
+from megamoe.numerics.fragments import padded_shape
+from megamoe.numerics.nvfp4 import NVFP4Tensor
+from megamoe_stages.grouped_gemm import prefill_kernel
+
+
+def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_index: Tensor | None, out: Tensor) -> None:
+    """Two launches on the current stream, no synchronisation; see `reference.grouped_gemm`.
+
+    Args:
+        a: bf16 or NVFP4 activations.
+        weights: In the hopper layout.
+        offsets: int32 (E + 1).
+        row_index: int32 (M,) or None.
+        out: bf16 (M, N), written; M is not 0.
+    """
+    experts = weights.codes.shape[0]
+    shape = shape_for(out.shape[0], experts)
+    packed = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape)
+    alpha = weights.global_scale_dec
+    parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
+    dec = a.global_scale_dec if isinstance(a, NVFP4Tensor) else alpha.view(-1)[0]
+    launch = _launcher(isinstance(a, NVFP4Tensor), out.shape[1] % 8 == 0, shape)
+    codes, scales = weights.codes, weights.scales.view(torch.uint8)
+    launch(codes, scales, packed, offsets, alpha.view(-1), dec, out, parts, processors(out.device))
+
+
+def pack_rows(
+    a: Tensor | NVFP4Tensor, offsets: Tensor, row_index: Tensor | None, rows: int, k: int, shape: Shape
+) -> Tensor:
+    """Activations as `cute.pack` lays them out: bf16 (padded K / 64, capacity, 64)."""
+    capacity = weight_gemm.packed_capacity(rows, offsets.shape[0] - 1, shape.tokens)
+    packed = torch.empty((padded_shape(1, k)[1] // 64, capacity, 64), dtype=torch.bfloat16, device=offsets.device)
+    index = offsets if row_index is None else row_index
+    if isinstance(a, NVFP4Tensor):
+        kind, values, scales = a.scale_layout, a.codes, a.scales.view(torch.uint8)
+    else:
+        kind, values, scales = "bfloat16", a, a.view(torch.uint8)
+    _packer(kind, row_index is not None)(values, scales, index, offsets, packed, rows)
+    return packed
+
+
+def shape_for(rows: int, experts: int) -> Shape:
+    """How the work on so many rows is cut."""
+    return prefill_kernel.NARROW if rows <= 56 * experts else prefill_kernel.WIDE
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """SMs of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _launcher(quantized: bool, aligned: bool, shape: Shape) -> Callable[..., None]:
+    return compiler.load(prefill_kernel.spec(quantized, aligned, shape))
+
+
+@functools.cache
+def _packer(kind: str, indexed: bool) -> Callable[..., None]:
+    return compiler.load(pack.spec(kind, indexed))
+
+
+def kernels() -> list[KernelSpec]:
+    """What `megamoe compile` compiles."""
+    packers = [pack.spec(kind, indexed) for kind in pack.KINDS for indexed in (False, True)]
+    return [
+        *packers,
+        *(
+            prefill_kernel.spec(quantized, aligned, shape)
+            for quantized in (False, True)
+            for aligned in (False, True)
+            for shape in (prefill_kernel.NARROW, prefill_kernel.WIDE)
+        ),
+    ]

@@ -1,0 +1,205 @@
+"""Grouped GEMM, SwiGLU and NVFP4 for many rows an expert, on sm_90a: `cute.weight_gemm` with a quantising epilogue.
+
+Weight rows are interleaved (8 gate, the 8 up), so a lane holds gate and up of the same outputs, and a warp's 32 weight
+rows are one block of 16 outputs. A warp turns its sums to lanes that own a token each by 2560 bytes of shared memory.
+"""
+
+from __future__ import annotations
+
+import cutlass
+from cuda.bindings.driver import CUstream
+from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
+
+from megamoe.cute import arith, recipe, ring, weight_gemm
+from megamoe.cute.arith import Target
+from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.layout import offset_128x4, offset_linear
+from megamoe.cute.recipe import BLOCK, Block, GlobalScale
+from megamoe.cute.warp import WARP
+from megamoe.cute.weight_gemm import TILES, Operands, Piece, Shape
+from megamoe_stages.grouped_gemm.prefill_kernel import factor_of
+from megamoe_stages.swiglu_quant.kernel import maximum_or_nan, minimum_or_nan, swiglu
+
+_WARPS = weight_gemm.CONSUMERS * weight_gemm.GROUP // WARP
+_STRIDE = BLOCK + 4  # floats from token to token: then neither writing nor reading meets a bank twice
+_STAGING = WARP * _STRIDE * 4  # bytes of a warp
+WIDE, NARROW = (
+    Shape((96, 104, 128), 4, _WARPS * _STAGING),
+    Shape((32, 40, 48, 56, 64), 5, _WARPS * _STAGING),
+)
+
+
+@cute.jit
+def launch(
+    codes: cute.Tensor,
+    scales: cute.Tensor,
+    packed: cute.Tensor,
+    offsets: cute.Tensor,
+    alpha: cute.Tensor,  # (experts * parts,) fp32, or one for all
+    dec: cute.Tensor,  # () fp32 of NVFP4 activations; not read for others
+    row_weight: cute.Tensor,  # (rows,) fp32; not read unless `weighted`
+    enc: cute.Tensor,  # () fp32
+    out_codes: cute.Tensor,  # (rows, I / 2) uint8
+    out_scales: cute.Tensor,  # (rows, I / 16) uint8, or padded to 128x4 tiles
+    out_dec: cute.Tensor,  # () fp32, gets 1 / enc
+    parts: Int32,  # alphas of an expert: 2 gate and up, 1 one for both, 0 one for all
+    limit: Float32,
+    ctas: Int32,
+    stream: CUstream,
+    quantized: Constexpr[bool],
+    weighted: Constexpr[bool],
+    tiled: Constexpr[bool],
+    shape: Constexpr[Shape],
+) -> None:
+    """Launches one CTA for each SM."""
+    inputs = (codes, scales, packed, offsets, alpha, dec, row_weight, enc)
+    outputs = (out_codes, out_scales, out_dec)
+    kernel(*inputs, *outputs, parts, limit, quantized, weighted, tiled, shape).launch(
+        grid=[ctas, 1, 1],
+        block=[weight_gemm.THREADS, 1, 1],
+        smem=shape.shared_bytes,
+        min_blocks_per_mp=1,
+        stream=stream,
+    )
+
+
+@cute.kernel
+def kernel(
+    codes: cute.Tensor,
+    scales: cute.Tensor,
+    packed: cute.Tensor,
+    offsets: cute.Tensor,
+    alpha: cute.Tensor,
+    dec: cute.Tensor,
+    row_weight: cute.Tensor,
+    enc: cute.Tensor,
+    out_codes: cute.Tensor,
+    out_scales: cute.Tensor,
+    out_dec: cute.Tensor,
+    parts: Int32,
+    limit: Float32,
+    quantized: Constexpr[bool],
+    weighted: Constexpr[bool],
+    tiled: Constexpr[bool],
+    shape: Constexpr[Shape],
+) -> None:
+    """The kernel; see the module."""
+    thread, _, _ = cute.arch.thread_idx()
+    cta, _, _ = cute.arch.block_idx()
+    if cta + thread == 0:
+        out_dec[()] = recipe.global_scale(enc[()], Target.SM90).dec
+
+    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32) -> None:
+        first = piece.expert * parts
+        factors = [factor_of(alpha, first + i * (parts // 2), dec, quantized) for i in range(2)]  # of gate and up
+        given = (row_weight, enc, limit, factors, weighted)
+        encode(acc, piece, staging, *given, out_codes, out_scales, tiled, width)
+
+    weight_gemm.work(Operands(codes, scales, packed, offsets), finish, shape)
+
+
+@cute.jit
+def encode(
+    acc: cute.Tensor,
+    piece: Constexpr[Piece],
+    staging: Int32,
+    row_weight: cute.Tensor,
+    enc: cute.Tensor,
+    limit: Float32,
+    factors: Constexpr[list[Float32]],
+    weighted: Constexpr[bool],
+    out_codes: cute.Tensor,
+    out_scales: cute.Tensor,
+    tiled: Constexpr[bool],
+    width: Constexpr[int],
+) -> None:
+    """Writes a piece, 32 tokens at a time."""
+    target = Target.SM90
+    lane = cute.arch.lane_idx()
+    mine = weight_gemm.warp_of_consumers()
+    area = staging + mine * _STAGING
+    block = piece.row_piece * _WARPS + mine
+    blocks = cute.size(out_codes, mode=[1]) // (BLOCK // 2)
+    to = area + (lane % 4 * 2 * _STRIDE + lane // 4) * 4
+    scale = recipe.regular_global_scale(enc[()], target)
+    for first in cutlass.range_constexpr(0, width, WARP):
+        if (first < piece.valid) & (block < blocks):
+            for c in cutlass.range_constexpr(first // 8, min(first + WARP, width) // 8):
+                for t, j in ((t, j) for t in range(TILES) for j in range(2)):
+                    gate, up = (arith.mul(acc[t, c * 4 + i * 2 + j], factors[i], target) for i in range(2))
+                    up = maximum_or_nan(minimum_or_nan(up, limit, target), -limit, target)
+                    y = swiglu(minimum_or_nan(gate, limit, target), up, target)
+                    ring.store4(to + ((c * 8 - first + j) * _STRIDE + t * 8) * 4, y)
+            cute.arch.sync_warp()
+            words = [word for i in range(4) for word in ring.load16(area + (lane * _STRIDE + i * 4) * 4)]
+            cute.arch.sync_warp()
+            if first + lane < piece.valid:
+                row = piece.start + piece.first + first + lane
+                _quantize(words, row, block, row_weight, enc, scale, weighted, out_codes, out_scales, tiled)
+
+
+@cute.jit
+def _quantize(
+    words: Constexpr[list[Uint32]],
+    row: Int32,
+    block: Int32,
+    row_weight: cute.Tensor,
+    enc: cute.Tensor,
+    scale: Constexpr[GlobalScale],
+    weighted: Constexpr[bool],
+    codes: cute.Tensor,
+    scales: cute.Tensor,
+    tiled: Constexpr[bool],
+) -> None:
+    """Encodes and writes a block of 16 fp32 results."""
+    target = Target.SM90
+    weight = row_weight[row] if weighted else Float32(1.0)
+    values = [arith.bits(arith.mul(arith.number(w), weight, target)) for w in words] if weighted else words
+    encoded = recipe.encode_block(values, Float32, scale, target)
+    _store(encoded, row, block, codes, scales, tiled)
+    if not (scale.regular & encoded.regular):  # rare: NaN, infinity or saturation
+        exact = recipe.global_scale(enc[()], target)
+        _store(recipe.encode_any_block(values, Float32, exact, target), row, block, codes, scales, tiled)
+
+
+def _store(encoded: Block, row: Int32, block: Int32, codes: cute.Tensor, scales: cute.Tensor, tiled: bool) -> None:
+    blocks = cute.size(codes, mode=[1]) // (BLOCK // 2)
+    at = ring.address(codes.iterator) + (Int64(row) * blocks + block) * (BLOCK // 2)
+    ring.store_global8(at, [encoded.low, encoded.high])
+    flat = cute.make_tensor(scales.iterator, cute.make_layout(cute.size(scales)))
+    flat[(offset_128x4 if tiled else offset_linear)(row, block, blocks)] = Uint8(encoded.scale)
+
+
+def spec(quantized: bool, weighted: bool, tiled: bool, shape: Shape) -> KernelSpec:
+    """The kernel for any sizes.
+
+    Args:
+        quantized: The activations are NVFP4.
+        weighted: Rows have a weight.
+        tiled: The scales of the result lie in 128x4 tiles.
+        shape: How the work is cut.
+    """
+
+    def arguments() -> tuple[object, ...]:
+        size = cute.sym_int32
+        codes = _compact(Uint8, (size(), size(divisibility=64), size(divisibility=64)), 16)
+        scales = _compact(Uint8, (size(), size(divisibility=64), size(divisibility=8)), 16)
+        packed = _compact(BFloat16, (size(), size(), 64), 16)
+        offsets, alpha, row_weight = (_compact(dtype, (size(),), 4) for dtype in (Int32, Float32, Float32))
+        dec, enc, out_dec = (make_fake_tensor(Float32, (), (), assumed_align=4) for _ in range(3))
+        out_codes = _compact(Uint8, (size(), size(divisibility=8)), 8)
+        out_scales = _compact(Uint8, (size(), size()), 1)
+        stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+        tensors = (codes, scales, packed, offsets, alpha, dec, row_weight, enc, out_codes, out_scales, out_dec)
+        numbers = (Int32(0), Float32(0.0), Int32(0))
+        return (*tensors, *numbers, stream, quantized, weighted, tiled, shape)
+
+    kind = "_".join(n for n, on in (("quantized", quantized), ("weighted", weighted), ("tiled", tiled)) if on)
+    key = (quantized, weighted, tiled, *shape.widths, *shape[1:])
+    return KernelSpec(f"swiglu_prefill_{shape.tokens}_{kind}", Target.SM90.value, launch, arguments, key)
+
+
+def _compact(dtype: type, shape: tuple[object, ...], align: int) -> object:
+    order = tuple(reversed(range(len(shape))))
+    return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)

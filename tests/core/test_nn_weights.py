@@ -1,0 +1,73 @@
+"""A weight of a layer: back bit for bit from its prepared form, and its state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from megamoe.errors import ArgumentError
+from megamoe.nn.weights import Weight, given, keep
+from megamoe.numerics.nvfp4 import NVFP4Tensor, dequantize, pack_nibbles
+
+
+def random(shape: tuple[int, ...], *, parts: int | None = None, layout: str = "linear", seed: int = 1) -> NVFP4Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    codes = pack_nibbles(torch.randint(16, shape, dtype=torch.uint8, generator=generator))
+    scales = torch.randint(1, 0x7F, (*shape[:-1], shape[-1] // 16), dtype=torch.uint8, generator=generator)
+    dec = torch.rand(shape[0] if parts is None else (shape[0], parts), generator=generator)
+    return NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), dec).with_layout(layout)
+
+
+def assert_same(got: NVFP4Tensor, want: NVFP4Tensor) -> None:
+    assert got.scale_layout == want.scale_layout
+    assert torch.equal(got.codes, want.codes)
+    assert torch.equal(got.scales.view(torch.uint8), want.scales.view(torch.uint8))
+    assert torch.equal(got.global_scale_dec, want.global_scale_dec)
+
+
+@pytest.mark.parametrize("layout", ["linear", "128x4"])
+@pytest.mark.parametrize(("order", "parts"), [(None, None), ("gate_up", 2), ("up_gate", 2), ("up_gate", None)])
+def test_prepared_and_back(layout: str, order: str | None, parts: int | None) -> None:
+    tensor = random((3, 96, 80), parts=parts, layout=layout)
+    weight = Weight(tensor, order)
+    assert weight.order == order
+    assert_same(weight.given, tensor)
+    named = weight.as_if_prepared
+    weight.prepare()
+    assert (named.scale_layout, named.shape) == (weight.scale_layout, weight.operand.shape)
+    assert weight.shape == tensor.shape
+    assert weight.order == (order and "interleaved")
+    assert_same(weight.given, tensor)
+    if order is None:
+        assert torch.equal(dequantize(weight.operand), dequantize(tensor))
+
+
+def test_state_of_a_layer() -> None:
+    def layer(seed: int) -> nn.Module:
+        module = nn.Module()
+        keep(module, "w", random((2, 64, 48), seed=seed), "gate_up")
+        keep(module, "plain", torch.full((3,), float(seed)))
+        return module
+
+    source, target = layer(1), layer(2)
+    source.w.prepare()  # type: ignore[union-attr, operator]
+    target.load_state_dict(source.state_dict())
+    for name in ("w", "plain"):
+        got, want = given(target, name), given(source, name)
+        if isinstance(got, NVFP4Tensor):
+            assert isinstance(want, NVFP4Tensor)
+            assert_same(got, want)
+        else:
+            assert torch.equal(got, want)  # type: ignore[arg-type]
+    other = nn.Module()
+    keep(other, "w", random((2, 32, 48)))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict(source.state_dict(), strict=False)
+
+
+def test_what_has_no_prepared_form_is_refused() -> None:
+    tensor = random((2, 64, 48))
+    tensor.scales.view(torch.uint8)[0, 0, 0] = 0x7F
+    with pytest.raises(ArgumentError, match="scales"):
+        Weight(tensor).prepare()

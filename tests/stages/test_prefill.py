@@ -1,0 +1,119 @@
+"""The GEMM for many rows an expert: its shared memory, its places, and its kernels in the emulator."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator
+
+import ptxemu
+from megamoe.cute import compiler, weight_gemm
+from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.host import empty_result
+from megamoe.cute.weight_gemm import Shape
+from megamoe.numerics.gate_up import interleave
+from megamoe.testing import guards
+from megamoe_stages.grouped_gemm import prefill, prefill_kernel
+from megamoe_stages.grouped_gemm.cases import make
+from megamoe_stages.grouped_gemm.reference import grouped_gemm
+from megamoe_stages.swiglu_quant import prefill as swiglu_prefill
+from megamoe_stages.swiglu_quant import prefill_kernel as swiglu_prefill_kernel
+from megamoe_stages.swiglu_quant.cases import make as make_swiglu
+from megamoe_stages.swiglu_quant.reference import swiglu_quant
+from ptxemu.report import Report
+
+SHARED_BYTES = 227 * 1024  # of a CTA on sm_90
+CTAS = 2  # in the emulator: each takes turns with another
+UNEVEN = (3, 0, 1, 40, 0, 70)  # no rows, few, one piece, two pieces
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Report]]:
+    """Kernels launch into the emulator; a report a launch."""
+    seen: list[Report] = []
+
+    def emulated(spec: KernelSpec) -> Callable[..., None]:
+        artifact = compiler.compile_kernel(spec)
+
+        def launch(*args: Any) -> None:
+            seen.append(ptxemu.run(artifact, *args, policy="random", seed=len(seen)))
+
+        return launch
+
+    monkeypatch.setattr(compiler, "load", emulated)
+    monkeypatch.setattr(prefill, "processors", lambda _: CTAS)
+    forget_launchers()
+    yield seen
+    forget_launchers()
+
+
+def forget_launchers() -> None:
+    for module in (prefill, swiglu_prefill):
+        for value in vars(module).values():
+            if isinstance(value, functools._lru_cache_wrapper):
+                value.cache_clear()
+
+
+@pytest.mark.parametrize("module", [prefill_kernel, swiglu_prefill_kernel])
+@pytest.mark.parametrize("name", ["NARROW", "WIDE"])
+def test_a_cta_has_the_shared_memory(module: ModuleType, name: str) -> None:
+    shape: Shape = getattr(module, name)
+    assert shape.shared_bytes <= SHARED_BYTES
+    assert shape.stage_bytes % 1024 == 0  # where the pattern of swizzled rows begins anew
+    assert shape.weights_at % 2048 == 0
+    assert sorted(shape.widths) == list(shape.widths)
+    assert all(width % 8 == 0 for width in shape.widths)
+
+
+def test_packed_rows_of_experts_are_aligned_and_apart() -> None:
+    generator = Generator().manual_seed(0)
+    counts = torch.randint(0, 20, (300,), generator=generator).tolist()
+    starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+    places = [weight_gemm.packed_start(start, expert) for expert, start in enumerate(starts[:-1])]
+    assert all(place % weight_gemm.ALIGNMENT == 0 for place in places)
+    assert all(first + count <= second for (first, second), count in zip(pairwise(places), counts, strict=False))
+    assert places[-1] + counts[-1] + 128 <= weight_gemm.packed_capacity(starts[-1], len(counts), 128)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"n": 48, "k": 64, "values": "integers"},
+        {"n": 320, "k": 144, "a": "nvfp4", "values": "integers"},
+        {"n": 128, "k": 64, "values": "one_hot", "alphas": 2},
+    ],
+    ids=["bf16", "nvfp4", "one-hot"],
+)
+def test_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, Any]) -> None:
+    given = make(Generator().manual_seed(1), rows=UNEVEN, **params)
+    expected = grouped_gemm(**given)
+    index = torch.arange(expected.shape[0], dtype=torch.int32)
+    out = torch.full_like(expected, math.nan)
+    prefill.run(given["a"], given["weights"].with_layout("hopper"), given["offsets"], index, out)
+    assert len(reports) == 2
+    for report in reports:
+        report.raise_for_findings()
+    assert guards.same_bytes(out, expected)
+
+
+@pytest.mark.parametrize("params", [{"a": "nvfp4", "scale_layout": "128x4"}], ids=["nvfp4-128x4"])
+def test_fused_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, Any]) -> None:
+    sizes: dict[str, Any] = {"rows": UNEVEN, "intermediate": 48, "k": 64, "values": "saturated", "limit": None}
+    given = make_swiglu(Generator().manual_seed(1), **sizes, **params)
+    expected = swiglu_quant(**given)
+    enc = given["global_scale_enc"]
+    out = empty_result(expected.shape, enc, given["scale_layout"])
+    out.codes.fill_(0xAA)
+    out.scales.view(torch.uint8).fill_(0x55)
+    weights = interleave(given["weights"], given["order"]).with_layout("hopper")
+    swiglu_prefill.run(given["a"], weights, given["offsets"], None, None, enc, math.inf, out)
+    for report in reports:
+        report.raise_for_findings()
+    assert guards.same_bytes(out, expected)
