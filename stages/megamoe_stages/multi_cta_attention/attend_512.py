@@ -21,12 +21,12 @@ from megamoe_stages.multi_cta_attention.produce_512 import advance
 from megamoe_stages.multi_cta_attention.rows_512 import Rows, Work, lanes
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
+    COLUMNS,
     CONSUMERS,
     GROUP,
     HALF,
     ROW_BYTES,
     ROWS,
-    TILE,
     Shape,
 )
 
@@ -48,18 +48,18 @@ class Consumer:
         cursor: (2,) Int32: slot and parity of its ring.
         acc: (HALF / 2,) fp32, as `wgmma.mma`.
         stat: (4,) fp32: largest scores of a thread's two rows, their sums.
-        weights: (16,) words: of the tile whose values come next.
+        weights: (tile / 4,) words: of the tile whose values come next.
         scale: (2,) fp32: by what the sums shrink before that.
         begin: (2,) Int32: first key that a row sees.
         end: (2,) Int32: key behind the last.
     """
 
-    def __init__(self, base: Int32, number: Int32) -> None:
+    def __init__(self, base: Int32, number: Int32, shape: Shape) -> None:
         self.base, self.number = base, number
         self.cursor = cute.make_rmem_tensor((2,), Int32)
         self.acc = cute.make_rmem_tensor((_COUNT,), Float32)
         self.stat = cute.make_rmem_tensor((4,), Float32)
-        self.weights = cute.make_rmem_tensor((TILE // 4,), Uint32)
+        self.weights = cute.make_rmem_tensor((shape.tile // 4,), Uint32)
         self.scale = cute.make_rmem_tensor((2,), Float32)
         self.begin = cute.make_rmem_tensor((2,), Int32)
         self.end = cute.make_rmem_tensor((2,), Int32)
@@ -123,18 +123,20 @@ def take_turn(
     held: list[Int32] = []
     if cutlass.const_expr(owns):
         sums, held = start_own(me, sums, tile - 2, shape)
-    if cutlass.const_expr(owns and shape.shared):  # the keys come to where those values are
+    apart = shape.shared or shape.tile > COLUMNS
+    if cutlass.const_expr(owns and apart):  # the keys come to where those values are, or scores to where weights are
         sums = attention_mma.wait(sums)
         release(held, shape)
         held = []
-    scores = attention_mma.fence(wgmma.zeros(TILE // 2))
+    scores = attention_mma.fence(wgmma.zeros(shape.tile // 2))
     for chunk in cutlass.range_constexpr(shape.key_chunks):
         at, empty = next_keys(me, tile, chunk, shape)
+        wgmma.fence()
         scores = add_scores(scores, me.base, at, chunk, shape)
         wgmma.commit()
-        if cutlass.const_expr(chunk == 0 and owns and not shape.shared):
+        if cutlass.const_expr(chunk == 0 and owns and not apart):
             sums = attention_mma.wait(sums, 1)
-        elif cutlass.const_expr(not shape.shared and chunk > 0):
+        elif cutlass.const_expr(chunk > 0):
             wgmma.wait(1)
         release(held if chunk > 0 or owns else [], shape)
         held = empty
@@ -146,7 +148,7 @@ def take_turn(
         sums, others, running = start_other(me, sums, tile - 1, shape)
     scores = attention_mma.wait(scores, running)
     release(held, shape)
-    softmax(me, scores, tile, factor, rows, work)
+    softmax(me, scores, tile, factor, rows, work, shape)
     publish(me, tile, shape)
     if cutlass.const_expr(follows):
         sums = attention_mma.wait(sums)
@@ -208,10 +210,10 @@ def _shared_chunk(me: Consumer, tile: Int32, which: Int32, part: int, shape: Sha
 def add_scores(scores: list[Float32], base: Int32, at: Int32, chunk: int, shape: Shape) -> list[Float32]:
     """Starts the products of the queries and a chunk of keys."""
     queries, keys = wgmma.descriptor(local(base)), wgmma.descriptor(local(at))
-    for i in range(shape.chunk):
+    for i in range(shape.key_blocks):
         for k in range(_STEPS):
-            there = i * (BLOCK_BYTES >> 4) + k * _STEP_BYTES
-            ahead = chunk * shape.chunk * (BLOCK_BYTES >> 4) + there
+            ahead = (chunk * shape.key_blocks + i) * (BLOCK_BYTES >> 4) + k * _STEP_BYTES
+            there = i * (shape.key_block_bytes >> 4) + k * _STEP_BYTES
             scores = attention_mma.mma_shared(scores, queries + ahead, keys + there)
     return scores
 
@@ -220,11 +222,12 @@ def start_own(
     me: Consumer, sums: list[Float32], tile: Int32, shape: Shape
 ) -> tuple[list[Float32], list[Int32]]:
     """Starts adding the values of an own tile, whose weights are in registers; what to give back afterwards."""
-    weights = [me.weights[i] for i in range(TILE // 4)]
+    weights = [me.weights[i] for i in range(shape.tile // 4)]
     ready = attention_mma.fence([sums[i] * me.scale[i // 2 % 2] for i in range(_COUNT)] + weights)
     sums, weights = ready[:_COUNT], ready[_COUNT:]
     held: list[Int32] = []
     for values, first, steps, empty in value_steps(me, tile, shape):
+        wgmma.fence()
         for k in range(steps):
             part = weights[4 * (first + k) : 4 * (first + k) + 4]
             sums = attention_mma.mma_transposed(sums, part, values + k * _STEP_ROWS)
@@ -233,16 +236,23 @@ def start_own(
     return sums, held
 
 
+def _step_at(step: int) -> int:
+    """Where the weights of 16 keys start, in units of descriptors."""
+    block, within = divmod(step, _STEPS)
+    return block * (BLOCK_BYTES >> 4) + within * _STEP_BYTES
+
+
 def start_other(
     me: Consumer, sums: list[Float32], tile: Int32, shape: Shape
 ) -> tuple[list[Float32], list[Int32], int]:
     """Starts adding the values of a tile of the other consumer; also says how many groups are on their way."""
-    weights = wgmma.descriptor(local(me.base) + shape.weights_at + (1 - me.number) * BLOCK_BYTES)
+    weights = wgmma.descriptor(local(me.base) + shape.weights_at + (1 - me.number) * shape.weights_bytes)
     held: list[Int32] = []
     groups = 0
     for values, first, steps, empty in value_steps(me, tile, shape):
+        wgmma.fence()
         for k in range(steps):
-            left = weights + (first + k) * _STEP_BYTES
+            left = weights + _step_at(first + k)
             sums = attention_mma.mma_shared_transposed(sums, left, values + k * _STEP_ROWS)
         wgmma.commit()
         held += empty
@@ -259,7 +269,7 @@ def value_steps(me: Consumer, tile: Int32, shape: Shape) -> Iterator[tuple[Int64
     if shape.shared:
         chunks = [_shared_chunk(me, tile, me.number, part, shape) for part in range(shape.value_chunks)]
         empty = [barrier for _, barriers in chunks for barrier in barriers]
-        yield attention_mma.transposed(local(chunks[0][0]), BLOCK_BYTES), 0, TILE // wgmma.K_STEP, empty
+        yield attention_mma.transposed(local(chunks[0][0]), BLOCK_BYTES), 0, shape.tile // wgmma.K_STEP, empty
         return
     for chunk in range(shape.value_chunks):
         at, empty = _next_chunk(me, shape)
@@ -281,19 +291,20 @@ def softmax(
     factor: Float32,
     rows: Constexpr[Rows],
     work: Constexpr[Work],
+    shape: Constexpr[Shape],
 ) -> None:
     """The weights of a tile, and by what the sums so far shrink."""
     target = Target.SM90
-    x = cute.make_rmem_tensor((TILE // 2,), Float32)
+    x = cute.make_rmem_tensor((shape.tile // 2,), Float32)
     for i, score in enumerate(scores):
         x[i] = arith.mul(score, factor, target)
-    start = work.first + tile * TILE
+    start = work.first + tile * shape.tile
     begin, _ = rows.seen(cutlass.min(rows.first + (ROWS - 1), rows.count - 1))
     _, end = rows.seen(cutlass.min(rows.first, rows.count - 1))
-    if (begin > start) | (end < start + TILE):
-        hide(x, me, start)
+    if (begin > start) | (end < start + shape.tile):
+        hide(x, me, start, shape)
     for half in cutlass.range_constexpr(2):
-        own = [i + j for i in range(2 * half, TILE // 2, 4) for j in range(2)]
+        own = [i + j for i in range(2 * half, shape.tile // 2, 4) for j in range(2)]
         top = me.stat[half]
         for i in own:
             top = arith.maximum(top, x[i], target)
@@ -304,19 +315,19 @@ def softmax(
         p = [exp2(x[i] - zero) for i in own]
         for value in p:
             total = total + value
-        for i in cutlass.range_constexpr(TILE // 8):
+        for i in cutlass.range_constexpr(shape.tile // 8):
             me.weights[2 * i + half] = bf16.pack(p[2 * i], p[2 * i + 1], target)
         me.stat[half], me.stat[2 + half] = top, total
 
 
 @cute.jit
-def hide(x: cute.Tensor, me: Constexpr[Consumer], start: Int32) -> None:
+def hide(x: cute.Tensor, me: Constexpr[Consumer], start: Int32, shape: Constexpr[Shape]) -> None:
     """Takes the keys of a tile that a row does not see out of its scores."""
     _, t, _ = lanes()
     for half in cutlass.range_constexpr(2):
         first = me.begin[half] - start - 2 * t
         last = me.end[half] - start - 2 * t
-        for i in cutlass.range_constexpr(TILE // 8):
+        for i in cutlass.range_constexpr(shape.tile // 8):
             for j in cutlass.range_constexpr(2):
                 column = 8 * i + j
                 place = 4 * i + 2 * half + j
@@ -332,9 +343,10 @@ def publish(me: Constexpr[Consumer], tile: Int32, shape: Constexpr[Shape]) -> No
     ring.wait(ready + 8, tile // 2 % 2 ^ 1)
     for half in cutlass.range_constexpr(2):
         row = wide * 16 + g + 8 * half
-        at = me.base + shape.weights_at + me.number * BLOCK_BYTES + row * ROW_BYTES + t * 4
-        for block in cutlass.range_constexpr(TILE // 8):
-            ring.store4(at + ((g ^ block) * 16), me.weights[2 * block + half])
+        at = me.base + shape.weights_at + me.number * shape.weights_bytes + row * ROW_BYTES + t * 4
+        for i in cutlass.range_constexpr(shape.tile // 8):
+            block, chunk = divmod(i, COLUMNS // 8)
+            ring.store4(at + block * BLOCK_BYTES + ((g ^ chunk) * 16), me.weights[2 * i + half])
         one = arith.select(t == 0, Int32(1), Int32(0))
         attention_mma.store4_if(me.base + shape.tops_at + (me.number * ROWS + row) * 4, me.stat[half], one)
     attention_mma.proxy_fence()

@@ -34,7 +34,7 @@ from megamoe_stages.multi_cta_attention.shape_512 import (
     Shape,
 )
 
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 32, 240
 _CHUNKS = 8  # of 16 bytes of a row of 128
 _LOADS_BARRIER = 2
 
@@ -167,7 +167,7 @@ def attend_rows(
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         load_queries(q, base, rows)
-        me = attend_512.Consumer(base, thread // GROUP - 1)
+        me = attend_512.Consumer(base, thread // GROUP - 1, shape)
         attend_512.attend(me, factor, rows, work, shape)
         result_512.finish_rows(me, rows, result)
         result_512.store(me, rows, result, shape)
@@ -233,4 +233,4 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
         )
 
     kind = "shared" if shape.shared else "separate"
-    return KernelSpec(f"d512_{kind}_{shape.ctas}x{shape.chunk}", target.value, launch, arguments, tuple(shape))
+    return KernelSpec(f"d512_{kind}_{shape.tile}_{shape.ctas}x{shape.chunk}", target.value, launch, arguments, tuple(shape))

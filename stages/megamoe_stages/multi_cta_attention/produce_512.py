@@ -11,11 +11,9 @@ from megamoe.cute import arith, multicast, ring
 from megamoe.cute.multicast import Boxes
 from megamoe_stages.multi_cta_attention.rows_512 import Work
 from megamoe_stages.multi_cta_attention.shape_512 import (
-    BLOCK_BYTES,
     BLOCKS,
     CONSUMERS,
     ROW_BYTES,
-    TILE,
     Shape,
 )
 
@@ -36,7 +34,8 @@ class Source(NamedTuple):
 
 def key_box(shape: Shape) -> tuple[int, int]:
     """Rows and blocks of a box of keys: what a CTA loads of a chunk, or of one of its blocks."""
-    return (TILE, shape.chunk // shape.ctas) if shape.chunk % shape.ctas == 0 else (TILE // shape.ctas, 1)
+    blocks, split = divmod(shape.key_blocks, shape.ctas)
+    return (shape.tile // shape.ctas, 1) if split else (shape.tile, blocks)
 
 
 def value_box(shape: Shape) -> tuple[int, int]:
@@ -68,16 +67,16 @@ def load_keys(
     shape: Constexpr[Shape],
 ) -> None:
     """This CTA's part of a chunk of a tile of keys."""
-    token = work.token + work.first + tile * TILE
+    token = work.token + work.first + tile * shape.tile
     rows, blocks = key_box(shape)
-    block = chunk * shape.chunk
-    if cutlass.const_expr(rows == TILE):
+    block = chunk * shape.key_blocks
+    if cutlass.const_expr(rows == shape.tile):
         there = source.rank * blocks
-        at = slot + there * BLOCK_BYTES
+        at = slot + there * shape.key_block_bytes
         multicast.load_box(source.keys, token, work.kv_head, block + there, at, full)
     else:
-        for i in cutlass.range_constexpr(shape.chunk):
-            at = slot + i * BLOCK_BYTES + source.rank * (rows * ROW_BYTES)
+        for i in cutlass.range_constexpr(shape.key_blocks):
+            at = slot + i * shape.key_block_bytes + source.rank * (rows * ROW_BYTES)
             multicast.load_box(source.keys, token + source.rank * rows, work.kv_head, block + i, at, full)
 
 
@@ -101,7 +100,7 @@ def load_value_tile(
     rows, blocks = value_box(shape)
     for chunk in cutlass.range(shape.value_chunks, unroll=1):
         slot, full = claim(base, which, cursor, shape)
-        token = work.token + work.first + tile * TILE + chunk * rows
+        token = work.token + work.first + tile * shape.tile + chunk * rows
         there = source.rank * blocks
         at = slot + there * (rows * ROW_BYTES)
         block = which * (BLOCKS // CONSUMERS) + there

@@ -9,7 +9,7 @@ from cutlass import Boolean, Constexpr, Int32, Int64, cute
 
 from megamoe.cute import arith
 from megamoe.cute.warp import WARP
-from megamoe_stages.multi_cta_attention.shape_512 import GROUP, ROWS, TILE, Shape
+from megamoe_stages.multi_cta_attention.shape_512 import GROUP, ROWS, Shape
 
 
 class Rows(NamedTuple):
@@ -84,7 +84,7 @@ def work_of(rows: Rows, token: Int32, kv_head: Int32, cluster_first: Int32, shap
     last = cutlass.min(cluster_first + shape.ctas * ROWS, rows.count) - 1
     start, _ = rows.seen(cluster_first)
     _, end = rows.seen(last)
-    return Work(start, (cutlass.max(end - start, 0) + (TILE - 1)) // TILE, token, kv_head)
+    return Work(start, (cutlass.max(end - start, 0) + (shape.tile - 1)) // shape.tile, token, kv_head)
 
 
 @cute.jit

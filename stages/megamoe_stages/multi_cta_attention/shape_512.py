@@ -8,7 +8,6 @@ DIM = 512
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2  # warpgroups, each with half of the columns of the output
 ROWS = 64  # queries times heads of a CTA
-TILE = 64  # keys
 COLUMNS = 64  # of a block of shared memory
 HALF = DIM // CONSUMERS
 ROW_BYTES = 2 * COLUMNS  # of a block
@@ -27,11 +26,13 @@ class Shape(NamedTuple):
         shared: The values are the keys.
         ctas: Of a cluster: they work on neighbouring rows and share what they load; 1 or 2.
         chunk: Pieces of 8 KB that are loaded, waited for and given back together; 1, 2 or 4.
+        tile: Keys whose scores a consumer makes at a time; 64, or 128 unless shared.
     """
 
     shared: bool
     ctas: int = 2
     chunk: int = 1
+    tile: int = 64
 
     @property
     def chunk_bytes(self) -> int:
@@ -39,19 +40,34 @@ class Shape(NamedTuple):
         return self.chunk * BLOCK_BYTES
 
     @property
+    def key_block_bytes(self) -> int:
+        """Of 64 columns of a tile of keys."""
+        return self.tile * ROW_BYTES
+
+    @property
+    def key_blocks(self) -> int:
+        """Of 64 columns, in a chunk of keys."""
+        return self.chunk_bytes // self.key_block_bytes
+
+    @property
     def key_chunks(self) -> int:
-        """Of a tile of keys: `chunk` blocks of 64 columns each."""
-        return BLOCKS // self.chunk
+        """Of a tile of keys."""
+        return BLOCKS // self.key_blocks
 
     @property
     def value_chunks(self) -> int:
         """Of a tile of a consumer's half of the values: 16 * `chunk` rows each; of shared ones, columns."""
-        return BLOCKS // CONSUMERS // self.chunk
+        return self.tile // self.value_rows
 
     @property
     def value_rows(self) -> int:
         """Of a chunk of values."""
         return 16 * self.chunk
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the weights of a tile."""
+        return self.tile // COLUMNS * BLOCK_BYTES
 
     @property
     def weights_at(self) -> int:
@@ -61,7 +77,7 @@ class Shape(NamedTuple):
     @property
     def ring_at(self) -> int:
         """Where the rings start, one for each consumer; of shared tiles each holds a half of the columns."""
-        return self.weights_at + CONSUMERS * BLOCK_BYTES
+        return self.weights_at + CONSUMERS * self.weights_bytes
 
     @property
     def slots(self) -> int:
