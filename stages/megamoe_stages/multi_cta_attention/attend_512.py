@@ -50,8 +50,6 @@ class Consumer:
         stat: (4,) fp32: largest scores of a thread's two rows, their sums.
         weights: (tile / 4,) words: of the tile whose values come next.
         scale: (2,) fp32: by what the sums shrink before that.
-        begin: (2,) Int32: first key that a row sees.
-        end: (2,) Int32: key behind the last.
     """
 
     def __init__(self, base: Int32, number: Int32, shape: Shape) -> None:
@@ -61,8 +59,6 @@ class Consumer:
         self.stat = cute.make_rmem_tensor((4,), Float32)
         self.weights = cute.make_rmem_tensor((shape.tile // 4,), Uint32)
         self.scale = cute.make_rmem_tensor((2,), Float32)
-        self.begin = cute.make_rmem_tensor((2,), Int32)
-        self.end = cute.make_rmem_tensor((2,), Int32)
         for i, zero in enumerate(wgmma.zeros(_COUNT)):
             self.acc[i] = zero
         for i in range(2):
@@ -75,10 +71,6 @@ def attend(
     me: Constexpr[Consumer], factor: Float32, rows: Constexpr[Rows], work: Constexpr[Work], shape: Constexpr[Shape]
 ) -> None:
     """All tiles; `factor` makes scores of products."""
-    g, _, wide = lanes()
-    for half in cutlass.range_constexpr(2):
-        row = cutlass.min(rows.first + wide * 16 + g + 8 * half, rows.count - 1)
-        me.begin[half], me.end[half] = rows.seen(row)
     if (me.number == 0) & (work.tiles > 0):
         take_turn(me, Int32(0), factor, rows, work, False, False, shape)
     if (me.number == 1) & (work.tiles > 1):
@@ -302,7 +294,7 @@ def softmax(
     begin, _ = rows.seen(cutlass.min(rows.first + (ROWS - 1), rows.count - 1))
     _, end = rows.seen(cutlass.min(rows.first, rows.count - 1))
     if (begin > start) | (end < start + shape.tile):
-        hide(x, me, start, shape)
+        hide(x, start, rows, shape)
     for half in cutlass.range_constexpr(2):
         own = [i + j for i in range(2 * half, shape.tile // 2, 4) for j in range(2)]
         top = me.stat[half]
@@ -321,12 +313,12 @@ def softmax(
 
 
 @cute.jit
-def hide(x: cute.Tensor, me: Constexpr[Consumer], start: Int32, shape: Constexpr[Shape]) -> None:
+def hide(x: cute.Tensor, start: Int32, rows: Constexpr[Rows], shape: Constexpr[Shape]) -> None:
     """Takes the keys of a tile that a row does not see out of its scores."""
-    _, t, _ = lanes()
+    g, t, wide = lanes()
     for half in cutlass.range_constexpr(2):
-        first = me.begin[half] - start - 2 * t
-        last = me.end[half] - start - 2 * t
+        begin, end = rows.seen(cutlass.min(rows.first + wide * 16 + g + 8 * half, rows.count - 1))
+        first, last = begin - start - 2 * t, end - start - 2 * t
         for i in cutlass.range_constexpr(shape.tile // 8):
             for j in cutlass.range_constexpr(2):
                 column = 8 * i + j
