@@ -77,6 +77,16 @@ def store4(at: Int32, value: Numeric) -> None:
     _asm("st.shared.b32 [$0], $1;", at, value)
 
 
+def store8(at: Int32, words: Sequence[Uint32]) -> None:
+    """Writes two words of shared memory."""
+    _asm("st.shared.v2.b32 [$0], {$1, $2};", at, *words)
+
+
+def store2(at: Int32, half: Uint32) -> None:
+    """Writes the low half of a word to shared memory."""
+    _asm("{.reg .b16 h; cvt.u16.u32 h, $1; st.shared.b16 [$0], h;}", at, half)
+
+
 def store_transposed(at: Int32, words: Sequence[Uint32]) -> None:
     """Writes four (8, 8) of 16 bits to shared memory, columns as rows: lane 8 i + r says where column r of i goes."""
     text = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};"

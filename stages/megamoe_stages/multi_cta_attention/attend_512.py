@@ -210,9 +210,7 @@ def add_scores(scores: list[Float32], base: Int32, at: Int32, chunk: int, shape:
     return scores
 
 
-def start_own(
-    me: Consumer, sums: list[Float32], tile: Int32, shape: Shape
-) -> tuple[list[Float32], list[Int32]]:
+def start_own(me: Consumer, sums: list[Float32], tile: Int32, shape: Shape) -> tuple[list[Float32], list[Int32]]:
     """Starts adding the values of an own tile, whose weights are in registers; what to give back afterwards."""
     weights = [me.weights[i] for i in range(shape.tile // 4)]
     ready = attention_mma.fence([sums[i] * me.scale[i // 2 % 2] for i in range(_COUNT)] + weights)
@@ -234,9 +232,7 @@ def _step_at(step: int) -> int:
     return block * (BLOCK_BYTES >> 4) + within * _STEP_BYTES
 
 
-def start_other(
-    me: Consumer, sums: list[Float32], tile: Int32, shape: Shape
-) -> tuple[list[Float32], list[Int32], int]:
+def start_other(me: Consumer, sums: list[Float32], tile: Int32, shape: Shape) -> tuple[list[Float32], list[Int32], int]:
     """Starts adding the values of a tile of the other consumer; also says how many groups are on their way."""
     weights = wgmma.descriptor(local(me.base) + shape.weights_at + (1 - me.number) * shape.weights_bytes)
     held: list[Int32] = []

@@ -63,7 +63,12 @@ def advance(cursor: cute.Tensor, shape: Shape) -> None:
 
 @cute.jit
 def load_keys(
-    tile: Int32, chunk: Int32, slot: Int32, full: Int32, source: Constexpr[Source], work: Constexpr[Work],
+    tile: Int32,
+    chunk: Int32,
+    slot: Int32,
+    full: Int32,
+    source: Constexpr[Source],
+    work: Constexpr[Work],
     shape: Constexpr[Shape],
 ) -> None:
     """This CTA's part of a chunk of a tile of keys."""
@@ -82,7 +87,12 @@ def load_keys(
 
 @cute.jit
 def load_key_tile(
-    base: Int32, which: Int32, tile: Int32, cursor: cute.Tensor, source: Constexpr[Source], work: Constexpr[Work],
+    base: Int32,
+    which: Int32,
+    tile: Int32,
+    cursor: cute.Tensor,
+    source: Constexpr[Source],
+    work: Constexpr[Work],
     shape: Constexpr[Shape],
 ) -> None:
     """A tile of keys, for the consumer that makes its scores."""
@@ -93,7 +103,12 @@ def load_key_tile(
 
 @cute.jit
 def load_value_tile(
-    base: Int32, which: Int32, tile: Int32, cursor: cute.Tensor, source: Constexpr[Source], work: Constexpr[Work],
+    base: Int32,
+    which: Int32,
+    tile: Int32,
+    cursor: cute.Tensor,
+    source: Constexpr[Source],
+    work: Constexpr[Work],
     shape: Constexpr[Shape],
 ) -> None:
     """A consumer's half of a tile of values."""

@@ -1,9 +1,8 @@
-"""What becomes of the sums of the head_dim 512 kernel: registers to shared memory, and rows from there by bulk stores."""
+"""What becomes of the sums of the head_dim 512 kernel: registers to shared memory, rows from there by bulk stores."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, cute
@@ -20,24 +19,10 @@ _LOG2E = 1 / _LN2
 _WARP_ROWS = 16
 
 
-class Result(NamedTuple):
-    """What the consumers write, and the numbers that go into it.
-
-    Attributes:
-        out: (queries, heads, 512) bf16.
-        lse: (queries * heads,) fp32.
-        sink: (heads,) fp32; not read unless has_sink.
-        has_sink: Whether there is one.
-    """
-
-    out: cute.Tensor
-    lse: cute.Tensor
-    sink: cute.Tensor
-    has_sink: Int32
-
-
 @cute.jit
-def finish_rows(me: Constexpr[Consumer], rows: Constexpr[Rows], result: Constexpr[Result]) -> None:
+def finish_rows(
+    me: Constexpr[Consumer], rows: Constexpr[Rows], lse: cute.Tensor, sinks: cute.Tensor, has_sink: Int32
+) -> None:
     """Turns the sums of a thread's two rows into their output, in place, and writes their lse."""
     g, t, wide = lanes()
     scale = []
@@ -46,22 +31,20 @@ def finish_rows(me: Constexpr[Consumer], rows: Constexpr[Rows], result: Constexp
         inside = row < rows.count
         query, head = rows.split(arith.select(inside, row, Int32(0)))
         top, total = me.stat[half], me.stat[2 + half]
-        sink = result.sink[arith.select(result.has_sink != 0, head, Int32(0))]
+        sink = sinks[arith.select(has_sink != 0, head, Int32(0))]
         extra = exp2(sink * Float32(_LOG2E) - finite(top))
-        whole = total + arith.select(result.has_sink != 0, extra, Float32(0.0))
+        whole = total + arith.select(has_sink != 0, extra, Float32(0.0))
         some = total > Float32(0.0)
         scale.append(arith.select(some, Float32(1.0) / whole, Float32(0.0)))
-        lse = arith.select(some, (top + attention_mma.log2(total)) * Float32(_LN2), Float32(NONE))
+        own = arith.select(some, (top + attention_mma.log2(total)) * Float32(_LN2), Float32(NONE))
         if inside & (t == 0) & (me.number == 0):
-            result.lse[Int64(query) * rows.heads + head] = lse
+            lse[Int64(query) * rows.heads + head] = own
     for i in cutlass.range_constexpr(HALF // 2):
         me.acc[i] = me.acc[i] * scale[i // 2 % 2]
 
 
 @cute.jit
-def store(
-    me: Constexpr[Consumer], rows: Constexpr[Rows], result: Constexpr[Result], shape: Constexpr[Shape]
-) -> None:
+def store(me: Constexpr[Consumer], rows: Constexpr[Rows], out: cute.Tensor, shape: Constexpr[Shape]) -> None:
     """Writes this consumer's half of the columns, a row of 512 bytes a bulk store; over its ring, which it has read."""
     lane = cute.arch.lane_idx()
     _, _, wide = lanes()
@@ -77,7 +60,7 @@ def store(
     row = rows.first + wide * _WARP_ROWS + lane
     inside = (lane < _WARP_ROWS) & (row < rows.count)
     place = rows.place(arith.select(inside, row, Int32(0)))
-    there = ring.address(result.out.iterator) + (place * DIM + me.number * HALF) * 2
+    there = ring.address(out.iterator) + (place * DIM + me.number * HALF) * 2
     multicast.store_row(there, at + lane * OUT_PITCH, 2 * HALF, arith.select(inside, Int32(1), Int32(0)))
     cute.arch.cp_async_bulk_commit_group()
     cute.arch.cp_async_bulk_wait_group(0, read=True)

@@ -110,3 +110,7 @@ class Shape(NamedTuple):
     def shared_bytes(self) -> int:
         """Of a CTA."""
         return self.tops_at + CONSUMERS * ROWS * 4
+
+
+SEPARATE, SHARED = Shape(shared=False), Shape(shared=True)
+SHAPES = (SEPARATE, SHARED)
