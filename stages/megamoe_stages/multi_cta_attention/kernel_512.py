@@ -36,7 +36,7 @@ from megamoe_stages.multi_cta_attention.shape_512 import (
     Shape,
 )
 
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 32, 240
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # together no more than the launch gives: 3 * 168, or they wait forever
 _CHUNKS = 8  # of 16 bytes of a row of 128
 _LOADS_BARRIER = 2
 
