@@ -163,6 +163,7 @@ def attend_tile(
     for i in cutlass.range_constexpr(2):
         stat[i], stat[2 + i], stat[4 + i] = Float32(softmax.HIDDEN), Float32(0.0), Float32(1.0)
     view = view_of(tile, place, sequences)
+    lanes = attention_mma.all_lanes()
 
     ring.wait(queries_barrier(base, shape), loads & 1)
     scores = attention_mma.wait(start_scores(turn, place, shape))
@@ -187,7 +188,7 @@ def attend_tile(
         scores = attention_mma.wait(scores, 1)
         release(here, 8, place, shape)
         fresh = weigh(scores, stat, tile.begin + step * shape.keys, view, result.factor)
-        sums = attention_mma.wait(sums)
+        sums, fresh = attention_mma.wait_behind(sums, fresh, lanes)
         release(here - 1, 24, place, shape)
         for i, value in enumerate(sums):
             acc[i] = value if shape.late else value * stat[4 + i // 2 % 2]
