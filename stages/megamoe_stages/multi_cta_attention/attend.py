@@ -72,20 +72,19 @@ def tile_ring(base: Int32, shape: Shape) -> TileRing:
     return TileRing(base + shape.tile_ring_at, 1 + QUERY_WARPS + shape.consumers * GROUP // WARP)
 
 
-def queries_barrier(base: Int32, shape: Shape) -> Int32:
+def queries_barrier(base: Int32, stage: Int32, shape: Shape) -> Int32:
     """Queries are there; 8 on: their place is free."""
-    return base + shape.barriers_at
+    return base + shape.barriers_at + 32 * shape.stages + stage * 16
 
 
 def keys_barrier(base: Int32, stage: Int32, shape: Shape) -> Int32:
     """Keys of a stage are there; 8 on: their place is free; 16 and 24 on: the same of values."""
-    return base + shape.barriers_at + 16 + stage * 32
+    return base + shape.barriers_at + stage * 32
 
 
-def stage_of(turn: Int32, shape: Shape) -> tuple[Int32, Int32]:
-    """The stage of the tile of keys number `turn` of the CTA, and the parity of its barriers."""
-    bits = shape.stages.bit_length() - 1
-    return turn & (shape.stages - 1), turn >> bits & 1
+def stage_of(turn: Int32, stages: int) -> tuple[Int32, Int32]:
+    """The stage, one of a power of two, of what comes as number `turn`, and the parity of its barriers."""
+    return turn & (stages - 1), turn >> (stages.bit_length() - 1) & 1
 
 
 def wait_turn(consumer: Int32, shape: Shape) -> None:
@@ -137,8 +136,7 @@ def attend(base: Int32, sequences: Constexpr[Sequences], result: Constexpr[Resul
         number = number + 1
     if consumer == (0 if shape.turns else -1):
         wait_turn(consumer, shape)  # the last one, which nobody needs
-    if cutlass.const_expr(shape.apart):
-        tma.wait_stores()
+    tma.wait_stores()
 
 
 @cute.jit
@@ -165,10 +163,15 @@ def attend_tile(
     view = view_of(tile, place, sequences)
     lanes = attention_mma.all_lanes()
 
-    ring.wait(queries_barrier(base, shape), loads & 1)
-    scores = attention_mma.wait(start_scores(turn, place, shape))
+    held, parity = stage_of(loads, shape.query_stages)
+    queries = base + held * shape.queries_bytes + place.consumer * shape.part_bytes
+    ring.wait(queries_barrier(base, held, shape), parity)
+    scores = attention_mma.wait(start_scores(queries, turn, place, shape))
     release(turn, 8, place, shape)
     fresh = weigh(scores, stat, tile.begin, view, result.factor)
+    if (shape.query_stages > 1) & (loads > 0):  # the last tile's output has left by now
+        tma.wait_stores()
+        release_queries(loads - 1, place, shape)
     for i, word in enumerate(softmax.left_operands(fresh, shape.kind)):
         weights[i] = word
     for step in cutlass.range(1, steps, unroll=1):
@@ -176,12 +179,12 @@ def attend_tile(
         if cutlass.const_expr(shape.turns):
             wait_turn(place.consumer, shape)
         if cutlass.const_expr(shape.late):
-            scores = start_scores(here, place, shape)
+            scores = start_scores(queries, here, place, shape)
             ready = [acc[i] * stat[4 + i // 2 % 2] for i in range(count)]
             ready = attention_mma.fence(ready + [weights[i] for i in range(words)])
         else:
             ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
-            scores = start_scores(here, place, shape)
+            scores = start_scores(queries, here, place, shape)
         sums = start_sums(ready[:count], ready[count:], here - 1, place, shape)
         if cutlass.const_expr(shape.turns):
             pass_turn(place.consumer, shape)
@@ -194,8 +197,6 @@ def attend_tile(
             acc[i] = value if shape.late else value * stat[4 + i // 2 % 2]
         for i, word in enumerate(softmax.left_operands(fresh, shape.kind)):
             weights[i] = word
-    if cutlass.const_expr(shape.apart):
-        release_queries(place, shape)
     ready = [acc[i] * stat[4 + i // 2 % 2] if shape.late else acc[i] for i in range(count)]
     ready = attention_mma.fence(ready + [weights[i] for i in range(words)])
     last = turn + steps - 1
@@ -203,7 +204,10 @@ def attend_tile(
     release(last, 24, place, shape)
     for i, value in enumerate(sums):
         acc[i] = value
-    finish(acc, stat, tile, place, sequences, result, shape)
+    finish(acc, stat, tile, queries, place, sequences, result, shape)
+    if cutlass.const_expr(shape.query_stages == 1):
+        tma.wait_stores()
+        release_queries(loads, place, shape)
 
 
 class View(NamedTuple):
@@ -228,17 +232,17 @@ def view_of(tile: Tile, place: Place, sequences: Sequences) -> View:
     return View([tile.seen(place.row(half), tile.end, sequences) for half in range(2)], begin, end)
 
 
-def start_scores(turn: Int32, place: Place, shape: Shape) -> list[Float32]:
+def start_scores(queries: Int32, turn: Int32, place: Place, shape: Shape) -> list[Float32]:
     """Starts the products of the queries and a tile of keys, once it is there; a group of its own."""
-    stage, parity = stage_of(turn, shape)
+    stage, parity = stage_of(turn, shape.stages)
     ring.wait(keys_barrier(place.base, stage, shape), parity)
-    queries = wgmma.descriptor(place.base + place.consumer * shape.queries_bytes)
+    rows = wgmma.descriptor(queries)
     keys = wgmma.descriptor(place.base + shape.keys_at + stage * shape.keys_bytes)
     wgmma.fence()
     scores = []
     for k in range(shape.head_dim // wgmma.K_STEP):
         block, inner = k // 4, k % 4 * wgmma.K_STEP * 2
-        a = queries + (block * ROWS * wgmma.ROW_BYTES + inner >> 4)
+        a = rows + (block * ROWS * wgmma.ROW_BYTES + inner >> 4)
         b = keys + (block * shape.block_bytes + inner >> 4)
         if k == 0:
             scores = attention_mma.first_shared(shape.keys // 2, a, b, shape.kind)
@@ -250,7 +254,7 @@ def start_scores(turn: Int32, place: Place, shape: Shape) -> list[Float32]:
 
 def start_sums(sums: list[Float32], weights: list[Uint32], turn: Int32, place: Place, shape: Shape) -> list[Float32]:
     """Starts adding a tile of values by their weights, once it is there; a group of its own."""
-    stage, parity = stage_of(turn, shape)
+    stage, parity = stage_of(turn, shape.stages)
     ring.wait(keys_barrier(place.base, stage, shape) + 16, parity)
     values = attention_mma.transposed(place.base + shape.values_at + stage * shape.values_bytes, shape.block_bytes)
     for k in range(shape.keys // wgmma.K_STEP):
@@ -261,13 +265,15 @@ def start_sums(sums: list[Float32], weights: list[Uint32], turn: Int32, place: P
 
 def release(turn: Int32, which: int, place: Place, shape: Shape) -> None:
     """Gives the place of a tile of keys (8) or values (24) back, an arrival a warp."""
-    stage, _ = stage_of(turn, shape)
+    stage, _ = stage_of(turn, shape.stages)
     ring.arrive_if(keys_barrier(place.base, stage, shape) + which, place.one_lane())
 
 
-def release_queries(place: Place, shape: Shape) -> None:
-    """Gives the place of the queries back, an arrival a warp."""
-    ring.arrive_if(queries_barrier(place.base, shape) + 8, place.one_lane())
+def release_queries(loads: Int32, place: Place, shape: Shape) -> None:
+    """Gives the place of the queries number `loads`, and of the output after them, back, an arrival a warp."""
+    stage, _ = stage_of(loads, shape.query_stages)
+    cute.arch.sync_warp()
+    ring.arrive_if(queries_barrier(place.base, stage, shape) + 8, place.one_lane())
 
 
 def weigh(scores: list[Float32], stat: cute.Tensor, start: Int32, view: View, factor: Float32) -> list[Float32]:
@@ -296,12 +302,13 @@ def finish(
     acc: cute.Tensor,
     stat: cute.Tensor,
     tile: Constexpr[Tile],
+    queries: Int32,
     place: Constexpr[Place],
     sequences: Constexpr[Sequences],
     result: Constexpr[Result],
     shape: Constexpr[Shape],
 ) -> None:
-    """Writes a warp's 16 rows: registers to shared memory, from there in bulk; nothing is read back."""
+    """Writes a warp's 16 rows: registers to shared memory, where the queries were, then in bulk; nothing comes back."""
     lane = cute.arch.lane_idx()
     scales = []
     for half in cutlass.range_constexpr(2):
@@ -314,12 +321,8 @@ def finish(
         scales.append(scale)
         if inside & (place.t == 0):
             result.lse[spot] = lse
-    if cutlass.const_expr(shape.apart):
-        tma.wait_stores()  # of the last tile
-        cute.arch.sync_warp()
-    else:
-        _barrier("bar.sync", place.consumer + _OWN_BARRIER, GROUP)  # all warps have multiplied their queries
-    own = place.base + shape.out_at + place.consumer * shape.out_stride + place.wide * (16 * shape.out_row_bytes)
+    _barrier("bar.sync", place.consumer + _OWN_BARRIER, GROUP)  # all warps have multiplied their queries
+    own = queries + place.wide * (16 * shape.out_row_bytes)
     to = own + lane % 16 * shape.out_row_bytes + lane // 16 * 16
     for block in cutlass.range_constexpr(shape.v_dim // 16):
         values = [acc[8 * block + i] * scales[i // 2 % 2] for i in range(8)]
@@ -331,10 +334,6 @@ def finish(
         target = ring.address(result.out.iterator) + Int64(tile.place(row, sequences)) * (shape.v_dim * 2)
         tma.store_bulk(target, own + lane * shape.out_row_bytes, shape.v_dim * 2)
         tma.commit_stores()
-    if cutlass.const_expr(not shape.apart):
-        tma.wait_stores()
-        cute.arch.sync_warp()
-        release_queries(place, shape)
 
 
 @cute.jit

@@ -95,9 +95,10 @@ def kernel(
     warps = shape.consumers * GROUP // WARP
     if thread == 0:
         tiles.init()
-        queries = attend.queries_barrier(base, shape)
-        ring.init(queries, QUERY_WARPS * WARP)
-        ring.init(queries + 8, warps)
+        for stage in cutlass.range_constexpr(shape.query_stages):
+            barrier = attend.queries_barrier(base, Int32(stage), shape)
+            ring.init(barrier, QUERY_WARPS * WARP)
+            ring.init(barrier + 8, warps)
         for stage in cutlass.range_constexpr(shape.stages):
             barrier = attend.keys_barrier(base, Int32(stage), shape)
             for i in cutlass.range_constexpr(2):
@@ -153,7 +154,7 @@ def load_tile(
     shape: Constexpr[Shape],
 ) -> None:
     """Starts the copies of a tile of keys, or of values, once there is room."""
-    stage, parity = attend.stage_of(turn, shape)
+    stage, parity = attend.stage_of(turn, shape.stages)
     full = attend.keys_barrier(base, stage, shape) + (0 if of_keys else 16)
     size = shape.keys_bytes if of_keys else shape.values_bytes
     slot = base + (shape.keys_at if of_keys else shape.values_at) + stage * size
@@ -172,16 +173,17 @@ def load_queries(q: cute.Tensor, base: Int32, sequences: Constexpr[Sequences], s
     """Brings the queries of all tiles that see something; QUERY_WARPS warps, from the second of the CTA on."""
     thread, _, _ = cute.arch.thread_idx()
     tiles = attend.tile_ring(base, shape)
-    full = attend.queries_barrier(base, shape)
     number, loads, going = Int32(0), Int32(0), Int32(1)
     while going != 0:
         tile = varlen.take(tiles, number)
         if tile.rows == 0:
             going = Int32(0)
         elif tile.steps(shape.keys) > 0:
-            ring.wait(full + 8, loads & 1 ^ 1)
+            stage, parity = attend.stage_of(loads, shape.query_stages)
+            full = attend.queries_barrier(base, stage, shape)
+            ring.wait(full + 8, parity ^ 1)
             for part in cutlass.range_constexpr(shape.consumers):
-                at = base + part * shape.queries_bytes
+                at = base + stage * shape.queries_bytes + part * shape.part_bytes
                 varlen.load_rows(q, at, tile, part * ROWS, ROWS, sequences, thread - WARP, QUERY_WARPS * WARP)
             attention_mma.commit_copies()
             attention_mma.wait_copies(0)

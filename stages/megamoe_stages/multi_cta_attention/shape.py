@@ -64,21 +64,21 @@ class Shape(NamedTuple):
         return self.v_dim * 2 + _PAD
 
     @property
-    def out_bytes(self) -> int:
-        """Of a consumer's output."""
-        return ROWS * self.out_row_bytes
+    def part_bytes(self) -> int:
+        """Of a consumer's queries, whose place its output takes when they are done with."""
+        most = ROWS * max(self.head_dim * 2, self.out_row_bytes)
+        return -(-most // _ALIGNMENT) * _ALIGNMENT
 
     @property
     def queries_bytes(self) -> int:
-        """Of a consumer's queries, or of its output where it lies in the same place."""
-        queries = ROWS * self.head_dim * 2
-        return queries if self.apart else -(-max(queries, self.out_bytes) // _ALIGNMENT) * _ALIGNMENT
+        """Of the queries of a tile."""
+        return self.consumers * self.part_bytes
 
     @property
-    def apart(self) -> bool:
-        """Whether there is room for the output beside the queries, so that the next ones can come early."""
+    def query_stages(self) -> int:
+        """Tiles of queries in shared memory: two where there is room, so that the next ones come early."""
         tiles = self.stages * (self.keys_bytes + self.values_bytes)
-        return self.rows * self.head_dim * 2 + tiles + self.consumers * self.out_bytes + _ALIGNMENT <= SHARED_BYTES
+        return 2 if 2 * self.queries_bytes + tiles + _ALIGNMENT <= SHARED_BYTES else 1
 
     @property
     def keys_bytes(self) -> int:
@@ -98,7 +98,7 @@ class Shape(NamedTuple):
     @property
     def keys_at(self) -> int:
         """Where the keys start, behind the queries."""
-        return self.consumers * self.queries_bytes
+        return self.query_stages * self.queries_bytes
 
     @property
     def values_at(self) -> int:
@@ -106,30 +106,19 @@ class Shape(NamedTuple):
         return self.keys_at + self.stages * self.keys_bytes
 
     @property
-    def out_at(self) -> int:
-        """Where the output starts."""
-        return self.values_at + self.stages * self.values_bytes if self.apart else 0
-
-    @property
-    def out_stride(self) -> int:
-        """From one consumer's output to the next one's."""
-        return self.out_bytes if self.apart else self.queries_bytes
-
-    @property
     def tile_ring_at(self) -> int:
         """Where the records of tiles start."""
-        end = self.values_at + self.stages * self.values_bytes
-        return end + (self.consumers * self.out_bytes if self.apart else 0)
+        return self.values_at + self.stages * self.values_bytes
 
     @property
     def barriers_at(self) -> int:
-        """Where the mbarriers start: queries full and empty; of each stage keys full and empty, values likewise."""
+        """Where the mbarriers start: of each stage keys full and empty, values likewise; then queries likewise."""
         return self.tile_ring_at + TILE_RING_BYTES
 
     @property
     def shared_bytes(self) -> int:
         """Of a CTA."""
-        return self.barriers_at + 16 + 32 * self.stages
+        return self.barriers_at + 32 * self.stages + 16 * self.query_stages
 
 
 def shape_of(head_dim: int, v_dim: int, dtype: str) -> Shape | None:
