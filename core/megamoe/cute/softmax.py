@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 
 import cutlass
-from cutlass import Constexpr, Float32, Int32, Uint32, cute
+from cutlass import Boolean, Constexpr, Float32, Int32, Uint32, cute
 
 from megamoe.cute import arith, attention_mma
 from megamoe.cute.arith import Target
@@ -21,6 +21,7 @@ from megamoe.cute.warp import sum_of_four
 HIDDEN = float("-inf")
 LN2 = math.log(2)
 LOG2E = 1 / LN2
+SLACK = 8.0  # binary orders of magnitude that weights may grow beyond 1 before they are made relative to a larger score
 _CHAINS = 4  # of maxima and sums, so that they do not wait for each other
 
 
@@ -62,36 +63,49 @@ def fma(a: Float32, b: Float32, c: Float32) -> Float32:
     return Float32(arith.ptx(Float32, "fma.rn.f32 $0, $1, $2, $3;", a, b, c))
 
 
+def tops_of(scores: list[Float32], top: list[Float32]) -> list[Float32]:
+    """The largest scores so far, of which `top` are those before these scores."""
+    largest = []
+    for half in range(2):
+        own = _tree(own_rows(scores, half), lambda a, b: arith.maximum(a, b, Target.SM90))
+        largest.append(attention_mma.max_of_four(arith.maximum(top[half], own, Target.SM90)))
+    return largest
+
+
+def outgrown(largest: list[Float32], top: list[Float32], factor: Float32) -> Boolean:
+    """Whether a row of the warp has a score so far above `top` that its weights would grow too large; all lanes."""
+    grown = [arith.mul(largest[i] - top[i], factor, Target.SM90) > Float32(SLACK) for i in range(2)]
+    return cute.arch.vote_any_sync(grown[0] | grown[1])
+
+
 def step(
-    scores: list[Float32], top: list[Float32], total: list[Float32], factor: Float32
-) -> tuple[list[Float32], list[Float32], list[Float32], list[Float32]]:
+    scores: list[Float32], top: list[Float32], largest: list[Float32], total: list[Float32], factor: Float32
+) -> tuple[list[Float32], list[Float32], list[Float32]]:
     """Takes in a tile of scores.
 
     Args:
         scores: (n / 2) values of a lane.
-        top: The largest of each row so far, HIDDEN at first.
+        top: What weights so far are relative to, for each row; HIDDEN at first.
+        largest: What they are to be relative to from now on, such as `tops_of`.
         total: A lane's part of each row's sum so far.
         factor: Positive.
 
     Returns:
-        The weights, placed as the scores; by what sums so far shrink, for each row; top; total.
+        The weights, placed as the scores; by what sums so far shrink, for each row; total.
     """
     weights = list(scores)
-    shrink, tops, totals = [], [], []
+    shrink, totals = [], []
     for half in range(2):
         own = own_rows(scores, half)
-        largest = _tree(own, lambda a, b: arith.maximum(a, b, Target.SM90))
-        largest = attention_mma.max_of_four(arith.maximum(top[half], largest, Target.SM90))
-        zero = arith.mul(finite(largest), factor, Target.SM90)
+        zero = arith.mul(finite(largest[half]), factor, Target.SM90)
         minus = arith.ptx(Float32, "neg.f32 $0, $1;", zero)
         shrink.append(attention_mma.exp2(fma(top[half], factor, minus)))
         powers = [attention_mma.exp2(fma(score, factor, minus)) for score in own]
         added = _tree(powers, lambda a, b: arith.add(a, b, Target.SM90))
         totals.append(fma(total[half], shrink[half], added))
-        tops.append(largest)
         for i, power in enumerate(powers):
             weights[i // 2 * 4 + 2 * half + i % 2] = power
-    return weights, shrink, tops, totals
+    return weights, shrink, totals
 
 
 def _tree(values: list[Float32], join: Callable[[Float32, Float32], Float32]) -> Float32:

@@ -155,11 +155,12 @@ def attend_tile(
     base = place.base
     count, words = shape.v_dim // 2, shape.keys // 4
     weights = cute.make_rmem_tensor((words,), Uint32)
-    stat = cute.make_rmem_tensor((6,), Float32)  # top, total, and by what the sums are still to shrink, of two rows
+    stat = cute.make_rmem_tensor((7,), Float32)  # top, total, by what sums shrink, of two rows; whether they do
     for i, zero in enumerate(wgmma.zeros(count)):
         acc[i] = zero
     for i in cutlass.range_constexpr(2):
         stat[i], stat[2 + i], stat[4 + i] = Float32(softmax.HIDDEN), Float32(0.0), Float32(1.0)
+    stat[6] = Float32(0.0)
     view = view_of(tile, place, sequences)
     lanes = attention_mma.all_lanes()
 
@@ -168,7 +169,7 @@ def attend_tile(
     ring.wait(queries_barrier(base, held, shape), parity)
     scores = attention_mma.wait(start_scores(queries, turn, place, shape))
     release(turn, 8, place, shape)
-    fresh = weigh(scores, stat, tile.begin, view, result.factor)
+    fresh = weigh(scores, stat, tile.begin, view, result.factor, shape)
     if (shape.query_stages > 1) & (loads > 0):  # the last tile's output has left by now
         tma.wait_stores()
         release_queries(loads - 1, place, shape)
@@ -180,8 +181,8 @@ def attend_tile(
             wait_turn(place.consumer, shape)
         if cutlass.const_expr(shape.late):
             scores = start_scores(queries, here, place, shape)
-            ready = [acc[i] * stat[4 + i // 2 % 2] for i in range(count)]
-            ready = attention_mma.fence(ready + [weights[i] for i in range(words)])
+            scale(acc, stat, shape)
+            ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
         else:
             ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
             scores = start_scores(queries, here, place, shape)
@@ -190,15 +191,18 @@ def attend_tile(
             pass_turn(place.consumer, shape)
         scores = attention_mma.wait(scores, 1)
         release(here, 8, place, shape)
-        fresh = weigh(scores, stat, tile.begin + step * shape.keys, view, result.factor)
+        fresh = weigh(scores, stat, tile.begin + step * shape.keys, view, result.factor, shape)
         sums, fresh = attention_mma.wait_behind(sums, fresh, lanes)
         release(here - 1, 24, place, shape)
         for i, value in enumerate(sums):
-            acc[i] = value if shape.late else value * stat[4 + i // 2 % 2]
+            acc[i] = value
+        if cutlass.const_expr(not shape.late):
+            scale(acc, stat, shape)
         for i, word in enumerate(softmax.left_operands(fresh, shape.kind)):
             weights[i] = word
-    ready = [acc[i] * stat[4 + i // 2 % 2] if shape.late else acc[i] for i in range(count)]
-    ready = attention_mma.fence(ready + [weights[i] for i in range(words)])
+    if cutlass.const_expr(shape.late):
+        scale(acc, stat, shape)
+    ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
     last = turn + steps - 1
     sums = attention_mma.wait(start_sums(ready[:count], ready[count:], last, place, shape))
     release(last, 24, place, shape)
@@ -276,18 +280,36 @@ def release_queries(loads: Int32, place: Place, shape: Shape) -> None:
     ring.arrive_if(queries_barrier(place.base, stage, shape) + 8, place.one_lane())
 
 
-def weigh(scores: list[Float32], stat: cute.Tensor, start: Int32, view: View, factor: Float32) -> list[Float32]:
+def weigh(
+    scores: list[Float32], stat: cute.Tensor, start: Int32, view: View, factor: Float32, shape: Shape
+) -> list[Float32]:
     """Weights of the scores of the keys from `start` on; updates `stat`."""
     held = cute.make_rmem_tensor((len(scores),), Float32)
     for i, score in enumerate(scores):
         held[i] = score
     hide_edges(held, start, view)
-    weights, shrink, top, total = softmax.step(
-        [held[i] for i in range(len(scores))], [stat[0], stat[1]], [stat[2], stat[3]], factor
-    )
+    seen, top = [held[i] for i in range(len(scores))], [stat[0], stat[1]]
+    largest = softmax.tops_of(seen, top)
+    if shape.lazy:
+        grown = softmax.outgrown(largest, top, factor)
+        largest = [arith.select(grown, largest[half], top[half]) for half in range(2)]
+        stat[6] = arith.select(grown, Float32(1.0), Float32(0.0))
+    weights, shrink, total = softmax.step(seen, top, largest, [stat[2], stat[3]], factor)
     for half in range(2):
-        stat[half], stat[2 + half], stat[4 + half] = top[half], total[half], shrink[half]
+        stat[half], stat[2 + half], stat[4 + half] = largest[half], total[half], shrink[half]
     return weights
+
+
+@cute.jit
+def scale(acc: cute.Tensor, stat: cute.Tensor, shape: Constexpr[Shape]) -> None:
+    """Makes sums relative to the largest score that weights are relative to now."""
+    if cutlass.const_expr(shape.lazy):
+        if stat[6] != Float32(0.0):
+            for i in cutlass.range_constexpr(cute.size(acc)):
+                acc[i] = acc[i] * stat[4 + i // 2 % 2]
+    else:
+        for i in cutlass.range_constexpr(cute.size(acc)):
+            acc[i] = acc[i] * stat[4 + i // 2 % 2]
 
 
 @cute.jit

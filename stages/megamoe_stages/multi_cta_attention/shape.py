@@ -26,6 +26,7 @@ class Shape(NamedTuple):
         keys: Of a tile, a multiple of 16.
         turns: Consumers start their products one after another, so that one's softmax falls on the others' products.
         late: Sums so far are scaled after the next scores were started, not before.
+        lazy: Weights stay relative to an older largest score while they do not grow too large; sums are rarely scaled.
         stages: Tiles of keys, and of values, in shared memory; a power of two.
     """
 
@@ -36,6 +37,7 @@ class Shape(NamedTuple):
     keys: int
     turns: bool = True
     late: bool = False
+    lazy: bool = False
     stages: int = 2
 
     @property
