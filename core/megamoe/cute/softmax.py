@@ -34,22 +34,24 @@ def own_rows(scores: list[Float32], half: int) -> list[Float32]:
 def hide(
     scores: cute.Tensor,  # (n / 2,) fp32
     start: Int32,
-    limits: Constexpr[list[tuple[Int32, Int32]]],
+    limits: Constexpr[list[Int32]],
+    after: Constexpr[bool],
 ) -> None:
     """Makes the scores of keys that a row does not see HIDDEN.
 
     Args:
         scores: Of keys from `start` on.
         start: The first key.
-        limits: For each of the lane's two rows the keys that it sees, from one to before another.
+        limits: For each of the lane's two rows the first key that it sees, or the first one that it does not.
+        after: Which of the two.
     """
     column = start + 2 * (cute.arch.lane_idx() % 4)
     for half in cutlass.range_constexpr(2):
-        low, high = limits[half][0] - column, limits[half][1] - column
+        limit = limits[half] - column
         for i in cutlass.range_constexpr(cute.size(scores) // 4):
             for j in cutlass.range_constexpr(2):
                 at = 4 * i + 2 * half + j
-                visible = (8 * i + j >= low) & (8 * i + j < high)
+                visible = 8 * i + j < limit if cutlass.const_expr(after) else 8 * i + j >= limit
                 scores[at] = arith.select(visible, scores[at], Float32(HIDDEN))
 
 

@@ -17,6 +17,7 @@ from megamoe.cute.warp import WARP
 
 SLOTS = 2  # tiles ahead
 RECORD_BYTES = 32
+_NO_LEVEL, _MOST_LEVEL = -(1 << 31), (1 << 31) - 1
 TILE_RING_BYTES = SLOTS * (RECORD_BYTES + 16)
 
 
@@ -131,38 +132,42 @@ def take(tiles: TileRing, number: Int32) -> Tile:
 def publish_tiles(tiles: Constexpr[TileRing], sequences: Constexpr[Sequences], rows: Constexpr[int]) -> None:
     """Finds this CTA's tiles of `rows` rows and publishes them, then one without rows; one warp.
 
-    Sequences come one after another, in each the last rows first, as these see the most keys when causal. CTAs take
-    turns back and forth, so that each has its share of the long ones.
+    Of 32 sequences at a time those tiles come first that see the most keys when causal: they go by levels, on which a
+    tile's end stands among all key positions. CTAs take turns back and forth, so that each has as much to do.
     """
     lane = cute.arch.lane_idx()
     cta, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
     count = cute.size(sequences.cu_q) - 1
-    chunk, before = Int32(0), Int32(0)  # a chunk of sequences, and the tiles before it
+    chunk, level, before = Int32(-WARP), Int32(_NO_LEVEL), Int32(0)  # `before`: tiles on levels before this one
+    own, low = Int32(0), Int32(0)  # tiles of this lane's sequence for each kv head, and the level of its first one
     turn, going = Int32(0), Int32(1)
     while going != 0:
         number = turn * ctas + arith.select(turn % 2 == 0, cta, ctas - 1 - cta)
-        scan, own = Int32(0), Int32(0)
-        looking = Int32(1)
+        here, looking = Uint32(0), Int32(1)
         while looking != 0:
-            here = cutlass.min(chunk + lane, count)
-            lq = sequences.cu_q[cutlass.min(here + 1, count)] - sequences.cu_q[here]
-            own = (lq * sequences.group + (rows - 1)) // rows * sequences.kv_heads
-            scan = own
-            for step in cutlass.range_constexpr(5):
-                below = cute.arch.shuffle_sync_up(scan, 1 << step, mask_and_clamp=0)
-                scan = scan + arith.select(lane >= 1 << step, below, Int32(0))
-            total = cute.arch.shuffle_sync(scan, WARP - 1)
-            if (number < before + total) | (chunk + WARP >= count):
+            here = Uint32(cute.arch.vote_ballot_sync((level >= low) & (level < low + own)))
+            width = Int32(cute.arch.popc(here)) * sequences.kv_heads
+            if number < before + width:
                 looking = Int32(0)
             else:
-                chunk, before = chunk + WARP, before + total
-        passed = cute.arch.popc(cute.arch.vote_ballot_sync(before + scan <= number))
-        inside = cutlass.min(passed, WARP - 1)
-        start = before + cute.arch.shuffle_sync(scan - own, inside)
-        row_tiles = cute.arch.shuffle_sync(own, inside) // sequences.kv_heads
-        going = arith.select(passed < WARP, Int32(1), Int32(0))
-        tile = _tile(chunk + inside, number - start, row_tiles, sequences, rows)
+                before = before + width
+                level = _highest(own, low, level - 1)
+                if level == _NO_LEVEL:
+                    chunk = chunk + WARP
+                    if chunk >= count:
+                        looking, going = Int32(0), Int32(0)
+                    else:
+                        own, low = _levels(chunk + lane, sequences, rows)
+                        level = _highest(own, low, Int32(_MOST_LEVEL))
+        local = number - before
+        place = local // sequences.kv_heads
+        below = cute.arch.popc(here & ((Uint32(1) << Uint32(lane)) - 1))
+        mine = (below == place) & ((here >> Uint32(lane) & 1) != 0)
+        which = WARP - 1 - cute.arch.clz(Int32(cute.arch.vote_ballot_sync(mine)))
+        which = cutlass.max(which, 0)
+        index = level - cute.arch.shuffle_sync(low, which)
+        tile = _tile(chunk + which, index, local - place * sequences.kv_heads, sequences, rows)
         slot = turn % SLOTS
         full = tiles.barriers(slot)
         ring.wait(full + 8, turn // SLOTS % 2 ^ 1)
@@ -176,22 +181,41 @@ def publish_tiles(tiles: Constexpr[TileRing], sequences: Constexpr[Sequences], r
         turn = turn + 1
 
 
-def _tile(sequence: Int32, local: Int32, row_tiles: Int32, sequences: Sequences, rows: int) -> Tile:
+def _levels(sequence: Int32, sequences: Sequences, rows: int) -> tuple[Int32, Int32]:
+    """Tiles of a sequence for each kv head, and the level of the first one; no tile where there is no sequence."""
+    count = cute.size(sequences.cu_q) - 1
+    here, there = cutlass.min(sequence, count), cutlass.min(sequence + 1, count)
+    lq = sequences.cu_q[there] - sequences.cu_q[here]
+    lead = sequences.cu_k[there] - sequences.cu_k[here] - lq
+    low = arith.select(sequences.causal != 0, lead * sequences.group // rows, Int32(0))
+    return (lq * sequences.group + (rows - 1)) // rows, low
+
+
+def _highest(own: Int32, low: Int32, most: Int32) -> Int32:
+    """The highest level up to `most` on which a lane has a tile, or _NO_LEVEL; all lanes."""
+    level = cutlass.min(most, low + own - 1)
+    level = arith.select(level >= low, level, Int32(_NO_LEVEL))
+    for step in range(5):
+        level = cutlass.max(level, cute.arch.shuffle_sync_bfly(level, offset=1 << step))
+    return level
+
+
+def _tile(sequence: Int32, index: Int32, kv_head: Int32, sequences: Sequences, rows: int) -> Tile:
     """A tile of a sequence; anything where there is none."""
     last = cute.size(sequences.cu_q) - 1
-    here, there = cutlass.min(sequence, last), cutlass.min(sequence + 1, last)
+    here = cutlass.max(cutlass.min(sequence, last), 0)
+    there = cutlass.min(here + 1, last)
     q0, k0 = sequences.cu_q[here], sequences.cu_k[here]
     lq, lk = sequences.cu_q[there] - q0, sequences.cu_k[there] - k0
-    turn = local // sequences.kv_heads
     tile = Tile(
         query=q0,
-        first=(row_tiles - 1 - turn) * rows,
+        first=index * rows,
         rows=lq * sequences.group,
         lead=lk - lq,
         key=k0,
         begin=Int32(0),
         end=lk,
-        kv_head=local - turn * sequences.kv_heads,
+        kv_head=kv_head,
     )
     last_row = cutlass.min(Int32(rows), tile.rows - tile.first) - 1
     begin, _ = tile.seen(Int32(0), lk, sequences)

@@ -315,8 +315,10 @@ def scale(acc: cute.Tensor, stat: cute.Tensor, shape: Constexpr[Shape]) -> None:
 @cute.jit
 def hide_edges(scores: cute.Tensor, start: Int32, view: Constexpr[View]) -> None:
     """Hides keys that a row does not see; most tiles have none, and nothing to do."""
-    if (start < view.begin) | (start + 2 * cute.size(scores) > view.end):
-        softmax.hide(scores, start, view.rows)
+    if start + 2 * cute.size(scores) > view.end:
+        softmax.hide(scores, start, [last for _, last in view.rows], True)
+    if start < view.begin:
+        softmax.hide(scores, start, [first for first, _ in view.rows], False)
 
 
 @cute.jit
