@@ -1,0 +1,381 @@
+"""The consumers of the attention kernel: scores, softmax and sums of 64 rows each, and their result.
+
+The scores of a tile of keys are multiplied while the sums over the tile before are; the softmax of those scores falls
+on the sums. Consumers take turns at starting their products, so that the tensor cores have one's products while
+another has its softmax.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
+from cutlass._mlir.dialects import llvm
+
+from megamoe.cute import arith, attention_mma, ring, softmax, tma, varlen, wgmma
+from megamoe.cute.varlen import Sequences, Tile, TileRing
+from megamoe.cute.warp import WARP
+from megamoe_stages.multi_cta_attention.shape import GROUP, QUERY_WARPS, ROWS, Shape
+
+_STEP_ROWS = wgmma.K_STEP * wgmma.ROW_BYTES >> 4  # in units of descriptors
+_TURN_BARRIER = 1  # of the first consumer, its turn; 0 is that of the CTA
+_OWN_BARRIER = 4  # of the first consumer, its own warps
+
+
+class Result(NamedTuple):
+    """What the consumers write, and what goes into it.
+
+    Attributes:
+        out: (queries * heads, Dv), 16 bits each.
+        lse: (queries * heads,) fp32.
+        sink: (heads,) fp32; not read unless has_sink.
+        has_sink: Whether there is one.
+        factor: softmax_scale in base 2, positive.
+    """
+
+    out: cute.Tensor
+    lse: cute.Tensor
+    sink: cute.Tensor
+    has_sink: Int32
+    factor: Float32
+
+
+class Place(NamedTuple):
+    """A consumer's place.
+
+    Attributes:
+        base: Of shared memory.
+        consumer: Its number.
+        g: Row of a lane among 8; the other one is 8 more.
+        t: Pair of columns of a lane.
+        wide: The warp's number in its warpgroup.
+    """
+
+    base: Int32
+    consumer: Int32
+    g: Int32
+    t: Int32
+    wide: Int32
+
+    def row(self, half: int) -> Int32:
+        """One of the lane's two rows in the tile."""
+        return self.consumer * ROWS + self.wide * 16 + self.g + 8 * half
+
+    def one_lane(self) -> Int32:
+        """Not 0 in one lane of a warp."""
+        return arith.select((self.g == 0) & (self.t == 0), Int32(1), Int32(0))
+
+
+def tile_ring(base: Int32, shape: Shape) -> TileRing:
+    """Where the CTA's tiles are handed over: to the warp that loads, those that bring queries, the consumers."""
+    return TileRing(base + shape.tile_ring_at, 1 + QUERY_WARPS + shape.consumers * GROUP // WARP)
+
+
+def queries_barrier(base: Int32, stage: Int32, shape: Shape) -> Int32:
+    """Queries are there; 8 on: their place is free."""
+    return base + shape.barriers_at + 32 * shape.stages + stage * 16
+
+
+def keys_barrier(base: Int32, stage: Int32, shape: Shape) -> Int32:
+    """Keys of a stage are there; 8 on: their place is free; 16 and 24 on: the same of values."""
+    return base + shape.barriers_at + stage * 32
+
+
+def stage_of(turn: Int32, stages: int) -> tuple[Int32, Int32]:
+    """The stage, one of a power of two, of what comes as number `turn`, and the parity of its barriers."""
+    return turn & (stages - 1), turn >> (stages.bit_length() - 1) & 1
+
+
+def wait_turn(consumer: Int32, shape: Shape) -> None:
+    """Until the consumer before has started its products."""
+    _barrier("bar.sync", consumer + _TURN_BARRIER, 2 * GROUP)
+
+
+def pass_turn(consumer: Int32, shape: Shape) -> None:
+    """Lets the next consumer start its products."""
+    following = arith.select(consumer == shape.consumers - 1, Int32(0), consumer + 1)
+    _barrier("bar.arrive", following + _TURN_BARRIER, 2 * GROUP)
+
+
+def _barrier(name: str, number: Int32, threads: int) -> None:
+    llvm.inline_asm(
+        None,
+        [number.ir_value()],
+        f"{name} $0, {threads};",
+        "r,~{memory}",
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+
+
+@cute.jit
+def attend(base: Int32, sequences: Constexpr[Sequences], result: Constexpr[Result], shape: Constexpr[Shape]) -> None:
+    """All tiles of a consumer."""
+    lane = cute.arch.lane_idx()
+    consumer = cute.arch.make_warp_uniform(cute.arch.warp_idx() // 4 - 1)
+    place = Place(base, consumer, lane // 4, lane % 4, cute.arch.warp_idx() % 4)
+    acc = cute.make_rmem_tensor((shape.v_dim // 2,), Float32)
+    tiles = tile_ring(base, shape)
+    number, turn, loads = Int32(0), Int32(0), Int32(0)
+    going = Int32(1)
+    first_turns = shape.consumers - 1 if shape.turns else -1  # who passes the turn that the first one starts with
+    if consumer == first_turns:
+        pass_turn(consumer, shape)
+    while going != 0:
+        tile = varlen.take(tiles, number)
+        steps = tile.steps(shape.keys)
+        if tile.rows == 0:
+            going = Int32(0)
+        elif steps == 0:
+            nothing(tile, place, sequences, result, shape)
+        else:
+            attend_tile(acc, tile, steps, turn, loads, place, sequences, result, shape)
+            turn, loads = turn + steps, loads + 1
+        number = number + 1
+    if consumer == (0 if shape.turns else -1):
+        wait_turn(consumer, shape)  # the last one, which nobody needs
+    tma.wait_stores()
+
+
+@cute.jit
+def attend_tile(
+    acc: cute.Tensor,  # (Dv / 2,) fp32, as `wgmma.mma`
+    tile: Constexpr[Tile],
+    steps: Int32,
+    turn: Int32,
+    loads: Int32,
+    place: Constexpr[Place],
+    sequences: Constexpr[Sequences],
+    result: Constexpr[Result],
+    shape: Constexpr[Shape],
+) -> None:
+    """One tile with something to see."""
+    base = place.base
+    count, words = shape.v_dim // 2, shape.keys // 4
+    weights = cute.make_rmem_tensor((words,), Uint32)
+    stat = cute.make_rmem_tensor((7,), Float32)  # top, total, by what sums shrink, of two rows; whether they do
+    for i, zero in enumerate(wgmma.zeros(count)):
+        acc[i] = zero
+    for i in cutlass.range_constexpr(2):
+        stat[i], stat[2 + i], stat[4 + i] = Float32(softmax.HIDDEN), Float32(0.0), Float32(1.0)
+    stat[6] = Float32(0.0)
+    view = view_of(tile, place, sequences)
+    lanes = attention_mma.all_lanes()
+
+    held, parity = stage_of(loads, shape.query_stages)
+    queries = base + held * shape.queries_bytes + place.consumer * shape.part_bytes
+    ring.wait(queries_barrier(base, held, shape), parity)
+    scores = attention_mma.wait(start_scores(queries, turn, place, shape))
+    release(turn, 8, place, shape)
+    fresh = weigh(scores, stat, tile.begin, view, result.factor, shape)
+    if (shape.query_stages > 1) & (loads > 0):  # the last tile's output has left by now
+        tma.wait_stores()
+        release_queries(loads - 1, place, shape)
+    for i, word in enumerate(softmax.left_operands(fresh, shape.kind)):
+        weights[i] = word
+    for step in cutlass.range(1, steps, unroll=1):
+        here = turn + step
+        if cutlass.const_expr(shape.turns):
+            wait_turn(place.consumer, shape)
+        if cutlass.const_expr(shape.late):
+            scores = start_scores(queries, here, place, shape)
+            scale(acc, stat, shape)
+            ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
+        else:
+            ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
+            scores = start_scores(queries, here, place, shape)
+        sums = start_sums(ready[:count], ready[count:], here - 1, place, shape)
+        if cutlass.const_expr(shape.turns):
+            pass_turn(place.consumer, shape)
+        scores = attention_mma.wait(scores, 1)
+        release(here, 8, place, shape)
+        fresh = weigh(scores, stat, tile.begin + step * shape.keys, view, result.factor, shape)
+        sums, fresh = attention_mma.wait_behind(sums, fresh, lanes)
+        release(here - 1, 24, place, shape)
+        for i, value in enumerate(sums):
+            acc[i] = value
+        if cutlass.const_expr(not shape.late):
+            scale(acc, stat, shape)
+        for i, word in enumerate(softmax.left_operands(fresh, shape.kind)):
+            weights[i] = word
+    if cutlass.const_expr(shape.late):
+        scale(acc, stat, shape)
+    ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
+    last = turn + steps - 1
+    sums = attention_mma.wait(start_sums(ready[:count], ready[count:], last, place, shape))
+    release(last, 24, place, shape)
+    for i, value in enumerate(sums):
+        acc[i] = value
+    finish(acc, stat, tile, queries, place, sequences, result, shape)
+    if cutlass.const_expr(shape.query_stages == 1):
+        tma.wait_stores()
+        release_queries(loads, place, shape)
+
+
+class View(NamedTuple):
+    """What the rows of a warp see, keys from one to before another.
+
+    Attributes:
+        rows: The lane's two rows.
+        begin: From here on all rows of the warp see keys.
+        end: Up to here all rows of the warp see keys.
+    """
+
+    rows: list[tuple[Int32, Int32]]
+    begin: Int32
+    end: Int32
+
+
+def view_of(tile: Tile, place: Place, sequences: Sequences) -> View:
+    """What the rows of this lane and warp see."""
+    first = place.consumer * ROWS + place.wide * 16
+    begin, _ = tile.seen(first + 15, tile.end, sequences)
+    _, end = tile.seen(first, tile.end, sequences)
+    return View([tile.seen(place.row(half), tile.end, sequences) for half in range(2)], begin, end)
+
+
+def start_scores(queries: Int32, turn: Int32, place: Place, shape: Shape) -> list[Float32]:
+    """Starts the products of the queries and a tile of keys, once it is there; a group of its own."""
+    stage, parity = stage_of(turn, shape.stages)
+    ring.wait(keys_barrier(place.base, stage, shape), parity)
+    rows = wgmma.descriptor(queries)
+    keys = wgmma.descriptor(place.base + shape.keys_at + stage * shape.keys_bytes)
+    wgmma.fence()
+    scores = []
+    for k in range(shape.head_dim // wgmma.K_STEP):
+        block, inner = k // 4, k % 4 * wgmma.K_STEP * 2
+        a = rows + (block * ROWS * wgmma.ROW_BYTES + inner >> 4)
+        b = keys + (block * shape.block_bytes + inner >> 4)
+        if k == 0:
+            scores = attention_mma.first_shared(shape.keys // 2, a, b, shape.kind)
+        else:
+            scores = attention_mma.mma_shared(scores, a, b, shape.kind)
+    wgmma.commit()
+    return scores
+
+
+def start_sums(sums: list[Float32], weights: list[Uint32], turn: Int32, place: Place, shape: Shape) -> list[Float32]:
+    """Starts adding a tile of values by their weights, once it is there; a group of its own."""
+    stage, parity = stage_of(turn, shape.stages)
+    ring.wait(keys_barrier(place.base, stage, shape) + 16, parity)
+    values = attention_mma.transposed(place.base + shape.values_at + stage * shape.values_bytes, shape.block_bytes)
+    for k in range(shape.keys // wgmma.K_STEP):
+        sums = attention_mma.mma_transposed(sums, weights[4 * k : 4 * k + 4], values + k * _STEP_ROWS, shape.kind)
+    wgmma.commit()
+    return sums
+
+
+def release(turn: Int32, which: int, place: Place, shape: Shape) -> None:
+    """Gives the place of a tile of keys (8) or values (24) back, an arrival a warp."""
+    stage, _ = stage_of(turn, shape.stages)
+    ring.arrive_if(keys_barrier(place.base, stage, shape) + which, place.one_lane())
+
+
+def release_queries(loads: Int32, place: Place, shape: Shape) -> None:
+    """Gives the place of the queries number `loads`, and of the output after them, back, an arrival a warp."""
+    stage, _ = stage_of(loads, shape.query_stages)
+    cute.arch.sync_warp()
+    ring.arrive_if(queries_barrier(place.base, stage, shape) + 8, place.one_lane())
+
+
+def weigh(
+    scores: list[Float32], stat: cute.Tensor, start: Int32, view: View, factor: Float32, shape: Shape
+) -> list[Float32]:
+    """Weights of the scores of the keys from `start` on; updates `stat`."""
+    held = cute.make_rmem_tensor((len(scores),), Float32)
+    for i, score in enumerate(scores):
+        held[i] = score
+    hide_edges(held, start, view)
+    seen, top = [held[i] for i in range(len(scores))], [stat[0], stat[1]]
+    largest = softmax.tops_of(seen, top)
+    if shape.lazy:
+        grown = softmax.outgrown(largest, top, factor)
+        largest = [arith.select(grown, largest[half], top[half]) for half in range(2)]
+        stat[6] = arith.select(grown, Float32(1.0), Float32(0.0))
+    weights, shrink, total = softmax.step(seen, top, largest, [stat[2], stat[3]], factor)
+    for half in range(2):
+        stat[half], stat[2 + half], stat[4 + half] = largest[half], total[half], shrink[half]
+    return weights
+
+
+@cute.jit
+def scale(acc: cute.Tensor, stat: cute.Tensor, shape: Constexpr[Shape]) -> None:
+    """Makes sums relative to the largest score that weights are relative to now."""
+    if cutlass.const_expr(shape.lazy):
+        if stat[6] != Float32(0.0):
+            for i in cutlass.range_constexpr(cute.size(acc)):
+                acc[i] = acc[i] * stat[4 + i // 2 % 2]
+    else:
+        for i in cutlass.range_constexpr(cute.size(acc)):
+            acc[i] = acc[i] * stat[4 + i // 2 % 2]
+
+
+@cute.jit
+def hide_edges(scores: cute.Tensor, start: Int32, view: Constexpr[View]) -> None:
+    """Hides keys that a row does not see; most tiles have none, and nothing to do."""
+    if start + 2 * cute.size(scores) > view.end:
+        softmax.hide(scores, start, [last for _, last in view.rows], True)
+    if start < view.begin:
+        softmax.hide(scores, start, [first for first, _ in view.rows], False)
+
+
+@cute.jit
+def finish(
+    acc: cute.Tensor,
+    stat: cute.Tensor,
+    tile: Constexpr[Tile],
+    queries: Int32,
+    place: Constexpr[Place],
+    sequences: Constexpr[Sequences],
+    result: Constexpr[Result],
+    shape: Constexpr[Shape],
+) -> None:
+    """Writes a warp's 16 rows: registers to shared memory, where the queries were, then in bulk; nothing comes back."""
+    lane = cute.arch.lane_idx()
+    scales = []
+    for half in cutlass.range_constexpr(2):
+        row = place.row(half)
+        inside = tile.first + row < tile.rows
+        spot = tile.place(arith.select(inside, row, Int32(0)), sequences)
+        head = arith.select(result.has_sink != 0, spot % sequences.heads, Int32(0))
+        sink = arith.select(result.has_sink != 0, result.sink[head], Float32(softmax.HIDDEN))
+        scale, lse = softmax.finish(stat[half], stat[2 + half], result.factor, sink)
+        scales.append(scale)
+        if inside & (place.t == 0):
+            result.lse[spot] = lse
+    _barrier("bar.sync", place.consumer + _OWN_BARRIER, GROUP)  # all warps have multiplied their queries
+    own = queries + place.wide * (16 * shape.out_row_bytes)
+    to = own + lane % 16 * shape.out_row_bytes + lane // 16 * 16
+    for block in cutlass.range_constexpr(shape.v_dim // 16):
+        values = [acc[8 * block + i] * scales[i // 2 % 2] for i in range(8)]
+        tma.store_matrix(to + block * 32, softmax.left_operands(values, shape.kind))
+    attention_mma.proxy_fence()
+    cute.arch.sync_warp()
+    row = place.consumer * ROWS + place.wide * 16 + lane
+    if (lane < 16) & (tile.first + row < tile.rows):
+        target = ring.address(result.out.iterator) + Int64(tile.place(row, sequences)) * (shape.v_dim * 2)
+        tma.store_bulk(target, own + lane * shape.out_row_bytes, shape.v_dim * 2)
+        tma.commit_stores()
+
+
+@cute.jit
+def nothing(
+    tile: Constexpr[Tile],
+    place: Constexpr[Place],
+    sequences: Constexpr[Sequences],
+    result: Constexpr[Result],
+    shape: Constexpr[Shape],
+) -> None:
+    """Writes rows that see nothing."""
+    lane = cute.arch.lane_idx()
+    for local in cutlass.range(16, unroll=1):
+        row = place.consumer * ROWS + place.wide * 16 + local
+        if tile.first + row < tile.rows:
+            spot = tile.place(row, sequences)
+            at = ring.address(result.out.iterator) + Int64(spot) * (shape.v_dim * 2)
+            for chunk in cutlass.range(lane, shape.v_dim // 8, WARP, unroll=1):
+                attention_mma.store16_global(at + chunk * 16, [Uint32(0)] * 4)
+            if lane == 0:
+                result.lse[spot] = Float32(softmax.HIDDEN)
