@@ -6,7 +6,6 @@ A tile lies in shared memory as blocks of 64 columns, a row of a block 128 bytes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from cutlass import Int16, Int32, Int64, Numeric, cute
@@ -95,18 +94,6 @@ def arrive_everywhere(barrier: Int32, ctas: int) -> None:
             " @p mbarrier.arrive.shared::cluster.b64 _, [there];}"
         )
     _asm(text, "r,r", barrier, lane)
-
-
-def store_row(target: Int64, source: Int32, size: int, condition: Int32) -> None:
-    """Starts a bulk copy from shared to global memory, all multiples of 16, where the condition is not 0."""
-    text = "{.reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;}"
-    _asm(text, "l,r,r,r", target, source, Int32(size), condition)
-
-
-def store_matrices(at: Int32, words: Sequence[Numeric]) -> None:
-    """Writes four (8, 8) of 16 bits to shared memory: lane 8 i + r says where row r of i goes."""
-    text = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
-    _asm(text, "r,r,r,r,r", at, *words)
 
 
 def _asm(text: str, constraints: str, *operands: Numeric) -> None:

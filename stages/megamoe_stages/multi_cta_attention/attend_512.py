@@ -1,9 +1,9 @@
 """The consumers of the head_dim 512 kernel: scores, softmax and sums.
 
 Each consumer, a warpgroup, holds 64 rows and half of the columns of their output. The consumers take turns at the
-scores of tiles; the weights of a tile go through shared memory to the other one. In a turn a consumer queues its
-own values, the keys of its next tile and the other's values, so that products run while it makes the softmax, and the
-other consumer's run while it waits. Scores are in base 2.
+scores of tiles of keys; the weights of a tile go through shared memory to the other one. In a turn a consumer queues
+its own values, the keys of its next tile and the other's values, so that products run while it makes the softmax, and
+the other consumer's run while it waits.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from collections.abc import Iterator
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, bf16, multicast, ring, wgmma
-from megamoe.cute.arith import Target
-from megamoe.cute.attention_mma import exp2
-from megamoe.cute.warp import sum_of_four
+from megamoe.cute import arith, attention_mma, multicast, ring, softmax, wgmma
+from megamoe.cute.varlen import Sequences, Tile
 from megamoe_stages.multi_cta_attention.produce_512 import advance
-from megamoe_stages.multi_cta_attention.rows_512 import Rows, Work, lanes
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
     COLUMNS,
@@ -29,14 +26,14 @@ from megamoe_stages.multi_cta_attention.shape_512 import (
     ROWS,
     Shape,
 )
+from megamoe_stages.multi_cta_attention.tiles_512 import lanes
 
 _STEP_BYTES = wgmma.K_STEP * 2 >> 4  # along a row, in units of descriptors
 _STEP_ROWS = wgmma.K_STEP * ROW_BYTES >> 4
 _STEPS = 4  # of 64 columns or rows
 _COUNT = HALF // 2  # sums of a thread
-CONSUMERS_BARRIER = 1  # of both consumers; 0 is that of the CTA
+_BARRIER = 1  # of both consumers; 0 is that of the CTA
 _LOCAL = (1 << 18) - 1
-NONE = float("-inf")
 
 
 class Consumer:
@@ -45,103 +42,105 @@ class Consumer:
     Attributes:
         base: Of the shared memory.
         number: 0 or 1.
+        tile: The CTA's rows, and the keys that it goes through.
+        sequences: Masks.
+        factor: Makes scores in base 2 of products; positive.
+        view: First key from which on all rows of the CTA see keys, and the one up to which.
         cursor: (2,) Int32: slot and parity of its ring.
         acc: (HALF / 2,) fp32, as `wgmma.mma`.
-        stat: (4,) fp32: largest scores of a thread's two rows, their sums.
-        weights: (tile / 4,) words: of the tile whose values come next.
-        scale: (2,) fp32: by what the sums shrink before that.
+        stat: (4,) fp32: largest products of a thread's two rows, its part of their sums.
+        weights: (keys / 4,) words: of the tile whose values come next.
+        shrink: (2,) fp32: by what the sums shrink before that.
     """
 
-    def __init__(self, base: Int32, number: Int32, shape: Shape) -> None:
-        self.base, self.number = base, number
+    def __init__(
+        self, base: Int32, number: Int32, tile: Tile, sequences: Sequences, factor: Float32, shape: Shape
+    ) -> None:
+        self.base, self.number, self.tile, self.sequences, self.factor = base, number, tile, sequences, factor
+        begin, _ = tile.seen(Int32(ROWS - 1), tile.end, sequences)
+        _, end = tile.seen(Int32(0), tile.end, sequences)
+        self.view = begin, end
         self.cursor = cute.make_rmem_tensor((2,), Int32)
         self.acc = cute.make_rmem_tensor((_COUNT,), Float32)
         self.stat = cute.make_rmem_tensor((4,), Float32)
-        self.weights = cute.make_rmem_tensor((shape.tile // 4,), Uint32)
-        self.scale = cute.make_rmem_tensor((2,), Float32)
+        self.weights = cute.make_rmem_tensor((shape.keys // 4,), Uint32)
+        self.shrink = cute.make_rmem_tensor((2,), Float32)
         for i, zero in enumerate(wgmma.zeros(_COUNT)):
             self.acc[i] = zero
         for i in range(2):
             self.cursor[i] = Int32(0)
-            self.stat[i], self.stat[2 + i] = Float32(NONE), Float32(0.0)
+            self.stat[i], self.stat[2 + i] = Float32(softmax.HIDDEN), Float32(0.0)
+
+    def row(self, half: int) -> Int32:
+        """One of the lane's two rows in the CTA."""
+        g, _, wide = lanes()
+        return wide * 16 + g + 8 * half
 
 
 @cute.jit
-def attend(
-    me: Constexpr[Consumer], factor: Float32, rows: Constexpr[Rows], work: Constexpr[Work], shape: Constexpr[Shape]
-) -> None:
-    """All tiles; `factor` makes scores of products."""
-    if (me.number == 0) & (work.tiles > 0):
-        take_turn(me, Int32(0), factor, rows, work, False, False, shape)
-    if (me.number == 1) & (work.tiles > 1):
-        take_turn(me, Int32(1), factor, rows, work, False, True, shape)
-    own = (work.tiles - me.number + 1) // 2
+def attend(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
+    """All tiles of keys."""
+    steps = me.tile.steps(shape.keys)
+    if (me.number == 0) & (steps > 0):
+        take_turn(me, Int32(0), False, False, shape)
+    if (me.number == 1) & (steps > 1):
+        take_turn(me, Int32(1), False, True, shape)
+    own = (steps - me.number + 1) // 2
     for turn in cutlass.range(own - 1, unroll=1):
-        take_turn(me, me.number + 2 + 2 * turn, factor, rows, work, True, True, shape)
+        take_turn(me, me.number + 2 + 2 * turn, True, True, shape)
     if own > 0:
         finish_own(me, me.number + 2 * (own - 1), shape)
     last = me.number + 2 * own - 1  # of the other consumer, behind this one's last
-    if (last >= 0) & (last < work.tiles):
+    if (last >= 0) & (last < steps):
         finish_other(me, last, shape)
-    for i in cutlass.range_constexpr(2):
-        me.stat[2 + i] = sum_of_four(me.stat[2 + i], Target.SM90)
     join_totals(me, shape)
 
 
 @cute.jit
 def take_turn(
-    me: Constexpr[Consumer],
-    tile: Int32,
-    factor: Float32,
-    rows: Constexpr[Rows],
-    work: Constexpr[Work],
-    owns: Constexpr[bool],
-    follows: Constexpr[bool],
-    shape: Constexpr[Shape],
+    me: Constexpr[Consumer], step: Int32, owns: Constexpr[bool], follows: Constexpr[bool], shape: Constexpr[Shape]
 ) -> None:
     """The weights of an own tile, and meanwhile the values of the two before.
 
     Args:
         me: This consumer.
-        tile: Its next tile.
-        factor: Makes scores of products.
-        rows: Of the CTA.
-        work: Of the cluster.
+        step: Its next tile of keys.
         owns: Add the values of its tile before.
         follows: Add the values of the other's tile before.
         shape: Of the kernel.
     """
     sums = [me.acc[i] for i in range(_COUNT)]
     held: list[Int32] = []
+    running = owns  # products of own values are on their way
     if cutlass.const_expr(owns):
-        sums, held = start_own(me, sums, tile - 2, shape)
-    apart = shape.shared or shape.tile > COLUMNS
-    if cutlass.const_expr(owns and apart):  # the keys come to where those values are, or scores to where weights are
+        sums, held = start_own(me, step - 2, shape)
+    if cutlass.const_expr(owns and shape.apart):
         sums = attention_mma.wait(sums)
         release(held, shape)
-        held = []
-    scores = attention_mma.fence(wgmma.zeros(shape.tile // 2))
+        held, running = [], False
+    scores: list[Float32] = []
     for chunk in cutlass.range_constexpr(shape.key_chunks):
-        at, empty = next_keys(me, tile, chunk, shape)
+        at, empty = next_keys(me, step, chunk, shape)
         wgmma.fence()
         scores = add_scores(scores, me.base, at, chunk, shape)
         wgmma.commit()
-        if cutlass.const_expr(chunk == 0 and owns and not apart):
+        if cutlass.const_expr(running):
             sums = attention_mma.wait(sums, 1)
+            running = False
         elif cutlass.const_expr(chunk > 0):
             wgmma.wait(1)
-        release(held if chunk > 0 or owns else [], shape)
+        if cutlass.const_expr(chunk > 0 or owns):
+            release(held, shape)
         held = empty
-    running = 0
+    groups = 0
     others: list[Int32] = []
     if cutlass.const_expr(follows):
-        shrink = follow(me, tile - 1, shape)
-        sums = attention_mma.fence([sums[i] * shrink[i // 2 % 2] for i in range(_COUNT)])
-        sums, others, running = start_other(me, sums, tile - 1, shape)
-    scores = attention_mma.wait(scores, running)
+        follow(me, step - 1, shape)
+        sums, others, groups = start_other(me, sums, step - 1, shape)
+    scores = attention_mma.wait(scores, groups)
     release(held, shape)
-    softmax(me, scores, tile, factor, rows, work, shape)
-    publish(me, tile, shape)
+    weigh(me, scores, step, shape)
+    publish(me, step, shape)
     if cutlass.const_expr(follows):
         sums = attention_mma.wait(sums)
         release(others, shape)
@@ -151,20 +150,19 @@ def take_turn(
 
 
 @cute.jit
-def finish_own(me: Constexpr[Consumer], tile: Int32, shape: Constexpr[Shape]) -> None:
+def finish_own(me: Constexpr[Consumer], step: Int32, shape: Constexpr[Shape]) -> None:
     """Adds the values of the last own tile."""
-    sums, held = start_own(me, [me.acc[i] for i in range(_COUNT)], tile, shape)
+    sums, held = start_own(me, step, shape)
     for i, value in enumerate(attention_mma.wait(sums)):
         me.acc[i] = value
     release(held, shape)
 
 
 @cute.jit
-def finish_other(me: Constexpr[Consumer], tile: Int32, shape: Constexpr[Shape]) -> None:
+def finish_other(me: Constexpr[Consumer], step: Int32, shape: Constexpr[Shape]) -> None:
     """Adds the values of the other consumer's last tile."""
-    shrink = follow(me, tile, shape)
-    sums = attention_mma.fence([me.acc[i] * shrink[i // 2 % 2] for i in range(_COUNT)])
-    sums, others, _ = start_other(me, sums, tile, shape)
+    follow(me, step, shape)
+    sums, others, _ = start_other(me, [me.acc[i] for i in range(_COUNT)], step, shape)
     for i, value in enumerate(attention_mma.wait(sums)):
         me.acc[i] = value
     release(others, shape)
@@ -176,11 +174,11 @@ def local(address: Int32) -> Int32:
     return address & _LOCAL
 
 
-def next_keys(me: Consumer, tile: Int32, chunk: int, shape: Shape) -> tuple[Int32, list[Int32]]:
+def next_keys(me: Consumer, step: Int32, chunk: int, shape: Shape) -> tuple[Int32, list[Int32]]:
     """Waits for a chunk of a tile of keys; its address, and what to give back when it was read."""
     if shape.shared:
         which, part = divmod(chunk, shape.value_chunks)
-        return _shared_chunk(me, tile, Int32(which), part, shape)[0], []
+        return _shared_chunk(me, step, Int32(which), part, shape)[0], []
     return _next_chunk(me, shape)
 
 
@@ -192,10 +190,10 @@ def _next_chunk(me: Consumer, shape: Shape) -> tuple[Int32, list[Int32]]:
     return me.base + shape.ring_at + me.number * shape.ring_bytes + slot * shape.chunk_bytes, [full + 8]
 
 
-def _shared_chunk(me: Consumer, tile: Int32, which: Int32, part: int, shape: Shape) -> tuple[Int32, list[Int32]]:
-    slot = tile % 2 * shape.value_chunks + part
+def _shared_chunk(me: Consumer, step: Int32, which: Int32, part: int, shape: Shape) -> tuple[Int32, list[Int32]]:
+    slot = step % 2 * shape.value_chunks + part
     full = me.base + shape.barriers_at + (which * shape.slots + slot) * 16
-    ring.wait(full, tile // 2 % 2)
+    ring.wait(full, step // 2 % 2)
     return me.base + shape.ring_at + which * shape.ring_bytes + slot * shape.chunk_bytes, [full + 8]
 
 
@@ -204,19 +202,35 @@ def add_scores(scores: list[Float32], base: Int32, at: Int32, chunk: int, shape:
     queries, keys = wgmma.descriptor(local(base)), wgmma.descriptor(local(at))
     for i in range(shape.key_blocks):
         for k in range(_STEPS):
-            ahead = (chunk * shape.key_blocks + i) * (BLOCK_BYTES >> 4) + k * _STEP_BYTES
-            there = i * (shape.key_block_bytes >> 4) + k * _STEP_BYTES
-            scores = attention_mma.mma_shared(scores, queries + ahead, keys + there)
+            a = queries + ((chunk * shape.key_blocks + i) * (BLOCK_BYTES >> 4) + k * _STEP_BYTES)
+            b = keys + (i * (shape.key_block_bytes >> 4) + k * _STEP_BYTES)
+            if scores:
+                scores = attention_mma.mma_shared(scores, a, b)
+            else:
+                scores = attention_mma.first_shared(shape.keys // 2, a, b)
     return scores
 
 
-def start_own(me: Consumer, sums: list[Float32], tile: Int32, shape: Shape) -> tuple[list[Float32], list[Int32]]:
+@cute.jit
+def shrink_sums(me: Constexpr[Consumer], sums: cute.Tensor, shape: Constexpr[Shape]) -> None:
+    """Makes sums relative to the largest products that weights are relative to now."""
+    if cutlass.const_expr(shape.lazy):
+        if cute.arch.vote_any_sync((me.shrink[0] != Float32(1.0)) | (me.shrink[1] != Float32(1.0))):
+            for i in cutlass.range_constexpr(_COUNT):
+                sums[i] = sums[i] * me.shrink[i // 2 % 2]
+    else:
+        for i in cutlass.range_constexpr(_COUNT):
+            sums[i] = sums[i] * me.shrink[i // 2 % 2]
+
+
+def start_own(me: Consumer, step: Int32, shape: Shape) -> tuple[list[Float32], list[Int32]]:
     """Starts adding the values of an own tile, whose weights are in registers; what to give back afterwards."""
-    weights = [me.weights[i] for i in range(shape.tile // 4)]
-    ready = attention_mma.fence([sums[i] * me.scale[i // 2 % 2] for i in range(_COUNT)] + weights)
+    shrink_sums(me, me.acc, shape)
+    weights = [me.weights[i] for i in range(shape.keys // 4)]
+    ready = attention_mma.fence([me.acc[i] for i in range(_COUNT)] + weights)
     sums, weights = ready[:_COUNT], ready[_COUNT:]
     held: list[Int32] = []
-    for values, first, steps, empty in value_steps(me, tile, shape):
+    for values, first, steps, empty in value_steps(me, step, shape):
         wgmma.fence()
         for k in range(steps):
             part = weights[4 * (first + k) : 4 * (first + k) + 4]
@@ -226,21 +240,20 @@ def start_own(me: Consumer, sums: list[Float32], tile: Int32, shape: Shape) -> t
     return sums, held
 
 
-def _step_at(step: int) -> int:
-    """Where the weights of 16 keys start, in units of descriptors."""
-    block, within = divmod(step, _STEPS)
-    return block * (BLOCK_BYTES >> 4) + within * _STEP_BYTES
-
-
-def start_other(me: Consumer, sums: list[Float32], tile: Int32, shape: Shape) -> tuple[list[Float32], list[Int32], int]:
+def start_other(me: Consumer, sums: list[Float32], step: Int32, shape: Shape) -> tuple[list[Float32], list[Int32], int]:
     """Starts adding the values of a tile of the other consumer; also says how many groups are on their way."""
+    for i, value in enumerate(sums):
+        me.acc[i] = value
+    shrink_sums(me, me.acc, shape)
+    sums = attention_mma.fence([me.acc[i] for i in range(_COUNT)])
     weights = wgmma.descriptor(local(me.base) + shape.weights_at + (1 - me.number) * shape.weights_bytes)
     held: list[Int32] = []
     groups = 0
-    for values, first, steps, empty in value_steps(me, tile, shape):
+    for values, first, steps, empty in value_steps(me, step, shape):
         wgmma.fence()
         for k in range(steps):
-            left = weights + _step_at(first + k)
+            block, within = divmod(first + k, _STEPS)
+            left = weights + (block * (BLOCK_BYTES >> 4) + within * _STEP_BYTES)
             sums = attention_mma.mma_shared_transposed(sums, left, values + k * _STEP_ROWS)
         wgmma.commit()
         held += empty
@@ -248,16 +261,16 @@ def start_other(me: Consumer, sums: list[Float32], tile: Int32, shape: Shape) ->
     return sums, held, groups
 
 
-def value_steps(me: Consumer, tile: Int32, shape: Shape) -> Iterator[tuple[Int64, int, int, list[Int32]]]:
+def value_steps(me: Consumer, step: Int32, shape: Shape) -> Iterator[tuple[Int64, int, int, list[Int32]]]:
     """Chunks of this consumer's half of a tile of values, each waited for when it comes.
 
     Yields:
         The descriptor, the first of the products (16 rows each) and their number, and what to give back afterwards.
     """
     if shape.shared:
-        chunks = [_shared_chunk(me, tile, me.number, part, shape) for part in range(shape.value_chunks)]
+        chunks = [_shared_chunk(me, step, me.number, part, shape) for part in range(shape.value_chunks)]
         empty = [barrier for _, barriers in chunks for barrier in barriers]
-        yield attention_mma.transposed(local(chunks[0][0]), BLOCK_BYTES), 0, shape.tile // wgmma.K_STEP, empty
+        yield attention_mma.transposed(local(chunks[0][0]), BLOCK_BYTES), 0, shape.keys // wgmma.K_STEP, empty
         return
     for chunk in range(shape.value_chunks):
         at, empty = _next_chunk(me, shape)
@@ -271,68 +284,49 @@ def release(empty: Constexpr[list[Int32]], shape: Constexpr[Shape]) -> None:
         multicast.arrive_everywhere(barrier, shape.ctas)
 
 
-@cute.jit
-def softmax(
-    me: Constexpr[Consumer],
-    scores: Constexpr[list[Float32]],
-    tile: Int32,
-    factor: Float32,
-    rows: Constexpr[Rows],
-    work: Constexpr[Work],
-    shape: Constexpr[Shape],
-) -> None:
+def weigh(me: Consumer, products: list[Float32], step: Int32, shape: Shape) -> None:
     """The weights of a tile, and by what the sums so far shrink."""
-    target = Target.SM90
-    x = cute.make_rmem_tensor((shape.tile // 2,), Float32)
-    for i, score in enumerate(scores):
-        x[i] = arith.mul(score, factor, target)
-    start = work.first + tile * shape.tile
-    begin, _ = rows.seen(cutlass.min(rows.first + (ROWS - 1), rows.count - 1))
-    _, end = rows.seen(cutlass.min(rows.first, rows.count - 1))
-    if (begin > start) | (end < start + shape.tile):
-        hide(x, start, rows, shape)
-    for half in cutlass.range_constexpr(2):
-        own = [i + j for i in range(2 * half, shape.tile // 2, 4) for j in range(2)]
-        top = me.stat[half]
-        for i in own:
-            top = arith.maximum(top, x[i], target)
-        top = attention_mma.max_of_four(top)
-        zero = finite(top)
-        me.scale[half] = exp2(me.stat[half] - zero)
-        total = me.stat[2 + half] * me.scale[half]
-        p = [exp2(x[i] - zero) for i in own]
-        for value in p:
-            total = total + value
-        for i in cutlass.range_constexpr(shape.tile // 8):
-            me.weights[2 * i + half] = bf16.pack(p[2 * i], p[2 * i + 1], target)
-        me.stat[half], me.stat[2 + half] = top, total
+    held = cute.make_rmem_tensor((len(products),), Float32)
+    for i, product in enumerate(products):
+        held[i] = product
+    hide_edges(held, me, me.tile.begin + step * shape.keys)
+    seen, top = [held[i] for i in range(len(products))], [me.stat[0], me.stat[1]]
+    largest = softmax.tops_of(seen, top)
+    if shape.lazy:
+        grown = softmax.outgrown(largest, top, me.factor)
+        largest = [arith.select(grown, largest[half], top[half]) for half in range(2)]
+    weights, shrink, total = softmax.step(seen, top, largest, [me.stat[2], me.stat[3]], me.factor)
+    for i, word in enumerate(softmax.left_operands(weights, "bf16")):
+        me.weights[i] = word
+    for half in range(2):
+        me.stat[half], me.stat[2 + half], me.shrink[half] = largest[half], total[half], shrink[half]
 
 
 @cute.jit
-def hide(x: cute.Tensor, start: Int32, rows: Constexpr[Rows], shape: Constexpr[Shape]) -> None:
-    """Takes the keys of a tile that a row does not see out of its scores."""
-    g, t, wide = lanes()
-    for half in cutlass.range_constexpr(2):
-        begin, end = rows.seen(cutlass.min(rows.first + wide * 16 + g + 8 * half, rows.count - 1))
-        first, last = begin - start - 2 * t, end - start - 2 * t
-        for i in cutlass.range_constexpr(shape.tile // 8):
-            for j in cutlass.range_constexpr(2):
-                column = 8 * i + j
-                place = 4 * i + 2 * half + j
-                visible = (column >= first) & (column < last)
-                x[place] = arith.select(visible, x[place], Float32(NONE))
+def hide_edges(products: cute.Tensor, me: Constexpr[Consumer], start: Int32) -> None:
+    """Hides keys that a row does not see; most tiles have none, and nothing to do."""
+    begin, end = me.view
+    if (start < begin) | (start + 2 * cute.size(products) > end):
+        hide(products, me, start)
+
+
+def hide(products: cute.Tensor, me: Consumer, start: Int32) -> None:
+    """The same for any tile; the limits of rows are found anew, they would take registers."""
+    seen = [me.tile.seen(me.row(half), me.tile.end, me.sequences) for half in range(2)]
+    softmax.hide(products, start, [first for first, _ in seen], False)
+    softmax.hide(products, start, [last for _, last in seen], True)
 
 
 @cute.jit
-def publish(me: Constexpr[Consumer], tile: Int32, shape: Constexpr[Shape]) -> None:
-    """Shows the weights of an own tile and the largest scores so far to the other consumer."""
-    g, t, wide = lanes()
+def publish(me: Constexpr[Consumer], step: Int32, shape: Constexpr[Shape]) -> None:
+    """Shows the weights of an own tile and the largest products so far to the other consumer."""
+    g, t, _ = lanes()
     ready = me.base + shape.ready_at + me.number * 16
-    ring.wait(ready + 8, tile // 2 % 2 ^ 1)
+    ring.wait(ready + 8, step // 2 % 2 ^ 1)
     for half in cutlass.range_constexpr(2):
-        row = wide * 16 + g + 8 * half
+        row = me.row(half)
         at = me.base + shape.weights_at + me.number * shape.weights_bytes + row * ROW_BYTES + t * 4
-        for i in cutlass.range_constexpr(shape.tile // 8):
+        for i in cutlass.range_constexpr(shape.keys // 8):
             block, chunk = divmod(i, COLUMNS // 8)
             ring.store4(at + block * BLOCK_BYTES + ((g ^ chunk) * 16), me.weights[2 * i + half])
         one = arith.select(t == 0, Int32(1), Int32(0))
@@ -348,35 +342,26 @@ def acknowledge(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
     ring.arrive_if(at, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
 
 
-def follow(me: Consumer, tile: Int32, shape: Shape) -> list[Float32]:
-    """Waits for the weights of the other consumer's tile and follows its largest scores; by what the sums shrink."""
-    g, _, wide = lanes()
+def follow(me: Consumer, step: Int32, shape: Shape) -> None:
+    """Waits for the weights of the other consumer's tile and follows its largest products."""
     other = 1 - me.number
-    ring.wait(me.base + shape.ready_at + other * 16, tile // 2 % 2)
-    shrink = []
+    ring.wait(me.base + shape.ready_at + other * 16, step // 2 % 2)
     for half in range(2):
-        at = me.base + shape.tops_at + (other * ROWS + wide * 16 + g + 8 * half) * 4
+        at = me.base + shape.tops_at + (other * ROWS + me.row(half)) * 4
         top = arith.number(Uint32(ring.load4(at)))
-        shrink.append(exp2(me.stat[half] - finite(top)))
-        me.stat[half], me.stat[2 + half] = top, me.stat[2 + half] * shrink[half]
-    return shrink
+        minus = arith.mul(softmax.finite(top), -me.factor, arith.Target.SM90)
+        me.shrink[half] = attention_mma.exp2(softmax.fma(me.stat[half], me.factor, minus))
+        me.stat[half], me.stat[2 + half] = top, me.stat[2 + half] * me.shrink[half]
 
 
 @cute.jit
 def join_totals(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
-    """Adds the sums of both consumers, whose largest scores are the same by now."""
-    g, t, wide = lanes()
-    at = me.base + shape.tops_at + (wide * 16 + g) * 4
-    attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
-    one = arith.select(t == 0, Int32(1), Int32(0))
+    """Adds both consumers' parts of the sums, which are relative to the same by now; over the queries."""
+    thread = cute.arch.thread_idx()[0] % GROUP
+    at = me.base + thread * 8
+    attention_mma.named_barrier(_BARRIER, CONSUMERS * GROUP)
+    ring.store8(at + me.number * (GROUP * 8), [arith.bits(me.stat[2 + half]) for half in range(2)])
+    attention_mma.named_barrier(_BARRIER, CONSUMERS * GROUP)
     for half in cutlass.range_constexpr(2):
-        attention_mma.store4_if(at + (me.number * ROWS + 8 * half) * 4, me.stat[2 + half], one)
-    attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
-    for half in cutlass.range_constexpr(2):
-        other = arith.number(Uint32(ring.load4(at + ((1 - me.number) * ROWS + 8 * half) * 4)))
+        other = arith.number(Uint32(ring.load4(at + (1 - me.number) * (GROUP * 8) + half * 4)))
         me.stat[2 + half] = me.stat[2 + half] + other
-
-
-def finite(top: Float32) -> Float32:
-    """What to subtract from scores of which `top` is the largest, so that no score at all gives no NaN."""
-    return Float32(arith.select(top == Float32(NONE), Float32(0.0), top))

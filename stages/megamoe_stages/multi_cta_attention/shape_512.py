@@ -26,13 +26,22 @@ class Shape(NamedTuple):
         shared: The values are the keys.
         ctas: Of a cluster: they work on neighbouring rows and share what they load; 1 or 2.
         chunk: Pieces of 8 KB that are loaded, waited for and given back together; 1, 2 or 4.
-        tile: Keys whose scores a consumer makes at a time; 64, or 128 unless shared.
+        keys: Of a tile, whose scores a consumer makes at a time; 64, or 128 unless shared.
+        lazy: Weights stay relative to an older largest score while they do not grow too large; sums are rarely scaled.
     """
 
     shared: bool
     ctas: int = 2
     chunk: int = 1
-    tile: int = 64
+    keys: int = 64
+    lazy: bool = False
+
+    @property
+    def apart(self) -> bool:
+        """Own values are done with before the next keys come: these take the place of the values, or their scores
+        that of the weights.
+        """
+        return self.shared or self.keys > COLUMNS
 
     @property
     def chunk_bytes(self) -> int:
@@ -42,7 +51,7 @@ class Shape(NamedTuple):
     @property
     def key_block_bytes(self) -> int:
         """Of 64 columns of a tile of keys."""
-        return self.tile * ROW_BYTES
+        return self.keys * ROW_BYTES
 
     @property
     def key_blocks(self) -> int:
@@ -57,7 +66,7 @@ class Shape(NamedTuple):
     @property
     def value_chunks(self) -> int:
         """Of a tile of a consumer's half of the values: 16 * `chunk` rows each; of shared ones, columns."""
-        return self.tile // self.value_rows
+        return self.keys // self.value_rows
 
     @property
     def value_rows(self) -> int:
@@ -67,7 +76,7 @@ class Shape(NamedTuple):
     @property
     def weights_bytes(self) -> int:
         """Of the weights of a tile."""
-        return self.tile // COLUMNS * BLOCK_BYTES
+        return self.keys // COLUMNS * BLOCK_BYTES
 
     @property
     def weights_at(self) -> int:
