@@ -72,17 +72,18 @@ def load_keys(
     shape: Constexpr[Shape],
 ) -> None:
     """This CTA's part of a chunk of a tile of keys."""
-    token = tile.key + tile.begin + step * shape.keys
+    first = tile.begin + step * shape.keys
     rows, blocks = key_box(shape)
     block = chunk * shape.key_blocks
     if cutlass.const_expr(rows == shape.keys):
         there = source.rank * blocks
         at = slot + there * shape.key_block_bytes
-        multicast.load_box(source.keys, token, tile.kv_head, block + there, at, full)
+        multicast.load_box(source.keys, tile.key + first, tile.end - first, tile.kv_head, block + there, at, full)
     else:
+        first = first + source.rank * rows
         for i in cutlass.range_constexpr(shape.key_blocks):
             at = slot + i * shape.key_block_bytes + source.rank * (rows * ROW_BYTES)
-            multicast.load_box(source.keys, token + source.rank * rows, tile.kv_head, block + i, at, full)
+            multicast.load_box(source.keys, tile.key + first, tile.end - first, tile.kv_head, block + i, at, full)
 
 
 @cute.jit
@@ -115,11 +116,11 @@ def load_value_tile(
     rows, blocks = value_box(shape)
     for chunk in cutlass.range(shape.value_chunks, unroll=1):
         slot, full = claim(base, which, cursor, shape)
-        token = tile.key + tile.begin + step * shape.keys + chunk * rows
+        first = tile.begin + step * shape.keys + chunk * rows
         there = source.rank * blocks
         at = slot + there * (rows * ROW_BYTES)
         block = which * (BLOCKS // CONSUMERS) + there
-        multicast.load_box(source.values, token, tile.kv_head, block, at, full)
+        multicast.load_box(source.values, tile.key + first, tile.end - first, tile.kv_head, block, at, full)
 
 
 @cute.jit
