@@ -112,30 +112,26 @@ def wait(values: Sequence[Float32], groups: int = 0) -> list[Float32]:
 
 
 def wait_behind(
-    sums: Sequence[Float32], others: Sequence[Float32], lanes: Uint32
+    sums: Sequence[Float32], others: Sequence[Float32], totals: Sequence[Float32]
 ) -> tuple[list[Float32], list[Float32]]:
     """`wait` for all groups, and not before the arithmetic that makes `others` is done.
 
-    ptxas moves a plain wait in front of all arithmetic that does not need it. It moves nothing across a barrier of the
-    warp if it does not know which lanes come there.
+    ptxas moves a plain wait in front of all arithmetic that does not need it, and nothing is left to do meanwhile. It
+    moves no wait across an exit that depends on that arithmetic, and does not know that this one is never taken.
 
     Args:
         sums: What is waited for.
         others: What was computed meanwhile.
-        lanes: `all_lanes`.
+        totals: Two values made from all of them, never below 0.
     """
-    done = _tied(
-        f"bar.warp.sync ${2 * (len(sums) + len(others))}; wgmma.wait_group.sync.aligned 0;", [*sums, *others], [lanes]
-    )
+    count = 2 * (len(sums) + len(others))
+    leave = f"min.f32 m, ${count}, ${count + 1}; setp.lt.f32 p, m, 0fBF800000; @p exit;"
+    text = f"{{.reg .pred p; .reg .f32 m; {leave} wgmma.wait_group.sync.aligned 0;}}"
+    done = _tied(text, [*sums, *others], totals)
     return done[: len(sums)], done[len(sums) :]
 
 
-def all_lanes() -> Uint32:
-    """The mask of all lanes, which the compiler does not know; all lanes of a warp."""
-    return Uint32(_asm_result("{.reg .pred p; setp.eq.u32 p, 0, 0; vote.sync.ballot.b32 $0, p, 0xffffffff;}"))
-
-
-def _tied(text: str, values: Sequence[Any], operands: Sequence[Any] = ()) -> list[Any]:
+def _tied(text: str, values: Sequence[Any], operands: Sequence[Float32] = ()) -> list[Any]:
     """An instruction that keeps its place among what makes and uses the values."""
     count = len(values)
     letters = ["f" if type(value) is Float32 else "r" for value in values]
@@ -146,7 +142,7 @@ def _tied(text: str, values: Sequence[Any], operands: Sequence[Any] = ()) -> lis
         ",".join(
             [f"={letter}" for letter in letters]
             + [str(i) for i in range(count)]
-            + ["r"] * len(operands)
+            + ["f"] * len(operands)
             + ["~{memory}"]
         ),
         has_side_effects=True,
@@ -259,18 +255,6 @@ def max_of_four(x: Float32) -> Float32:
     """The largest over four neighbouring lanes, in each of them."""
     pair = arith.maximum(x, warp.from_lane(x, 1), Target.SM90)
     return arith.maximum(pair, warp.from_lane(pair, 2), Target.SM90)
-
-
-def _asm_result(text: str) -> Any:
-    return llvm.inline_asm(
-        Uint32.mlir_type,
-        [],
-        text,
-        "=r",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
 
 
 def _asm(text: str, constraints: str, *operands: Uint32 | Int32 | Int64 | Float32) -> None:

@@ -28,10 +28,12 @@ class RowBoxes:
         self.info, self.rows, self.dtype = info, rows, dtype
 
     def __extract_mlir_values__(self) -> list[Any]:
-        return self.info.__extract_mlir_values__()
+        values: list[Any] = self.info.__extract_mlir_values__()
+        return values
 
     def __extract_mlir_attributes__(self) -> list[Any]:
-        return self.info.__extract_mlir_attributes__()
+        attributes: list[Any] = self.info.__extract_mlir_attributes__()
+        return attributes
 
     def __new_from_mlir_values__(self, values: list[Any]) -> RowBoxes:
         return RowBoxes(self.info.__new_from_mlir_values__(values), self.rows, self.dtype)

@@ -20,6 +20,8 @@ from megamoe_stages.multi_cta_attention.shape import GROUP, QUERY_WARPS, ROWS, S
 
 _STEP_ROWS = wgmma.K_STEP * wgmma.ROW_BYTES >> 4  # in units of descriptors
 _TURN_BARRIER = 1  # of the first consumer, its turn; 0 is that of the CTA
+STATS = 7  # of a lane: largest scores of two rows, their sums, by what sums are to shrink; whether they are
+ROWS_FIELD = Tile._fields.index("rows")
 _OWN_BARRIER = 4  # of the first consumer, its own warps
 
 
@@ -117,31 +119,123 @@ def attend(base: Int32, sequences: Constexpr[Sequences], result: Constexpr[Resul
     consumer = cute.arch.make_warp_uniform(cute.arch.warp_idx() // 4 - 1)
     place = Place(base, consumer, lane // 4, lane % 4, cute.arch.warp_idx() % 4)
     acc = cute.make_rmem_tensor((shape.v_dim // 2,), Float32)
-    tiles = tile_ring(base, shape)
-    number, turn, loads = Int32(0), Int32(0), Int32(0)
-    going = Int32(1)
+    weights = cute.make_rmem_tensor((shape.keys // 4,), Uint32)
+    stat = cute.make_rmem_tensor((STATS,), Float32)
+    current = cute.make_rmem_tensor((len(Tile._fields),), Int32)
     first_turns = shape.consumers - 1 if shape.turns else -1  # who passes the turn that the first one starts with
     if consumer == first_turns:
         pass_turn(consumer, shape)
-    while going != 0:
-        tile = varlen.take(tiles, number)
+    number = next_tile(current, Int32(0), place, sequences, result, shape)
+    turn, loads = Int32(0), Int32(0)
+    if current[ROWS_FIELD] != 0:
+        begin(acc, weights, stat, current, turn, loads, place, sequences, result, shape)
+    while current[ROWS_FIELD] != 0:
+        tile = tile_of(current)
         steps = tile.steps(shape.keys)
-        if tile.rows == 0:
-            going = Int32(0)
-        elif steps == 0:
-            nothing(tile, place, sequences, result, shape)
+        go_on(acc, weights, stat, tile, steps, turn, loads, place, sequences, result, shape)
+        last = turn + steps - 1
+        turn, loads = turn + steps, loads + 1
+        if cutlass.const_expr(shape.query_stages > 1):
+            number = next_tile(current, number, place, sequences, result, shape)
+            if current[ROWS_FIELD] != 0:
+                hand_over(acc, weights, stat, tile, current, turn, loads, place, sequences, result, shape)
+            else:
+                end(acc, weights, stat, tile, last, loads - 1, place, sequences, result, shape)
         else:
-            attend_tile(acc, tile, steps, turn, loads, place, sequences, result, shape)
-            turn, loads = turn + steps, loads + 1
-        number = number + 1
+            end(acc, weights, stat, tile, last, loads - 1, place, sequences, result, shape)
+            tma.wait_stores()
+            release_queries(loads - 1, place, shape)
+            number = next_tile(current, number, place, sequences, result, shape)
+            if current[ROWS_FIELD] != 0:
+                begin(acc, weights, stat, current, turn, loads, place, sequences, result, shape)
     if consumer == (0 if shape.turns else -1):
         wait_turn(consumer, shape)  # the last one, which nobody needs
     tma.wait_stores()
 
 
+def tile_of(words: cute.Tensor) -> Tile:
+    """A tile from its fields."""
+    return Tile(*(words[i] for i in range(len(Tile._fields))))
+
+
 @cute.jit
-def attend_tile(
+def next_tile(
+    words: cute.Tensor,  # (fields of a Tile,) int32
+    number: Int32,
+    place: Constexpr[Place],
+    sequences: Constexpr[Sequences],
+    result: Constexpr[Result],
+    shape: Constexpr[Shape],
+) -> Int32:
+    """Takes tiles from `number` on, up to one with something to see or the end; the number after it."""
+    looking = Int32(1)
+    while looking != 0:
+        tile = varlen.take(tile_ring(place.base, shape), number)
+        for i in cutlass.range_constexpr(len(Tile._fields)):
+            words[i] = tile[i]
+        number = number + 1
+        looking = Int32(0)
+        if (tile.rows != 0) & (tile.steps(shape.keys) == 0):
+            nothing(tile, place, sequences, result, shape)
+            looking = Int32(1)
+    return number
+
+
+def queries_of(loads: Int32, place: Place, shape: Shape) -> Int32:
+    """Where this consumer's queries number `loads` lie."""
+    stage, _ = stage_of(loads, shape.query_stages)
+    return place.base + stage * shape.queries_bytes + place.consumer * shape.part_bytes
+
+
+def wait_queries(loads: Int32, place: Place, shape: Shape) -> None:
+    """Until queries number `loads` are there."""
+    stage, parity = stage_of(loads, shape.query_stages)
+    ring.wait(queries_barrier(place.base, stage, shape), parity)
+
+
+@cute.jit
+def start(acc: cute.Tensor, stat: cute.Tensor, shape: Constexpr[Shape]) -> None:
+    """Nothing summed yet."""
+    for i, zero in enumerate(wgmma.zeros(shape.v_dim // 2)):
+        acc[i] = zero
+    for i in cutlass.range_constexpr(2):
+        stat[i], stat[2 + i], stat[4 + i] = Float32(softmax.HIDDEN), Float32(0.0), Float32(1.0)
+    stat[6] = Float32(0.0)
+
+
+def keep(weights: cute.Tensor, fresh: list[Float32], shape: Shape) -> None:
+    """Weights as left operands of the next products."""
+    for i, word in enumerate(softmax.left_operands(fresh, shape.kind)):
+        weights[i] = word
+
+
+@cute.jit
+def begin(
+    acc: cute.Tensor,
+    weights: cute.Tensor,
+    stat: cute.Tensor,
+    current: cute.Tensor,
+    turn: Int32,
+    loads: Int32,
+    place: Constexpr[Place],
+    sequences: Constexpr[Sequences],
+    result: Constexpr[Result],
+    shape: Constexpr[Shape],
+) -> None:
+    """The first scores of a tile, with nothing to do meanwhile."""
+    tile = tile_of(current)
+    start(acc, stat, shape)
+    wait_queries(loads, place, shape)
+    scores = attention_mma.wait(start_scores(queries_of(loads, place, shape), turn, place, shape))
+    release(turn, 8, place, shape)
+    keep(weights, weigh(scores, stat, tile.begin, view_of(tile, place, sequences), result.factor, shape), shape)
+
+
+@cute.jit
+def go_on(
     acc: cute.Tensor,  # (Dv / 2,) fp32, as `wgmma.mma`
+    weights: cute.Tensor,  # (keys / 4,) of the tile of keys before
+    stat: cute.Tensor,
     tile: Constexpr[Tile],
     steps: Int32,
     turn: Int32,
@@ -151,67 +245,124 @@ def attend_tile(
     result: Constexpr[Result],
     shape: Constexpr[Shape],
 ) -> None:
-    """One tile with something to see."""
-    base = place.base
-    count, words = shape.v_dim // 2, shape.keys // 4
-    weights = cute.make_rmem_tensor((words,), Uint32)
-    stat = cute.make_rmem_tensor((7,), Float32)  # top, total, by what sums shrink, of two rows; whether they do
-    for i, zero in enumerate(wgmma.zeros(count)):
-        acc[i] = zero
-    for i in cutlass.range_constexpr(2):
-        stat[i], stat[2 + i], stat[4 + i] = Float32(softmax.HIDDEN), Float32(0.0), Float32(1.0)
-    stat[6] = Float32(0.0)
+    """All scores of a tile but the first, and all sums but the last."""
     view = view_of(tile, place, sequences)
-    lanes = attention_mma.all_lanes()
-
-    held, parity = stage_of(loads, shape.query_stages)
-    queries = base + held * shape.queries_bytes + place.consumer * shape.part_bytes
-    ring.wait(queries_barrier(base, held, shape), parity)
-    scores = attention_mma.wait(start_scores(queries, turn, place, shape))
-    release(turn, 8, place, shape)
-    fresh = weigh(scores, stat, tile.begin, view, result.factor, shape)
-    if (shape.query_stages > 1) & (loads > 0):  # the last tile's output has left by now
-        tma.wait_stores()
-        release_queries(loads - 1, place, shape)
-    for i, word in enumerate(softmax.left_operands(fresh, shape.kind)):
-        weights[i] = word
+    queries = queries_of(loads, place, shape)
     for step in cutlass.range(1, steps, unroll=1):
         here = turn + step
-        if cutlass.const_expr(shape.turns):
-            wait_turn(place.consumer, shape)
-        if cutlass.const_expr(shape.late):
-            scores = start_scores(queries, here, place, shape)
-            scale(acc, stat, shape)
-            ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
-        else:
-            ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
-            scores = start_scores(queries, here, place, shape)
-        sums = start_sums(ready[:count], ready[count:], here - 1, place, shape)
-        if cutlass.const_expr(shape.turns):
-            pass_turn(place.consumer, shape)
+        scores, sums = start_both(acc, weights, stat, queries, here, place, shape)
         scores = attention_mma.wait(scores, 1)
         release(here, 8, place, shape)
         fresh = weigh(scores, stat, tile.begin + step * shape.keys, view, result.factor, shape)
-        sums, fresh = attention_mma.wait_behind(sums, fresh, lanes)
+        sums, fresh = attention_mma.wait_behind(sums, fresh, [stat[2], stat[3]])
         release(here - 1, 24, place, shape)
         for i, value in enumerate(sums):
             acc[i] = value
         if cutlass.const_expr(not shape.late):
             scale(acc, stat, shape)
-        for i, word in enumerate(softmax.left_operands(fresh, shape.kind)):
-            weights[i] = word
+        keep(weights, fresh, shape)
+        if (step == 1) & (shape.query_stages > 1):
+            release_output(loads, place, shape)
+    if (steps == 1) & (shape.query_stages > 1):
+        release_output(loads, place, shape)
     if cutlass.const_expr(shape.late):
         scale(acc, stat, shape)
+
+
+@cute.jit
+def hand_over(
+    acc: cute.Tensor,
+    weights: cute.Tensor,
+    stat: cute.Tensor,
+    tile: Constexpr[Tile],
+    following: cute.Tensor,
+    turn: Int32,
+    loads: Int32,
+    place: Constexpr[Place],
+    sequences: Constexpr[Sequences],
+    result: Constexpr[Result],
+    shape: Constexpr[Shape],
+) -> None:
+    """The last sums of a tile together with the first scores of the following one, which is number `loads`."""
+    new = tile_of(following)
+    count, words = shape.v_dim // 2, shape.keys // 4
+    fresh_stat = cute.make_rmem_tensor((STATS,), Float32)
+    for i in cutlass.range_constexpr(STATS):
+        fresh_stat[i] = stat[i]
+    wait_queries(loads, place, shape)
+    if cutlass.const_expr(shape.turns):
+        wait_turn(place.consumer, shape)
     ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
-    last = turn + steps - 1
+    scores = start_scores(queries_of(loads, place, shape), turn, place, shape)
+    sums = start_sums(ready[:count], ready[count:], turn - 1, place, shape)
+    if cutlass.const_expr(shape.turns):
+        pass_turn(place.consumer, shape)
+    scores = attention_mma.wait(scores, 1)
+    release(turn, 8, place, shape)
+    for i in cutlass.range_constexpr(2):
+        fresh_stat[i], fresh_stat[2 + i] = Float32(softmax.HIDDEN), Float32(0.0)
+    fresh = weigh(scores, fresh_stat, new.begin, view_of(new, place, sequences), result.factor, shape)
+    sums, fresh = attention_mma.wait_behind(sums, fresh, [fresh_stat[2], fresh_stat[3]])
+    release(turn - 1, 24, place, shape)
+    for i, value in enumerate(sums):
+        acc[i] = value
+    finish(acc, stat, tile, queries_of(loads - 1, place, shape), place, sequences, result, shape)
+    for i, zero in enumerate(wgmma.zeros(count)):
+        acc[i] = zero
+    for i in cutlass.range_constexpr(STATS):
+        stat[i] = fresh_stat[i]
+    keep(weights, fresh, shape)
+
+
+@cute.jit
+def end(
+    acc: cute.Tensor,
+    weights: cute.Tensor,
+    stat: cute.Tensor,
+    tile: Constexpr[Tile],
+    last: Int32,
+    loads: Int32,
+    place: Constexpr[Place],
+    sequences: Constexpr[Sequences],
+    result: Constexpr[Result],
+    shape: Constexpr[Shape],
+) -> None:
+    """The last sums of a tile, of the tile of keys number `last` of the CTA, and the result."""
+    count, words = shape.v_dim // 2, shape.keys // 4
+    ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
     sums = attention_mma.wait(start_sums(ready[:count], ready[count:], last, place, shape))
     release(last, 24, place, shape)
     for i, value in enumerate(sums):
         acc[i] = value
-    finish(acc, stat, tile, queries, place, sequences, result, shape)
-    if cutlass.const_expr(shape.query_stages == 1):
+    finish(acc, stat, tile, queries_of(loads, place, shape), place, sequences, result, shape)
+
+
+@cute.jit
+def release_output(loads: Int32, place: Constexpr[Place], shape: Constexpr[Shape]) -> None:
+    """Gives the place of the output before queries number `loads` back, which has left by now."""
+    if loads > 0:
         tma.wait_stores()
-        release_queries(loads, place, shape)
+        release_queries(loads - 1, place, shape)
+
+
+def start_both(
+    acc: cute.Tensor, weights: cute.Tensor, stat: cute.Tensor, queries: Int32, turn: Int32, place: Place, shape: Shape
+) -> tuple[list[Float32], list[Float32]]:
+    """Starts the scores of a tile of keys and the sums over the one before, a group each."""
+    count, words = shape.v_dim // 2, shape.keys // 4
+    if shape.turns:
+        wait_turn(place.consumer, shape)
+    if shape.late:
+        scores = start_scores(queries, turn, place, shape)
+        scale(acc, stat, shape)
+        ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
+    else:
+        ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
+        scores = start_scores(queries, turn, place, shape)
+    sums = start_sums(ready[:count], ready[count:], turn - 1, place, shape)
+    if shape.turns:
+        pass_turn(place.consumer, shape)
+    return scores, sums
 
 
 class View(NamedTuple):
@@ -305,11 +456,15 @@ def scale(acc: cute.Tensor, stat: cute.Tensor, shape: Constexpr[Shape]) -> None:
     """Makes sums relative to the largest score that weights are relative to now."""
     if cutlass.const_expr(shape.lazy):
         if stat[6] != Float32(0.0):
-            for i in cutlass.range_constexpr(cute.size(acc)):
-                acc[i] = acc[i] * stat[4 + i // 2 % 2]
+            shrink(acc, stat)
     else:
-        for i in cutlass.range_constexpr(cute.size(acc)):
-            acc[i] = acc[i] * stat[4 + i // 2 % 2]
+        shrink(acc, stat)
+
+
+def shrink(acc: cute.Tensor, stat: cute.Tensor) -> None:
+    """Multiplies the sums of a lane's two rows."""
+    for i in range(cute.size(acc)):
+        acc[i] = acc[i] * stat[4 + i // 2 % 2]
 
 
 @cute.jit

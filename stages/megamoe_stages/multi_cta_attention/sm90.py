@@ -35,8 +35,8 @@ def multi_cta_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, softmax_scale=softmax_scale, causal=causal, window=window
     )
     shape = shape_of(q.shape[2], v.shape[2], dtype_name(q))
-    facts = {"dtype": dtype_name(q), "head_dim": q.shape[2], "v_dim": v.shape[2], "masked": mask is not None}
-    if (reasons := limits.supports(facts)) or shape is None:
+    head = {"head_dim": q.shape[2], "v_dim": v.shape[2]}
+    if (reasons := limits.supports({"dtype": dtype_name(q), "masked": mask is not None, **head})) or shape is None:
         raise ArgumentError("multi_cta_attention", "; ".join(reasons), "what this kernel supports")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.numel():
