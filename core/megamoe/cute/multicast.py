@@ -57,9 +57,7 @@ def boxes(tensor: cute.Tensor, rows: int, blocks: int, ctas: int) -> Boxes:
     return Boxes(info, tensor.element_type, rows, blocks, ctas)
 
 
-def load_box(
-    source: Boxes, token: Int32, count: Int32, head: Int32, block: Int32, slot: Int32, barrier: Int32
-) -> None:
+def load_box(source: Boxes, token: Int32, count: Int32, head: Int32, block: Int32, slot: Int32, barrier: Int32) -> None:
     """Starts the copy of a box to the same place of all CTAs; a whole warp. All its bytes count at their mbarriers.
 
     Args:

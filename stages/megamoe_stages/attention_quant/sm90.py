@@ -15,7 +15,7 @@ from megamoe.errors import ArgumentError
 from megamoe_stages.attention_quant import contract, kernel, limits
 from megamoe_stages.attention_quant.contract import QuantizedAttention
 from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE
-from megamoe_stages.multi_cta_attention.shape_512 import SEPARATE, SHAPES, SHARED, Shape
+from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape, shape_for
 
 
 def attention_quant(
@@ -100,7 +100,7 @@ def attention_quant(
         k = v = k.new_zeros((1, *k.shape[1:]))
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale  # the kernel takes the largest product for the largest score
-    launcher(scale_layout == "128x4", SHARED if k.data_ptr() == v.data_ptr() else SEPARATE)(
+    launcher(scale_layout == "128x4", shape_for(window))(
         q.view(-1, head_dim),
         k,
         v,

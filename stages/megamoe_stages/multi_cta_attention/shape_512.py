@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 DIM = 512
+DTYPE = "bfloat16"
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2  # warpgroups, each with half of the columns of the output
 ROWS = 64  # queries times heads of a CTA
@@ -121,5 +122,12 @@ class Shape(NamedTuple):
         return self.tops_at + CONSUMERS * ROWS * 4
 
 
-SEPARATE, SHARED = Shape(shared=False), Shape(shared=True)
-SHAPES = (SEPARATE, SHARED)
+WIDE = Shape(shared=False, lazy=True)
+NARROW = Shape(shared=False, ctas=1, lazy=True)  # two CTAs' windows together are longer than each
+SHAPES = (WIDE, NARROW)
+_NARROW_WINDOW = 512
+
+
+def shape_for(window: int | None) -> Shape:
+    """The kernel for a window."""
+    return NARROW if window is not None and window <= _NARROW_WINDOW else WIDE
