@@ -107,7 +107,7 @@ def test_positions_outside_of_the_tables_are_read_as_the_last() -> None:
 def test_by_hand() -> None:
     """Each query sees its own key only, so the output is its value, turned back by a quarter."""
     v = torch.zeros(2, 1, 16)
-    v[0, 0, :2], v[1, 0, :2] = torch.tensor([6.0, -3.0]), torch.tensor([0.0, 1.0])
+    v[0, 0, :2], v[1, 0, :2] = torch.tensor([6.0, -3.0]), torch.tensor([0.0, 6.0])
     cu = torch.tensor([0, 2], dtype=torch.int32)
     cos, sin = torch.zeros(1, 8), torch.ones(1, 8)  # (x0, x1) becomes (x1, -x0)
     out, lse = attention_quant(
@@ -124,7 +124,7 @@ def test_by_hand() -> None:
         groups=1,
         window=1,
     )
-    assert dequantize(out)[0, :, :2].tolist() == [[-3.0, -6.0], [1.0, 0.0]]
+    assert dequantize(out)[0, :, :2].tolist() == [[-3.0, -6.0], [6.0, 0.0]]
     assert lse.tolist() == [[0.0], [0.0]]
 
 

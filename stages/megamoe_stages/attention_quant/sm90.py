@@ -64,7 +64,7 @@ def attention_quant(
         scale_layout=scale_layout,
     )
     queries, heads, head_dim = q.shape
-    facts = {
+    facts: dict[str, str | int | float | bool | None] = {
         "dtype": dtype_name(q),
         "head_dim": head_dim,
         "v_dim": v.shape[2],
