@@ -33,13 +33,14 @@ def launch(
     causal: Int32,
     window: Int32,
     has_sink: Int32,
+    ctas: Int32,
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
     numbers = (softmax_scale, heads, causal, window, has_sink)
     given = kernel_512.prepare(q, k, v, cu_q, cu_k, sink, lse, *numbers, shape)
     kernel(*given, out, shape).launch(
-        grid=kernel_512.grid(q, k, cu_q, heads, shape),
+        grid=kernel_512.grid(given, ctas, shape),
         block=[THREADS, 1, 1],
         cluster=[shape.ctas, 1, 1],
         smem=shape.shared_bytes,

@@ -44,7 +44,7 @@ def common(a: dict[str, Any]) -> tuple[Any, ...]:
 
 def numbers(a: dict[str, Any]) -> tuple[Any, ...]:
     has_sink = int(a.get("sink") is not None)
-    return a["softmax_scale"], a["q"].shape[1], int(a["causal"]), a["window"] or 0, has_sink
+    return a["softmax_scale"], a["q"].shape[1], int(a["causal"]), a["window"] or 0, has_sink, 3
 
 
 def unfused(a: dict[str, Any], shape: Shape) -> tuple[QuantizedAttention, Tensor]:

@@ -63,6 +63,7 @@ def emulated(a: dict[str, Any], shape: Shape = WIDE, policy: str = "eager", seed
         softmax_scale=a["softmax_scale"],
         causal=a["causal"],
         window=a["window"],
+        sms=3,
     )
     artifact = compiler.compile_kernel(kernel_512.spec(shape))
     ptxemu.run(artifact, *arguments, policy=policy, seed=seed).raise_for_findings()

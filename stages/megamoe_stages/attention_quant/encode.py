@@ -68,10 +68,10 @@ class Quantized(NamedTuple):
 
 @cute.jit
 def encode_rows(me: Constexpr[Consumer], out: Constexpr[Quantized], shape: Constexpr[Shape]) -> None:
-    """Encodes a consumer's half of its rows and writes it, over its ring."""
+    """Encodes a consumer's half of its rows and writes it, over the queries."""
     lane = cute.arch.lane_idx()
     _, _, wide = lanes()
-    area = me.base + shape.ring_at + me.number * shape.ring_bytes + wide * _WARP_BYTES
+    area = me.base + me.number * shape.staging_bytes + wide * _WARP_BYTES
     if me.number == CONSUMERS - 1:
         turn(me, out)
     scale = recipe.regular_global_scale(out.enc[()], Target.SM90)

@@ -24,7 +24,7 @@ from megamoe_stages.multi_cta_attention.shape_512 import DIM, THREADS, Shape
 def launch(
     q: cute.Tensor,  # (queries * heads, 512) bf16
     k: cute.Tensor,  # (keys, kv_heads, 512) bf16
-    v: cute.Tensor,  # the same; k itself when shared
+    v: cute.Tensor,  # the same
     cu_q: cute.Tensor,  # (sequences + 1,) int32
     cu_k: cute.Tensor,  # (sequences + 1,) int32
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
@@ -41,6 +41,7 @@ def launch(
     causal: Int32,
     window: Int32,  # 0 for none
     has_sink: Int32,
+    ctas: Int32,
     stream: CUstream,
     tiled: Constexpr[bool],
     shape: Constexpr[Shape],
@@ -50,7 +51,7 @@ def launch(
     given = kernel_512.prepare(q, k, v, cu_q, cu_k, sink, lse, *numbers, shape)
     heads_a_group = cute.FastDivmodDivisorV2(codes.shape[2] // (DIM // 2))
     kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, tiled, shape).launch(
-        grid=kernel_512.grid(q, k, cu_q, heads, shape),
+        grid=kernel_512.grid(given, ctas, shape),
         block=[THREADS, 1, 1],
         cluster=[shape.ctas, 1, 1],
         smem=shape.shared_bytes,

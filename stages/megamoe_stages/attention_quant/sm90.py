@@ -40,7 +40,6 @@ def attention_quant(
     """See the reference and `limits.supports`; one launch on the current stream, no synchronisation.
 
     The output is quantised from fp32, as in the reference. A position outside of the tables is read as the last one.
-    Keys that are the values (the same memory) are loaded once.
 
     Raises:
         ArgumentError: As the reference, and for what `limits.supports` names, and data not aligned to 16 bytes.
@@ -120,6 +119,7 @@ def attention_quant(
         int(causal),
         0 if window is None else window,
         int(sink is not None),
+        torch.cuda.get_device_properties(q.device).multi_processor_count,
     )
     return QuantizedAttention(out, lse)
 

@@ -42,10 +42,11 @@ class Consumer:
     Attributes:
         base: Of the shared memory.
         number: 0 or 1.
-        tile: The CTA's rows, and the keys that it goes through.
+        tile: The CTA's rows, and the keys that it goes through; from `start` on.
         sequences: Masks.
         factor: Makes scores in base 2 of products; positive.
-        view: First key from which on all rows of the CTA see keys, and the one up to which.
+        view: First key from which on all rows of the CTA see keys, and the one up to which; from `start` on.
+        turns: (2,) Int32: weights that the consumers have shown each other in earlier pieces of rows.
         cursor: (2,) Int32: slot and parity of its ring.
         acc: (HALF / 2,) fp32, as `wgmma.mma`.
         stat: (4,) fp32: largest products of a thread's two rows, its part of their sums.
@@ -53,23 +54,33 @@ class Consumer:
         shrink: (2,) fp32: by what the sums shrink before that.
     """
 
-    def __init__(
-        self, base: Int32, number: Int32, tile: Tile, sequences: Sequences, factor: Float32, shape: Shape
-    ) -> None:
-        self.base, self.number, self.tile, self.sequences, self.factor = base, number, tile, sequences, factor
-        begin, _ = tile.seen(Int32(ROWS - 1), tile.end, sequences)
-        _, end = tile.seen(Int32(0), tile.end, sequences)
-        self.view = begin, end
+    tile: Tile
+    view: tuple[Int32, Int32]
+
+    def __init__(self, base: Int32, number: Int32, sequences: Sequences, factor: Float32, shape: Shape) -> None:
+        self.base, self.number, self.sequences, self.factor = base, number, sequences, factor
+        self.turns = cute.make_rmem_tensor((CONSUMERS,), Int32)
         self.cursor = cute.make_rmem_tensor((2,), Int32)
         self.acc = cute.make_rmem_tensor((_COUNT,), Float32)
         self.stat = cute.make_rmem_tensor((4,), Float32)
         self.weights = cute.make_rmem_tensor((shape.keys // 4,), Uint32)
         self.shrink = cute.make_rmem_tensor((2,), Float32)
+        for i in range(2):
+            self.cursor[i], self.turns[i] = Int32(0), Int32(0)
+
+    def start(self, tile: Tile) -> None:
+        """Begins with the rows of a tile."""
+        begin, _ = tile.seen(Int32(ROWS - 1), tile.end, self.sequences)
+        _, end = tile.seen(Int32(0), tile.end, self.sequences)
+        self.tile, self.view = tile, (begin, end)
         for i, zero in enumerate(wgmma.zeros(_COUNT)):
             self.acc[i] = zero
         for i in range(2):
-            self.cursor[i] = Int32(0)
             self.stat[i], self.stat[2 + i] = Float32(softmax.HIDDEN), Float32(0.0)
+
+    def shown(self, step: Int32, number: Int32) -> Int32:
+        """How many weights the consumer `number` has shown before those of a tile of its."""
+        return arith.select(number == 0, self.turns[0], self.turns[1]) + step // 2
 
     def row(self, half: int) -> Int32:
         """One of the lane's two rows in the CTA."""
@@ -89,11 +100,13 @@ def attend(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
     for turn in cutlass.range(own - 1, unroll=1):
         take_turn(me, me.number + 2 + 2 * turn, True, True, shape)
     if own > 0:
-        finish_own(me, me.number + 2 * (own - 1), shape)
+        finish_own(me, shape)
     last = me.number + 2 * own - 1  # of the other consumer, behind this one's last
     if (last >= 0) & (last < steps):
         finish_other(me, last, shape)
     join_totals(me, shape)
+    me.turns[0] = me.turns[0] + (steps + 1) // 2
+    me.turns[1] = me.turns[1] + steps // 2
 
 
 @cute.jit
@@ -113,14 +126,10 @@ def take_turn(
     held: list[Int32] = []
     running = owns  # products of own values are on their way
     if cutlass.const_expr(owns):
-        sums, held = start_own(me, step - 2, shape)
-    if cutlass.const_expr(owns and shape.apart):
-        sums = attention_mma.wait(sums)
-        release(held, shape)
-        held, running = [], False
+        sums, held = start_own(me, shape)
     scores: list[Float32] = []
     for chunk in cutlass.range_constexpr(shape.key_chunks):
-        at, empty = next_keys(me, step, chunk, shape)
+        at, empty = next_chunk(me, shape)
         wgmma.fence()
         scores = add_scores(scores, me.base, at, chunk, shape)
         wgmma.commit()
@@ -136,7 +145,7 @@ def take_turn(
     others: list[Int32] = []
     if cutlass.const_expr(follows):
         follow(me, step - 1, shape)
-        sums, others, groups = start_other(me, sums, step - 1, shape)
+        sums, others, groups = start_other(me, sums, shape)
     scores = attention_mma.wait(scores, groups)
     release(held, shape)
     weigh(me, scores, step, shape)
@@ -150,9 +159,9 @@ def take_turn(
 
 
 @cute.jit
-def finish_own(me: Constexpr[Consumer], step: Int32, shape: Constexpr[Shape]) -> None:
+def finish_own(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
     """Adds the values of the last own tile."""
-    sums, held = start_own(me, step, shape)
+    sums, held = start_own(me, shape)
     for i, value in enumerate(attention_mma.wait(sums)):
         me.acc[i] = value
     release(held, shape)
@@ -162,7 +171,7 @@ def finish_own(me: Constexpr[Consumer], step: Int32, shape: Constexpr[Shape]) ->
 def finish_other(me: Constexpr[Consumer], step: Int32, shape: Constexpr[Shape]) -> None:
     """Adds the values of the other consumer's last tile."""
     follow(me, step, shape)
-    sums, others, _ = start_other(me, [me.acc[i] for i in range(_COUNT)], step, shape)
+    sums, others, _ = start_other(me, [me.acc[i] for i in range(_COUNT)], shape)
     for i, value in enumerate(attention_mma.wait(sums)):
         me.acc[i] = value
     release(others, shape)
@@ -174,27 +183,13 @@ def local(address: Int32) -> Int32:
     return address & _LOCAL
 
 
-def next_keys(me: Consumer, step: Int32, chunk: int, shape: Shape) -> tuple[Int32, list[Int32]]:
-    """Waits for a chunk of a tile of keys; its address, and what to give back when it was read."""
-    if shape.shared:
-        which, part = divmod(chunk, shape.value_chunks)
-        return _shared_chunk(me, step, Int32(which), part, shape)[0], []
-    return _next_chunk(me, shape)
-
-
-def _next_chunk(me: Consumer, shape: Shape) -> tuple[Int32, list[Int32]]:
+def next_chunk(me: Consumer, shape: Shape) -> tuple[Int32, list[Int32]]:
+    """Waits for the next chunk of this consumer's ring; its address, and what to give back when it was read."""
     slot = me.cursor[0]
     full = me.base + shape.barriers_at + (me.number * shape.slots + slot) * 16
     ring.wait(full, me.cursor[1])
     advance(me.cursor, shape)
     return me.base + shape.ring_at + me.number * shape.ring_bytes + slot * shape.chunk_bytes, [full + 8]
-
-
-def _shared_chunk(me: Consumer, step: Int32, which: Int32, part: int, shape: Shape) -> tuple[Int32, list[Int32]]:
-    slot = step % 2 * shape.value_chunks + part
-    full = me.base + shape.barriers_at + (which * shape.slots + slot) * 16
-    ring.wait(full, step // 2 % 2)
-    return me.base + shape.ring_at + which * shape.ring_bytes + slot * shape.chunk_bytes, [full + 8]
 
 
 def add_scores(scores: list[Float32], base: Int32, at: Int32, chunk: int, shape: Shape) -> list[Float32]:
@@ -223,14 +218,14 @@ def shrink_sums(me: Constexpr[Consumer], sums: cute.Tensor, shape: Constexpr[Sha
             sums[i] = sums[i] * me.shrink[i // 2 % 2]
 
 
-def start_own(me: Consumer, step: Int32, shape: Shape) -> tuple[list[Float32], list[Int32]]:
+def start_own(me: Consumer, shape: Shape) -> tuple[list[Float32], list[Int32]]:
     """Starts adding the values of an own tile, whose weights are in registers; what to give back afterwards."""
     shrink_sums(me, me.acc, shape)
     weights = [me.weights[i] for i in range(shape.keys // 4)]
     ready = attention_mma.fence([me.acc[i] for i in range(_COUNT)] + weights)
     sums, weights = ready[:_COUNT], ready[_COUNT:]
     held: list[Int32] = []
-    for values, first, steps, empty in value_steps(me, step, shape):
+    for values, first, steps, empty in value_steps(me, shape):
         wgmma.fence()
         for k in range(steps):
             part = weights[4 * (first + k) : 4 * (first + k) + 4]
@@ -240,7 +235,7 @@ def start_own(me: Consumer, step: Int32, shape: Shape) -> tuple[list[Float32], l
     return sums, held
 
 
-def start_other(me: Consumer, sums: list[Float32], step: Int32, shape: Shape) -> tuple[list[Float32], list[Int32], int]:
+def start_other(me: Consumer, sums: list[Float32], shape: Shape) -> tuple[list[Float32], list[Int32], int]:
     """Starts adding the values of a tile of the other consumer; also says how many groups are on their way."""
     for i, value in enumerate(sums):
         me.acc[i] = value
@@ -249,7 +244,7 @@ def start_other(me: Consumer, sums: list[Float32], step: Int32, shape: Shape) ->
     weights = wgmma.descriptor(local(me.base) + shape.weights_at + (1 - me.number) * shape.weights_bytes)
     held: list[Int32] = []
     groups = 0
-    for values, first, steps, empty in value_steps(me, step, shape):
+    for values, first, steps, empty in value_steps(me, shape):
         wgmma.fence()
         for k in range(steps):
             block, within = divmod(first + k, _STEPS)
@@ -261,19 +256,14 @@ def start_other(me: Consumer, sums: list[Float32], step: Int32, shape: Shape) ->
     return sums, held, groups
 
 
-def value_steps(me: Consumer, step: Int32, shape: Shape) -> Iterator[tuple[Int64, int, int, list[Int32]]]:
+def value_steps(me: Consumer, shape: Shape) -> Iterator[tuple[Int64, int, int, list[Int32]]]:
     """Chunks of this consumer's half of a tile of values, each waited for when it comes.
 
     Yields:
         The descriptor, the first of the products (16 rows each) and their number, and what to give back afterwards.
     """
-    if shape.shared:
-        chunks = [_shared_chunk(me, step, me.number, part, shape) for part in range(shape.value_chunks)]
-        empty = [barrier for _, barriers in chunks for barrier in barriers]
-        yield attention_mma.transposed(local(chunks[0][0]), BLOCK_BYTES), 0, shape.keys // wgmma.K_STEP, empty
-        return
     for chunk in range(shape.value_chunks):
-        at, empty = _next_chunk(me, shape)
+        at, empty = next_chunk(me, shape)
         yield attention_mma.transposed(local(at), shape.value_rows * ROW_BYTES), chunk * shape.chunk, shape.chunk, empty
 
 
@@ -322,7 +312,7 @@ def publish(me: Constexpr[Consumer], step: Int32, shape: Constexpr[Shape]) -> No
     """Shows the weights of an own tile and the largest products so far to the other consumer."""
     g, t, _ = lanes()
     ready = me.base + shape.ready_at + me.number * 16
-    ring.wait(ready + 8, step // 2 % 2 ^ 1)
+    ring.wait(ready + 8, me.shown(step, me.number) % 2 ^ 1)
     for half in cutlass.range_constexpr(2):
         row = me.row(half)
         at = me.base + shape.weights_at + me.number * shape.weights_bytes + row * ROW_BYTES + t * 4
@@ -345,7 +335,7 @@ def acknowledge(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
 def follow(me: Consumer, step: Int32, shape: Shape) -> None:
     """Waits for the weights of the other consumer's tile and follows its largest products."""
     other = 1 - me.number
-    ring.wait(me.base + shape.ready_at + other * 16, step // 2 % 2)
+    ring.wait(me.base + shape.ready_at + other * 16, me.shown(step, other) % 2)
     for half in range(2):
         at = me.base + shape.tops_at + (other * ROWS + me.row(half)) * 4
         top = arith.number(Uint32(ring.load4(at)))
@@ -356,9 +346,9 @@ def follow(me: Consumer, step: Int32, shape: Shape) -> None:
 
 @cute.jit
 def join_totals(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
-    """Adds both consumers' parts of the sums, which are relative to the same by now; over the queries."""
+    """Adds both consumers' parts of the sums, which are relative to the same by now."""
     thread = cute.arch.thread_idx()[0] % GROUP
-    at = me.base + thread * 8
+    at = me.base + shape.totals_at + thread * 8
     attention_mma.named_barrier(_BARRIER, CONSUMERS * GROUP)
     ring.store8(at + me.number * (GROUP * 8), [arith.bits(me.stat[2 + half]) for half in range(2)])
     attention_mma.named_barrier(_BARRIER, CONSUMERS * GROUP)

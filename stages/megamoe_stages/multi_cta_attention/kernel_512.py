@@ -37,7 +37,7 @@ class Attention(NamedTuple):
     Attributes:
         q: (queries * heads, 512) bf16.
         keys: Boxes of the keys.
-        values: Boxes of the values; the keys' when shared.
+        values: Boxes of the values.
         cu_q: (sequences + 1,) int32.
         cu_k: (sequences + 1,) int32.
         sink: (heads,) fp32; not read unless has_sink.
@@ -72,7 +72,7 @@ Finish = Callable[[Consumer], None]
 def launch(
     q: cute.Tensor,  # (queries * heads, 512) bf16
     k: cute.Tensor,  # (keys, kv_heads, 512) bf16
-    v: cute.Tensor,  # the same; k itself when shared
+    v: cute.Tensor,  # the same
     cu_q: cute.Tensor,  # (sequences + 1,) int32
     cu_k: cute.Tensor,  # (sequences + 1,) int32
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
@@ -83,13 +83,14 @@ def launch(
     causal: Int32,
     window: Int32,  # 0 for none
     has_sink: Int32,
+    ctas: Int32,  # most that there may be, where they are persistent
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
     """Launches a cluster for each piece of rows of each sequence and kv head."""
     given = prepare(q, k, v, cu_q, cu_k, sink, lse, softmax_scale, heads, causal, window, has_sink, shape)
     kernel(*given, out, shape).launch(
-        grid=grid(q, k, cu_q, heads, shape),
+        grid=grid(given, ctas, shape),
         block=[THREADS, 1, 1],
         cluster=[shape.ctas, 1, 1],
         smem=shape.shared_bytes,
@@ -115,16 +116,23 @@ def prepare(
 ) -> Attention:
     """What a kernel gets, on the host; see `launch`."""
     keys = multicast.boxes(k, *produce_512.key_box(shape), shape.ctas)
-    values = keys if shape.shared else multicast.boxes(v, *produce_512.value_box(shape), shape.ctas)
+    values = multicast.boxes(v, *produce_512.value_box(shape), shape.ctas)
     factor = softmax_scale * Float32(softmax.LOG2E)
     return Attention(q, keys, values, cu_q, cu_k, sink, lse, factor, heads, k.shape[1], causal, window, has_sink)
 
 
-def grid(q: cute.Tensor, k: cute.Tensor, cu_q: cute.Tensor, heads: Int32, shape: Shape) -> list[Int32]:
-    """CTAs of a launch: a cluster a piece of rows, some without work where sequences end early."""
-    kv_heads = k.shape[1]
-    rows = q.shape[0] // kv_heads  # of a kv head, of all sequences
-    return [(rows // (shape.ctas * ROWS) + (cute.size(cu_q) - 1)) * shape.ctas, kv_heads, 1]
+def grid(given: Attention, ctas: Int32, shape: Shape) -> list[Int32]:
+    """CTAs of a launch: a cluster a piece of rows, some without work where sequences end early, or `ctas` at most."""
+    pieces = most_pieces(given, shape)
+    if shape.persistent:
+        return [cutlass.min(pieces * given.kv_heads, ctas // shape.ctas) * shape.ctas, 1, 1]
+    return [pieces * shape.ctas, given.kv_heads, 1]
+
+
+def most_pieces(given: Attention, shape: Shape) -> Int32:
+    """Pieces of rows of a kv head that there may be."""
+    rows = given.q.shape[0] // given.kv_heads  # of all sequences
+    return rows // (shape.ctas * ROWS) + (cute.size(given.cu_q) - 1)
 
 
 @cute.kernel
@@ -160,29 +168,30 @@ def work(given: Constexpr[Attention], finish: Constexpr[Finish], shape: Constexp
 
     Args:
         given: What is read.
-        finish: Gets a consumer whose sums have become the output, fp32, and writes it; its ring is free.
+        finish: Gets a consumer whose sums have become the output, fp32, and writes it; the queries' place is free.
         shape: How the work is cut.
     """
-    number, kv_head, _ = cute.arch.block_idx()
     sequences = Sequences(given.cu_q, given.cu_k, given.heads, given.kv_heads, given.causal, given.window)
-    sequence, piece = find_piece(number // shape.ctas, sequences, shape)
-    if sequence < cute.size(given.cu_q) - 1:
-        rank = number % shape.ctas
-        tile = tile_of(sequence, piece, rank, kv_head, sequences, shape)
-        share_work(given, Source(given.keys, given.values, rank), tile, sequences, finish, shape)
+    if cutlass.const_expr(shape.persistent):
+        share_work(given, sequences, finish, shape)
+    else:
+        number, _, _ = cute.arch.block_idx()
+        sequence, _ = find_piece(number // shape.ctas, sequences, shape)
+        if sequence < cute.size(given.cu_q) - 1:
+            share_work(given, sequences, finish, shape)
 
 
 @cute.jit
 def share_work(
     given: Constexpr[Attention],
-    source: Constexpr[Source],
-    tile: Constexpr[Tile],
     sequences: Constexpr[Sequences],
     finish: Constexpr[Finish],
     shape: Constexpr[Shape],
 ) -> None:
     """What the threads of a CTA do."""
     thread, _, _ = cute.arch.thread_idx()
+    number, _, _ = cute.arch.block_idx()
+    rank = number % shape.ctas
     base = ring.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
     if thread == 0:
         for i in cutlass.range_constexpr(CONSUMERS * shape.slots):
@@ -196,24 +205,71 @@ def share_work(
     if thread < GROUP:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        if cutlass.const_expr(shape.shared):
-            if warp == 0:
-                produce_512.produce_shared(base, source, tile, shape)
-        elif warp < CONSUMERS:
-            produce_512.produce(base, warp, source, tile, shape)
+        if warp < CONSUMERS:
+            cursor = cute.make_rmem_tensor((2,), Int32)
+            cursor[0], cursor[1] = Int32(0), Int32(0)
+            source = Source(given.keys, given.values, rank)
+
+            def load(tile: Tile) -> None:
+                produce_512.produce(base, warp, cursor, source, tile, shape)
+
+            for_each_piece(load, given, sequences, rank, shape)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-        varlen.load_rows(given.q, base, tile, 0, ROWS, sequences, thread - GROUP, CONSUMERS * GROUP)
-        attention_mma.commit_copies()
-        attention_mma.wait_copies(0)
-        attention_mma.proxy_fence()
-        attention_mma.named_barrier(_LOADS_BARRIER, CONSUMERS * GROUP)
-        me = Consumer(base, thread // GROUP - 1, tile, sequences, given.factor, shape)
-        attend_512.attend(me, shape)
-        result_512.finish_rows(me, given.lse, given.sink, given.has_sink)
-        finish(me)
+        me = Consumer(base, thread // GROUP - 1, sequences, given.factor, shape)
+
+        def attend(tile: Tile) -> None:
+            attend_piece(me, tile, given, finish, shape)
+
+        for_each_piece(attend, given, sequences, rank, shape)
     if cutlass.const_expr(shape.ctas > 1):
         meet(shape)  # nobody leaves while the others write to it
+
+
+@cute.jit
+def for_each_piece(
+    do: Constexpr[Callable[[Tile], None]],
+    given: Constexpr[Attention],
+    sequences: Constexpr[Sequences],
+    rank: Int32,
+    shape: Constexpr[Shape],
+) -> None:
+    """Calls `do` with the rows of this CTA in each piece of its cluster."""
+    number, kv_head, _ = cute.arch.block_idx()
+    if cutlass.const_expr(shape.persistent):
+        across, _, _ = cute.arch.grid_dim()
+        pieces = most_pieces(given, shape)
+        for index in cutlass.range(number // shape.ctas, pieces * given.kv_heads, across // shape.ctas, unroll=1):
+            kv_head = index // pieces
+            sequence, piece = find_piece(index - kv_head * pieces, sequences, shape)
+            if sequence < cute.size(given.cu_q) - 1:
+                do(tile_of(sequence, piece, rank, kv_head, sequences, shape))
+    else:
+        sequence, piece = find_piece(number // shape.ctas, sequences, shape)
+        do(tile_of(sequence, piece, rank, kv_head, sequences, shape))
+
+
+@cute.jit
+def attend_piece(
+    me: Constexpr[Consumer],
+    tile: Constexpr[Tile],
+    given: Constexpr[Attention],
+    finish: Constexpr[Finish],
+    shape: Constexpr[Shape],
+) -> None:
+    """What a consumer does for the rows of a tile."""
+    thread = cute.arch.thread_idx()[0] - GROUP
+    if cutlass.const_expr(shape.persistent):  # the output of the last rows has left the queries' place
+        attention_mma.named_barrier(_LOADS_BARRIER, CONSUMERS * GROUP)
+    varlen.load_rows(given.q, me.base, tile, 0, ROWS, me.sequences, thread, CONSUMERS * GROUP)
+    attention_mma.commit_copies()
+    attention_mma.wait_copies(0)
+    attention_mma.proxy_fence()
+    attention_mma.named_barrier(_LOADS_BARRIER, CONSUMERS * GROUP)
+    me.start(tile)
+    attend_512.attend(me, shape)
+    result_512.finish_rows(me, given.lse, given.sink, given.has_sink)
+    finish(me)
 
 
 def meet(shape: Shape) -> None:
@@ -242,7 +298,7 @@ def tensors() -> list[object]:
 
 def numbers() -> tuple[object, ...]:
     """Stand-ins for the numbers of a launch."""
-    return Float32(0), *(Int32(0) for _ in range(4))
+    return Float32(0), *(Int32(0) for _ in range(5))
 
 
 def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
@@ -258,5 +314,5 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
 
 def name_of(shape: Shape) -> str:
     """For names of kernels."""
-    kind = f"{'shared' if shape.shared else 'separate'}_{shape.keys}_{shape.ctas}x{shape.chunk}"
-    return f"{kind}_lazy" if shape.lazy else kind
+    kinds = [name for name, on in (("lazy", shape.lazy), ("persistent", shape.persistent)) if on]
+    return "_".join([f"{shape.keys}_{shape.ctas}x{shape.chunk}", *kinds])

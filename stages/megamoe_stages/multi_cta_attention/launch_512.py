@@ -27,6 +27,7 @@ def attend(
     softmax_scale: float,
     causal: bool,
     window: int | None,
+    sms: int,
 ) -> tuple[object, ...]:
     """The arguments of a kernel; nothing is empty."""
     heads = q.shape[1]
@@ -46,6 +47,7 @@ def attend(
         int(causal),
         0 if window is None else window,
         int(sink is not None),
+        sms,
     )
 
 

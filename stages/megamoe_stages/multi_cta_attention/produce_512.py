@@ -23,7 +23,7 @@ class Source(NamedTuple):
 
     Attributes:
         keys: Boxes of keys.
-        values: Boxes of values; not used when they are the keys.
+        values: Boxes of values.
         rank: Of the CTA in its cluster.
     """
 
@@ -125,11 +125,14 @@ def load_value_tile(
 
 @cute.jit
 def produce(
-    base: Int32, which: Int32, source: Constexpr[Source], tile: Constexpr[Tile], shape: Constexpr[Shape]
+    base: Int32,
+    which: Int32,
+    cursor: cute.Tensor,
+    source: Constexpr[Source],
+    tile: Constexpr[Tile],
+    shape: Constexpr[Shape],
 ) -> None:
     """Loads all that a consumer reads, in the order in which it does (`attend_512`); one warp for each consumer."""
-    cursor = cute.make_rmem_tensor((2,), Int32)
-    cursor[0], cursor[1] = Int32(0), Int32(0)
     steps = tile.steps(shape.keys)
     if which < steps:
         load_key_tile(base, which, which, cursor, source, tile, shape)
@@ -141,16 +144,3 @@ def produce(
             load_key_tile(base, which, step + 2, cursor, source, tile, shape)
         if step + 1 < steps:
             load_value_tile(base, which, step + 1, cursor, source, tile, shape)
-
-
-@cute.jit
-def produce_shared(base: Int32, source: Constexpr[Source], tile: Constexpr[Tile], shape: Constexpr[Shape]) -> None:
-    """Loads all tiles of keys that are the values, into the rings of both consumers; one warp."""
-    cursors = [cute.make_rmem_tensor((2,), Int32) for _ in range(CONSUMERS)]
-    for cursor in cursors:
-        cursor[0], cursor[1] = Int32(0), Int32(0)
-    for step in cutlass.range(tile.steps(shape.keys), unroll=1):
-        for which in cutlass.range_constexpr(CONSUMERS):
-            for chunk in cutlass.range(shape.value_chunks, unroll=1):
-                slot, full = claim(base, Int32(which), cursors[which], shape)
-                load_keys(step, chunk + which * shape.value_chunks, slot, full, source, tile, shape)

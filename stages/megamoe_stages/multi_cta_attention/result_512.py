@@ -33,10 +33,10 @@ def finish_rows(me: Constexpr[Consumer], lse: cute.Tensor, sinks: cute.Tensor, h
 
 @cute.jit
 def store(me: Constexpr[Consumer], out: cute.Tensor, shape: Constexpr[Shape]) -> None:
-    """Writes this consumer's half of the columns, a row of 512 bytes a bulk store; over its ring, which it has read."""
+    """Writes this consumer's half of the columns, a row of 512 bytes a bulk store; over the queries."""
     lane = cute.arch.lane_idx()
     _, _, wide = lanes()
-    at = me.base + shape.ring_at + me.number * shape.ring_bytes + wide * (_WARP_ROWS * OUT_PITCH)
+    at = me.base + me.number * shape.staging_bytes + wide * (_WARP_ROWS * OUT_PITCH)
     to = at + lane % 16 * OUT_PITCH + lane // 16 * 16
     for pair in cutlass.range_constexpr(HALF // 16):
         values = [me.acc[8 * pair + i] for i in range(8)]

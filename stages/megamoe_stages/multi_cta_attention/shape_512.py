@@ -24,25 +24,23 @@ class Shape(NamedTuple):
     """A kernel; compile-time.
 
     Attributes:
-        shared: The values are the keys.
         ctas: Of a cluster: they work on neighbouring rows and share what they load; 1 or 2.
         chunk: Pieces of 8 KB that are loaded, waited for and given back together; 1, 2 or 4.
-        keys: Of a tile, whose scores a consumer makes at a time; 64, or 128 unless shared.
+        keys: Of a tile, whose scores a consumer makes at a time.
         lazy: Weights stay relative to an older largest score while they do not grow too large; sums are rarely scaled.
+        persistent: A cluster works on one piece of rows after another, and loads the next one's keys meanwhile.
     """
 
-    shared: bool
     ctas: int = 2
     chunk: int = 1
     keys: int = 64
     lazy: bool = False
+    persistent: bool = False
 
     @property
-    def apart(self) -> bool:
-        """Own values are done with before the next keys come: these take the place of the values, or their scores
-        that of the weights.
-        """
-        return self.shared or self.keys > COLUMNS
+    def staging_bytes(self) -> int:
+        """Of a consumer's part of the output, over the queries."""
+        return ROWS * OUT_PITCH
 
     @property
     def chunk_bytes(self) -> int:
@@ -66,7 +64,7 @@ class Shape(NamedTuple):
 
     @property
     def value_chunks(self) -> int:
-        """Of a tile of a consumer's half of the values: 16 * `chunk` rows each; of shared ones, columns."""
+        """Of a tile of a consumer's half of the values: 16 * `chunk` rows each."""
         return self.keys // self.value_rows
 
     @property
@@ -86,14 +84,12 @@ class Shape(NamedTuple):
 
     @property
     def ring_at(self) -> int:
-        """Where the rings start, one for each consumer; of shared tiles each holds a half of the columns."""
+        """Where the rings start, one for each consumer."""
         return self.weights_at + CONSUMERS * self.weights_bytes
 
     @property
     def slots(self) -> int:
         """Of a ring, in chunks."""
-        if self.shared:
-            return 2 * self.value_chunks
         return (SHARED_BYTES - _SMALL - self.ring_at) // (CONSUMERS * self.chunk_bytes)
 
     @property
@@ -113,8 +109,13 @@ class Shape(NamedTuple):
 
     @property
     def tops_at(self) -> int:
-        """Where the largest scores start, and at the end the sums."""
+        """Where the largest scores start."""
         return self.ready_at + CONSUMERS * 16
+
+    @property
+    def totals_at(self) -> int:
+        """Where the consumers exchange sums: over the weights of the second one."""
+        return self.weights_at + self.weights_bytes
 
     @property
     def shared_bytes(self) -> int:
@@ -122,8 +123,8 @@ class Shape(NamedTuple):
         return self.tops_at + CONSUMERS * ROWS * 4
 
 
-WIDE = Shape(shared=False, lazy=True)
-NARROW = Shape(shared=False, ctas=1, lazy=True)  # two CTAs' windows together are longer than each
+WIDE = Shape(lazy=True)
+NARROW = Shape(ctas=1, lazy=True, persistent=True)  # two CTAs' windows together are longer than each
 SHAPES = (WIDE, NARROW)
 _NARROW_WINDOW = 512
 
