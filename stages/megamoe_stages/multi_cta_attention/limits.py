@@ -16,6 +16,4 @@ def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
         head = int(facts["head_dim"] or 0), int(facts.get("v_dim") or facts["head_dim"] or 0)
         if head not in HEADS:
             reasons.append(f"keys of {head[0]} with values of {head[1]}: no kernel is compiled for them")
-    if facts.get("masked"):
-        reasons.append("a mask of one's own: the kernels know causality and windows")
     return reasons
