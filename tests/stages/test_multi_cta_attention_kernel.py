@@ -33,6 +33,10 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "as-many-kv-heads": {"lq": [150], "lk": [150], "heads": 3, "kv_heads": 3, "head_dim": 256},
     "forty-sequences": {"lq": [i % 5 for i in range(40)], "lk": [7 * i % 11 for i in range(40)], "sink": True},
     "fp16": {"lq": [150], "lk": [200], "dtype": "float16", "head_dim": 128, "sink": True},
+    "mask": {"lq": [40, 20], "lk": [160, 21], "mask": 0.3, "causal": False, "sink": True, "heads": 6},
+    "mask-causal-window": {"lq": [140], "lk": [260], "mask": 0.5, "window": 90, "head_dim": 128},
+    "mask-narrow": {"lq": [8, 8], "lk": [30, 10], "mask": 0.7, "mask_columns": 20, "causal": False, "head_dim": 256},
+    "mask-nothing": {"lq": [8], "lk": [30], "mask": 0.0, "sink": True},
     "wide-scores": {"lq": [80], "lk": [200], "gain": 30.0, "head_dim": 128},
 }
 
@@ -46,7 +50,7 @@ def emulated(
 ) -> AttentionOutput:
     """What `sm90.multi_cta_attention` would return, its launch on the emulator; no tensor is empty."""
     q, k, v = a["q"], a["k"], a["v"]
-    shape = shape or shape_of(q.shape[2], v.shape[2], str(q.dtype).removeprefix("torch."))
+    shape = shape or shape_of(q.shape[2], v.shape[2], str(q.dtype).removeprefix("torch."), masked="mask" in a)
     assert shape is not None
     out = contract.fake(q, k, v, a["cu_seqlens_q"], a["cu_seqlens_k"], softmax_scale=1.0)
     out.out.fill_(torch.nan), out.lse.fill_(torch.nan)
@@ -57,6 +61,7 @@ def emulated(
         a["cu_seqlens_q"],
         a["cu_seqlens_k"],
         a.get("sink"),
+        a.get("mask"),
         out,
         softmax_scale=a["softmax_scale"],
         causal=a["causal"],
@@ -142,17 +147,14 @@ def test_shared_memory_holds_what_a_kernel_needs() -> None:
 
 def test_limits() -> None:
     assert not limits.supports({})
-    assert not limits.supports({"dtype": "bfloat16", "head_dim": 128, "v_dim": 128, "masked": False})
+    assert not limits.supports({"dtype": "bfloat16", "head_dim": 128, "v_dim": 128})
     assert not limits.supports({"dtype": "float16", "head_dim": 192, "v_dim": 128})
     assert "float32" in limits.supports({"dtype": "float32"})[0]
     assert "96" in limits.supports({"head_dim": 96, "v_dim": 96})[0]
-    assert "mask" in limits.supports({"masked": True})[0]
 
 
 def test_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ArgumentError, match="float32 queries"):
         sm90.multi_cta_attention(**CASES["fp32"].inputs("fp32"))
-    with pytest.raises(ArgumentError, match="a mask of one's own"):
-        sm90.multi_cta_attention(**CASES["mask"].inputs("mask"))
     with pytest.raises(ArgumentError, match="CUDA device"):
         sm90.multi_cta_attention(**CASES["causal-d64"].inputs("causal-d64"))

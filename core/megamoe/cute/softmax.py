@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable
 
 import cutlass
-from cutlass import Boolean, Constexpr, Float32, Int32, Uint32, cute
+from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
+from cutlass._mlir.dialects import llvm
 
 from megamoe.cute import arith, attention_mma
 from megamoe.cute.arith import Target
@@ -53,6 +54,49 @@ def hide(
                 at = 4 * i + 2 * half + j
                 visible = 8 * i + j < limit if cutlass.const_expr(after) else 8 * i + j >= limit
                 scores[at] = arith.select(visible, scores[at], Float32(HIDDEN))
+
+
+@cute.jit
+def hide_masked(
+    scores: cute.Tensor,  # (n / 2,) fp32
+    start: Int32,
+    rows: Constexpr[list[Int64]],
+    ends: Constexpr[list[Int32]],
+) -> None:
+    """Makes the scores of keys that a mask hides HIDDEN.
+
+    Args:
+        scores: Of keys from `start` on.
+        start: The first key.
+        rows: Where the bytes of the mask start for each of the lane's two rows, 0 for a hidden key.
+        ends: The first key of each that has no byte, or is hidden anyway; nothing is read from there on.
+    """
+    column = start + 2 * (cute.arch.lane_idx() % 4)
+    for half in cutlass.range_constexpr(2):
+        at, limit = rows[half] + column, ends[half] - column
+        for i in cutlass.range_constexpr(cute.size(scores) // 4):
+            for j in cutlass.range_constexpr(2):
+                place = 4 * i + 2 * half + j
+                byte = _byte_if(at + (8 * i + j), 8 * i + j < limit)
+                scores[place] = arith.select(byte != 0, scores[place], Float32(HIDDEN))
+
+
+def _byte_if(at: Int64, condition: Boolean) -> Uint32:
+    """A byte of global memory where the condition holds, else 0; no branch."""
+    text = (
+        "{.reg .pred p; .reg .b16 h; setp.ne.s32 p, $2, 0; mov.b16 h, 0;"
+        " @p ld.global.nc.u8 h, [$1]; cvt.u32.u16 $0, h;}"
+    )
+    out = llvm.inline_asm(
+        Uint32.mlir_type,
+        [at.ir_value(), arith.select(condition, Int32(1), Int32(0)).ir_value()],
+        text,
+        "=r,l,r",
+        has_side_effects=False,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    return Uint32(out)
 
 
 def finite(top: Float32) -> Float32:

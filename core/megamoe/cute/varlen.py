@@ -31,6 +31,7 @@ class Sequences(NamedTuple):
         kv_heads: Of k and v.
         causal: Not 0: keys after the query's position are hidden.
         window: Keys that a query sees, its own position included; 0 for all before it.
+        columns: Keys of a sequence from this one on are hidden; None for none.
     """
 
     cu_q: cute.Tensor
@@ -39,6 +40,7 @@ class Sequences(NamedTuple):
     kv_heads: Int32
     causal: Int32
     window: Int32
+    columns: Int32 | None = None
 
     @property
     def group(self) -> Int32:
@@ -217,9 +219,10 @@ def _tile(sequence: Int32, index: Int32, kv_head: Int32, sequences: Sequences, r
         end=lk,
         kv_head=kv_head,
     )
+    length = lk if sequences.columns is None else cutlass.min(lk, sequences.columns)
     last_row = cutlass.min(Int32(rows), tile.rows - tile.first) - 1
-    begin, _ = tile.seen(Int32(0), lk, sequences)
-    _, end = tile.seen(last_row, lk, sequences)
+    begin, _ = tile.seen(Int32(0), length, sequences)
+    _, end = tile.seen(last_row, length, sequences)
     return tile._replace(begin=cutlass.max(begin, 0), end=end)
 
 

@@ -26,7 +26,7 @@ _OWN_BARRIER = 4  # of the first consumer, its own warps
 
 
 class Result(NamedTuple):
-    """What the consumers write, and what goes into it.
+    """What the consumers write, and what goes into it besides scores and values.
 
     Attributes:
         out: (queries * heads, Dv), 16 bits each.
@@ -34,6 +34,7 @@ class Result(NamedTuple):
         sink: (heads,) fp32; not read unless has_sink.
         has_sink: Whether there is one.
         factor: softmax_scale in base 2, positive.
+        mask: (queries, columns) uint8, 0 for a hidden key; not read unless `Shape.masked`.
     """
 
     out: cute.Tensor
@@ -41,6 +42,7 @@ class Result(NamedTuple):
     sink: cute.Tensor
     has_sink: Int32
     factor: Float32
+    mask: cute.Tensor
 
 
 class Place(NamedTuple):
@@ -228,7 +230,11 @@ def begin(
     wait_queries(loads, place, shape)
     scores = attention_mma.wait(start_scores(queries_of(loads, place, shape), turn, place, shape))
     release(turn, 8, place, shape)
-    keep(weights, weigh(scores, stat, tile.begin, view_of(tile, place, sequences), result.factor, shape), shape)
+    keep(
+        weights,
+        weigh(scores, stat, tile.begin, view_of(tile, place, sequences, result, shape), result.factor, shape),
+        shape,
+    )
 
 
 @cute.jit
@@ -246,7 +252,7 @@ def go_on(
     shape: Constexpr[Shape],
 ) -> None:
     """All scores of a tile but the first, and all sums but the last."""
-    view = view_of(tile, place, sequences)
+    view = view_of(tile, place, sequences, result, shape)
     queries = queries_of(loads, place, shape)
     for step in cutlass.range(1, steps, unroll=1):
         here = turn + step
@@ -301,7 +307,7 @@ def hand_over(
     release(turn, 8, place, shape)
     for i in cutlass.range_constexpr(2):
         fresh_stat[i], fresh_stat[2 + i] = Float32(softmax.HIDDEN), Float32(0.0)
-    fresh = weigh(scores, fresh_stat, new.begin, view_of(new, place, sequences), result.factor, shape)
+    fresh = weigh(scores, fresh_stat, new.begin, view_of(new, place, sequences, result, shape), result.factor, shape)
     sums, fresh = attention_mma.wait_behind(sums, fresh, [fresh_stat[2], fresh_stat[3]])
     release(turn - 1, 24, place, shape)
     for i, value in enumerate(sums):
@@ -372,19 +378,27 @@ class View(NamedTuple):
         rows: The lane's two rows.
         begin: From here on all rows of the warp see keys.
         end: Up to here all rows of the warp see keys.
+        masks: Where the mask's bytes of the lane's two rows start; None without a mask.
     """
 
     rows: list[tuple[Int32, Int32]]
     begin: Int32
     end: Int32
+    masks: list[Int64] | None
 
 
-def view_of(tile: Tile, place: Place, sequences: Sequences) -> View:
+def view_of(tile: Tile, place: Place, sequences: Sequences, result: Result, shape: Shape) -> View:
     """What the rows of this lane and warp see."""
     first = place.consumer * ROWS + place.wide * 16
     begin, _ = tile.seen(first + 15, tile.end, sequences)
     _, end = tile.seen(first, tile.end, sequences)
-    return View([tile.seen(place.row(half), tile.end, sequences) for half in range(2)], begin, end)
+    rows = [tile.seen(place.row(half), tile.end, sequences) for half in range(2)]
+    masks = None
+    if shape.masked:
+        inside = [cutlass.min(tile.first + place.row(half), tile.rows - 1) // sequences.group for half in range(2)]
+        width = cute.size(result.mask, mode=[1])
+        masks = [ring.address(result.mask.iterator) + Int64(tile.query + query) * width for query in inside]
+    return View(rows, begin, end, masks)
 
 
 def start_scores(queries: Int32, turn: Int32, place: Place, shape: Shape) -> list[Float32]:
@@ -439,6 +453,8 @@ def weigh(
     for i, score in enumerate(scores):
         held[i] = score
     hide_edges(held, start, view)
+    if view.masks is not None:
+        softmax.hide_masked(held, start, view.masks, [last for _, last in view.rows])
     seen, top = [held[i] for i in range(len(scores))], [stat[0], stat[1]]
     largest = softmax.tops_of(seen, top)
     if shape.lazy:

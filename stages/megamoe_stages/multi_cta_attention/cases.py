@@ -120,7 +120,7 @@ CASES: dict[str, Case] = {
     ),
     "gqa-d128": Case(
         make,
-        {"lq": [8192], "lk": [8192], "heads": 64, "kv_heads": 8, "head_dim": 128},
+        {"lq": [8192], "lk": [8192], "heads": 32, "kv_heads": 4, "head_dim": 128},
         gpu_only=True,
         bench=True,
     ),

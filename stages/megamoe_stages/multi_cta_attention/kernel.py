@@ -32,6 +32,7 @@ def launch(
     cu_q: cute.Tensor,  # (sequences + 1,) int32
     cu_k: cute.Tensor,  # (sequences + 1,) int32
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
+    mask: cute.Tensor,  # (queries, columns) uint8; not read unless the shape is masked
     out: cute.Tensor,  # (queries * heads, Dv)
     lse: cute.Tensor,  # (queries * heads,) fp32
     softmax_scale: Float32,  # positive
@@ -51,6 +52,7 @@ def launch(
         cu_q,
         cu_k,
         sink,
+        mask,
         out,
         lse,
         softmax_scale * Float32(softmax.LOG2E),
@@ -77,6 +79,7 @@ def kernel(
     cu_q: cute.Tensor,
     cu_k: cute.Tensor,
     sink: cute.Tensor,
+    mask: cute.Tensor,
     out: cute.Tensor,
     lse: cute.Tensor,
     factor: Float32,
@@ -90,7 +93,8 @@ def kernel(
     """The kernel; see the module."""
     thread, _, _ = cute.arch.thread_idx()
     base = ring.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
-    sequences = Sequences(cu_q, cu_k, heads, kv_heads, causal, window)
+    columns = cute.size(mask, mode=[1]) if cutlass.const_expr(shape.masked) else None
+    sequences = Sequences(cu_q, cu_k, heads, kv_heads, causal, window, columns)
     tiles = attend.tile_ring(base, shape)
     warps = shape.consumers * GROUP // WARP
     if thread == 0:
@@ -118,7 +122,7 @@ def kernel(
             varlen.publish_tiles(tiles, sequences, shape.rows)
     else:
         cute.arch.setmaxregister_increase(consumer)
-        attend.attend(base, sequences, Result(out, lse, sink, has_sink, factor), shape)
+        attend.attend(base, sequences, Result(out, lse, sink, has_sink, factor, mask), shape)
 
 
 @cute.jit
@@ -212,6 +216,7 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
             tensor(Int32, (size(),), 4),
             tensor(Int32, (size(),), 4),
             tensor(Float32, (size(),), 4),
+            tensor(Uint8, (size(), size()), 1),
             tensor(dtype, (size(), shape.v_dim), 16),
             tensor(Float32, (size(),), 4),
             Float32(0),
@@ -220,5 +225,5 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
             shape,
         )
 
-    name = f"attend_d{shape.head_dim}_v{shape.v_dim}_{shape.dtype}"
+    name = f"attend_d{shape.head_dim}_v{shape.v_dim}_{shape.dtype}{'_masked' if shape.masked else ''}"
     return KernelSpec(name, target.value, launch, arguments, tuple(shape))

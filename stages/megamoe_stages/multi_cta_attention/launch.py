@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from megamoe.cute import compiler
@@ -23,6 +24,7 @@ def attend(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     sink: Tensor | None,
+    mask: Tensor | None,
     out: AttentionOutput,
     *,
     softmax_scale: float,
@@ -44,6 +46,7 @@ def attend(
         cu_seqlens_q,
         cu_seqlens_k,
         out.lse.view(-1) if sink is None else sink,
+        (out.lse if mask is None else mask).view(torch.uint8),
         out.out.view(-1, v.shape[2]),
         out.lse.view(-1),
         max(softmax_scale, LEAST_SCALE),
@@ -63,5 +66,5 @@ def attend_kernel(shape: Shape) -> Callable[..., None]:
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    shapes = [shape_of(*head, dtype) for dtype in DTYPES for head in HEADS]
+    shapes = [shape_of(*head, dtype, masked) for masked in (False, True) for dtype in DTYPES for head in HEADS]
     return [kernel.spec(shape) for shape in shapes if shape is not None]

@@ -20,6 +20,4 @@ def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
                 reasons.append(f"{facts['dtype']} queries of {head[0]}: that kernel takes {shape_512.DTYPE}")
         elif head not in HEADS:
             reasons.append(f"keys of {head[0]} with values of {head[1]}: no kernel is compiled for them")
-    if facts.get("masked"):
-        reasons.append("a mask of one's own: the kernels know causality and windows")
     return reasons

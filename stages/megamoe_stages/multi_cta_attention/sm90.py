@@ -34,16 +34,19 @@ def multi_cta_attention(
     contract.check(
         q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, softmax_scale=softmax_scale, causal=causal, window=window
     )
-    wide = q.shape[2] == shape_512.DIM
-    shape = shape_512.shape_for(window) if wide else shape_of(q.shape[2], v.shape[2], dtype_name(q))
+    masked = mask is not None
+    if q.shape[2] == shape_512.DIM:
+        shape = shape_512.shape_for(window, masked=masked)
+    else:
+        shape = shape_of(q.shape[2], v.shape[2], dtype_name(q), masked=masked)
     head = {"head_dim": q.shape[2], "v_dim": v.shape[2]}
-    if (reasons := limits.supports({"dtype": dtype_name(q), "masked": mask is not None, **head})) or shape is None:
+    if (reasons := limits.supports({"dtype": dtype_name(q), **head})) or shape is None:
         raise ArgumentError("multi_cta_attention", "; ".join(reasons), "what this kernel supports")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.numel():
             check_readable(name, tensor)
     out = contract.fake(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale)
-    if q.numel() == 0 or k.numel() == 0:
+    if q.numel() == 0 or k.numel() == 0 or (mask is not None and mask.numel() == 0):
         out.out.zero_()
         out.lse.fill_(-torch.inf)
         return out
@@ -60,6 +63,7 @@ def multi_cta_attention(
         cu_seqlens_q,
         cu_seqlens_k,
         sink,
+        mask,
         out,
         softmax_scale=softmax_scale,
         causal=causal,
