@@ -38,7 +38,7 @@ def launch(
     shape: Constexpr[Shape],
 ) -> None:
     numbers = (softmax_scale, heads, causal, window, has_sink)
-    given = kernel_512.prepare(q, k, v, cu_q, cu_k, sink, lse, *numbers, shape)
+    given = kernel_512.prepare(q, k, v, cu_q, cu_k, sink, lse, lse, *numbers, shape)  # no mask
     kernel(*given, out, shape).launch(
         grid=kernel_512.grid(given, ctas, shape),
         block=[THREADS, 1, 1],
@@ -64,13 +64,14 @@ def kernel(
     causal: Int32,
     window: Int32,
     has_sink: Int32,
+    mask: cute.Tensor,
     out: cute.Tensor,
     shape: Constexpr[Shape],
 ) -> None:
     def finish(me: Consumer) -> None:
         store(me, out)
 
-    given = Attention(q, keys, values, cu_q, cu_k, sink, lse, factor, heads, kv_heads, causal, window, has_sink)
+    given = Attention(q, keys, values, cu_q, cu_k, sink, lse, factor, heads, kv_heads, causal, window, has_sink, mask)
     kernel_512.work(given, finish, shape)
 
 
@@ -90,7 +91,7 @@ def store(me: Constexpr[Consumer], out: cute.Tensor) -> None:
 
 def spec(shape: Shape) -> KernelSpec:
     def arguments() -> tuple[object, ...]:
-        *given, lse = kernel_512.tensors()
+        *given, lse, _ = kernel_512.tensors()
         out = make_fake_compact_tensor(Float32, (cute.sym_int32(), DIM), stride_order=(1, 0), assumed_align=16)
         return (*given, out, lse, *kernel_512.numbers(), make_fake_stream(use_tvm_ffi_env_stream=True), shape)
 

@@ -39,6 +39,9 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "more-queries-than-keys": {"lq": [9, 3], "lk": [4, 0], "heads": 16, "kv_heads": 1, "sink": True},
     "one-tile-one-query": {"lq": [1], "lk": [64], "heads": 64, "kv_heads": 1},
     "group-of-7": {"lq": [25], "lk": [60], "heads": 14, "kv_heads": 2},
+    "mask": {"lq": [40, 5], "lk": [130, 21], "mask": 0.3, "causal": False, "heads": 6, "sink": True},
+    "mask-narrow-causal-window": {"lq": [30], "lk": [90], "mask": 0.5, "mask_columns": 70, "window": 60},
+    "mask-nothing": {"lq": [8], "lk": [30], "mask": 0.0, "heads": 2},
     "wide-scores": {"lq": [40], "lk": [200], "gain": 30.0, "heads": 2},
     "forty-sequences": {"lq": [i % 3 for i in range(40)], "lk": [7 * i % 11 for i in range(40)], "sink": True},
 }
@@ -59,6 +62,7 @@ def emulated(a: dict[str, Any], shape: Shape = WIDE, policy: str = "eager", seed
         a["cu_seqlens_q"],
         a["cu_seqlens_k"],
         a.get("sink"),
+        a.get("mask"),
         out,
         softmax_scale=a["softmax_scale"],
         causal=a["causal"],
@@ -70,6 +74,10 @@ def emulated(a: dict[str, Any], shape: Shape = WIDE, policy: str = "eager", seed
     return out
 
 
+def shape_of(a: dict[str, Any]) -> Shape:
+    return shape_for(None, masked=a.get("mask") is not None)
+
+
 def unlike(got: AttentionOutput, a: dict[str, Any]) -> list[compare.LeafResult]:
     results = compare.compare(compare.leaves(got), compare.leaves(reference(**a)), contract.BOUNDS)
     return [result for result in results if not result.passed]
@@ -78,7 +86,7 @@ def unlike(got: AttentionOutput, a: dict[str, Any]) -> list[compare.LeafResult]:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_matches_the_reference(name: str) -> None:
     given = inputs(name)
-    assert not unlike(emulated(given), given)
+    assert not unlike(emulated(given, shape_of(given)), given)
 
 
 @pytest.mark.parametrize("name", ["tails-and-empty-sequences", "full"])
@@ -145,6 +153,7 @@ def test_shared_memory_holds_what_a_kernel_needs(shape: Shape) -> None:
 def test_what_takes_which_kernel() -> None:
     assert shape_for(None) == shape_for(4096) == WIDE
     assert shape_for(128) == NARROW
+    assert shape_for(128, masked=True).masked
     assert not limits.supports({"dtype": "bfloat16", "head_dim": 512, "v_dim": 512})
     assert "float16" in limits.supports({"dtype": "float16", "head_dim": 512})[0]
     assert "256" in limits.supports({"head_dim": 512, "v_dim": 256})[0]

@@ -48,7 +48,7 @@ def launch(
 ) -> None:
     """Launches as `multi_cta_attention.kernel_512` does."""
     numbers = (softmax_scale, heads, causal, window, has_sink)
-    given = kernel_512.prepare(q, k, v, cu_q, cu_k, sink, lse, *numbers, shape)
+    given = kernel_512.prepare(q, k, v, cu_q, cu_k, sink, lse, lse, *numbers, shape)  # no mask
     heads_a_group = cute.FastDivmodDivisorV2(codes.shape[2] // (DIM // 2))
     kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, tiled, shape).launch(
         grid=kernel_512.grid(given, ctas, shape),
@@ -75,6 +75,7 @@ def kernel(
     causal: Int32,
     window: Int32,
     has_sink: Int32,
+    mask: cute.Tensor,
     positions: cute.Tensor,
     cos: cute.Tensor,
     sin: cute.Tensor,
@@ -98,7 +99,7 @@ def kernel(
     def finish(me: Consumer) -> None:
         encode.encode_rows(me, out, shape)
 
-    given = Attention(q, keys, values, cu_q, cu_k, sink, lse, factor, heads, kv_heads, causal, window, has_sink)
+    given = Attention(q, keys, values, cu_q, cu_k, sink, lse, factor, heads, kv_heads, causal, window, has_sink, mask)
     kernel_512.work(given, finish, shape)
 
 
@@ -112,7 +113,7 @@ def spec(tiled: bool, shape: Shape) -> KernelSpec:
             order = tuple(reversed(range(len(sizes))))
             return make_fake_compact_tensor(dtype, sizes, stride_order=order, assumed_align=align)
 
-        *given, lse = kernel_512.tensors()
+        *given, lse, _ = kernel_512.tensors()
         positions = compact(Int32, (size(),), 4)
         cos, sin = (compact(Float32, (size(), ROPE_DIM // 2), 4) for _ in range(2))
         enc, dec = (make_fake_tensor(Float32, (), (), assumed_align=4) for _ in range(2))

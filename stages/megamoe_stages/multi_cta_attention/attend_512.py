@@ -45,6 +45,7 @@ class Consumer:
         tile: The CTA's rows, and the keys that it goes through; from `start` on.
         sequences: Masks.
         factor: Makes scores in base 2 of products; positive.
+        mask: (queries, columns) uint8, 0 for a hidden key; not read unless `Shape.masked`.
         view: First key from which on all rows of the CTA see keys, and the one up to which; from `start` on.
         turns: (2,) Int32: weights that the consumers have shown each other in earlier pieces of rows.
         cursor: (2,) Int32: slot and parity of its ring.
@@ -57,8 +58,10 @@ class Consumer:
     tile: Tile
     view: tuple[Int32, Int32]
 
-    def __init__(self, base: Int32, number: Int32, sequences: Sequences, factor: Float32, shape: Shape) -> None:
-        self.base, self.number, self.sequences, self.factor = base, number, sequences, factor
+    def __init__(
+        self, base: Int32, number: Int32, sequences: Sequences, factor: Float32, mask: cute.Tensor, shape: Shape
+    ) -> None:
+        self.base, self.number, self.sequences, self.factor, self.mask = base, number, sequences, factor, mask
         self.turns = cute.make_rmem_tensor((CONSUMERS,), Int32)
         self.cursor = cute.make_rmem_tensor((2,), Int32)
         self.acc = cute.make_rmem_tensor((_COUNT,), Float32)
@@ -280,6 +283,8 @@ def weigh(me: Consumer, products: list[Float32], step: Int32, shape: Shape) -> N
     for i, product in enumerate(products):
         held[i] = product
     hide_edges(held, me, me.tile.begin + step * shape.keys)
+    if shape.masked:
+        hide_masked(held, me, me.tile.begin + step * shape.keys)
     seen, top = [held[i] for i in range(len(products))], [me.stat[0], me.stat[1]]
     largest = softmax.tops_of(seen, top)
     if shape.lazy:
@@ -305,6 +310,17 @@ def hide(products: cute.Tensor, me: Consumer, start: Int32) -> None:
     seen = [me.tile.seen(me.row(half), me.tile.end, me.sequences) for half in range(2)]
     softmax.hide(products, start, [first for first, _ in seen], False)
     softmax.hide(products, start, [last for _, last in seen], True)
+
+
+def hide_masked(products: cute.Tensor, me: Consumer, start: Int32) -> None:
+    """Hides keys that the mask hides."""
+    starts, ends = [], []
+    for half in range(2):
+        row = cutlass.min(me.row(half), me.tile.rows - me.tile.first - 1)
+        query = me.tile.query + (me.tile.first + row) // me.sequences.group
+        starts.append(ring.address(me.mask.iterator) + Int64(query) * cute.size(me.mask, mode=[1]))
+        ends.append(me.tile.seen(row, me.tile.end, me.sequences)[1])
+    softmax.hide_masked(products, start, starts, ends)
 
 
 @cute.jit

@@ -48,6 +48,7 @@ class Attention(NamedTuple):
         causal: Not 0: keys after the query's position are hidden.
         window: Keys that a query sees up to its position; 0 for all.
         has_sink: Not 0: there are sinks.
+        mask: (queries, columns) uint8, 0 for a hidden key; not read unless the shape is masked.
     """
 
     q: cute.Tensor
@@ -63,6 +64,7 @@ class Attention(NamedTuple):
     causal: Int32
     window: Int32
     has_sink: Int32
+    mask: cute.Tensor
 
 
 Finish = Callable[[Consumer], None]
@@ -78,6 +80,7 @@ def launch(
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
     out: cute.Tensor,  # (queries * heads, 512) bf16
     lse: cute.Tensor,  # (queries * heads,) fp32
+    mask: cute.Tensor,  # (queries, columns) uint8; not read unless the shape is masked
     softmax_scale: Float32,  # positive
     heads: Int32,
     causal: Int32,
@@ -88,7 +91,8 @@ def launch(
     shape: Constexpr[Shape],
 ) -> None:
     """Launches a cluster for each piece of rows of each sequence and kv head."""
-    given = prepare(q, k, v, cu_q, cu_k, sink, lse, softmax_scale, heads, causal, window, has_sink, shape)
+    numbers = (softmax_scale, heads, causal, window, has_sink)
+    given = prepare(q, k, v, cu_q, cu_k, sink, lse, mask, *numbers, shape)
     kernel(*given, out, shape).launch(
         grid=grid(given, ctas, shape),
         block=[THREADS, 1, 1],
@@ -107,6 +111,7 @@ def prepare(
     cu_k: cute.Tensor,
     sink: cute.Tensor,
     lse: cute.Tensor,
+    mask: cute.Tensor,
     softmax_scale: Float32,
     heads: Int32,
     causal: Int32,
@@ -118,7 +123,7 @@ def prepare(
     keys = multicast.boxes(k, *produce_512.key_box(shape), shape.ctas)
     values = multicast.boxes(v, *produce_512.value_box(shape), shape.ctas)
     factor = softmax_scale * Float32(softmax.LOG2E)
-    return Attention(q, keys, values, cu_q, cu_k, sink, lse, factor, heads, k.shape[1], causal, window, has_sink)
+    return Attention(q, keys, values, cu_q, cu_k, sink, lse, factor, heads, k.shape[1], causal, window, has_sink, mask)
 
 
 def grid(given: Attention, ctas: Int32, shape: Shape) -> list[Int32]:
@@ -150,6 +155,7 @@ def kernel(
     causal: Int32,
     window: Int32,
     has_sink: Int32,
+    mask: cute.Tensor,
     out: cute.Tensor,
     shape: Constexpr[Shape],
 ) -> None:
@@ -158,7 +164,7 @@ def kernel(
     def finish(me: Consumer) -> None:
         result_512.store(me, out, shape)
 
-    given = Attention(q, keys, values, cu_q, cu_k, sink, lse, factor, heads, kv_heads, causal, window, has_sink)
+    given = Attention(q, keys, values, cu_q, cu_k, sink, lse, factor, heads, kv_heads, causal, window, has_sink, mask)
     work(given, finish, shape)
 
 
@@ -171,7 +177,8 @@ def work(given: Constexpr[Attention], finish: Constexpr[Finish], shape: Constexp
         finish: Gets a consumer whose sums have become the output, fp32, and writes it; the queries' place is free.
         shape: How the work is cut.
     """
-    sequences = Sequences(given.cu_q, given.cu_k, given.heads, given.kv_heads, given.causal, given.window)
+    columns = cute.size(given.mask, mode=[1]) if cutlass.const_expr(shape.masked) else None
+    sequences = Sequences(given.cu_q, given.cu_k, given.heads, given.kv_heads, given.causal, given.window, columns)
     if cutlass.const_expr(shape.persistent):
         share_work(given, sequences, finish, shape)
     else:
@@ -216,7 +223,7 @@ def share_work(
             for_each_piece(load, given, sequences, rank, shape)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-        me = Consumer(base, thread // GROUP - 1, sequences, given.factor, shape)
+        me = Consumer(base, thread // GROUP - 1, sequences, given.factor, given.mask, shape)
 
         def attend(tile: Tile) -> None:
             attend_piece(me, tile, given, finish, shape)
@@ -282,7 +289,7 @@ def meet(shape: Shape) -> None:
 
 
 def tensors() -> list[object]:
-    """Fake q, k, v, cu_seqlens of both, sink and lse, to compile for any sizes."""
+    """Fake q, k, v, cu_seqlens of both, sink, lse and mask, to compile for any sizes."""
     size = cute.sym_int32
     keys, kv_heads = size(), size()
 
@@ -293,7 +300,7 @@ def tensors() -> list[object]:
     given = [tensor(BFloat16, (size(), DIM), 16)]
     given += [tensor(BFloat16, (keys, kv_heads, DIM), 16) for _ in range(2)]
     given += [tensor(Int32, (size(),), 4) for _ in range(2)]
-    return given + [tensor(Float32, (size(),), 4) for _ in range(2)]
+    return [*given, *(tensor(Float32, (size(),), 4) for _ in range(2)), tensor(Uint8, (size(), size()), 1)]
 
 
 def numbers() -> tuple[object, ...]:
@@ -305,14 +312,16 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
     """The kernel for any sizes."""
 
     def arguments() -> tuple[object, ...]:
-        *given, lse = tensors()
+        *given, lse, mask = tensors()
         out = tensors()[0]
-        return (*given, out, lse, *numbers(), make_fake_stream(use_tvm_ffi_env_stream=True), shape)
+        return (*given, out, lse, mask, *numbers(), make_fake_stream(use_tvm_ffi_env_stream=True), shape)
 
     return KernelSpec(f"attend_d512_{name_of(shape)}", target.value, launch, arguments, tuple(shape))
 
 
 def name_of(shape: Shape) -> str:
     """For names of kernels."""
-    kinds = [name for name, on in (("lazy", shape.lazy), ("persistent", shape.persistent)) if on]
+    kinds = [
+        name for name, on in (("lazy", shape.lazy), ("persistent", shape.persistent), ("masked", shape.masked)) if on
+    ]
     return "_".join([f"{shape.keys}_{shape.ctas}x{shape.chunk}", *kinds])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from megamoe.cute import compiler
@@ -22,6 +23,7 @@ def attend(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     sink: Tensor | None,
+    mask: Tensor | None,
     out: AttentionOutput,
     *,
     softmax_scale: float,
@@ -42,6 +44,7 @@ def attend(
         out.lse.view(-1) if sink is None else sink,
         out.out.view(-1, DIM),
         out.lse.view(-1),
+        (out.lse if mask is None else mask).view(torch.uint8),
         max(softmax_scale, LEAST_SCALE),
         heads,
         int(causal),

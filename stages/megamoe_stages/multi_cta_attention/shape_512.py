@@ -29,6 +29,7 @@ class Shape(NamedTuple):
         keys: Of a tile, whose scores a consumer makes at a time.
         lazy: Weights stay relative to an older largest score while they do not grow too large; sums are rarely scaled.
         persistent: A cluster works on one piece of rows after another, and loads the next one's keys meanwhile.
+        masked: There is a mask of one's own.
     """
 
     ctas: int = 2
@@ -36,6 +37,7 @@ class Shape(NamedTuple):
     keys: int = 64
     lazy: bool = False
     persistent: bool = False
+    masked: bool = False
 
     @property
     def staging_bytes(self) -> int:
@@ -125,10 +127,12 @@ class Shape(NamedTuple):
 
 WIDE = Shape(lazy=True)
 NARROW = Shape(ctas=1, lazy=True, persistent=True)  # two CTAs' windows together are longer than each
-SHAPES = (WIDE, NARROW)
+SHAPES = (WIDE, NARROW, WIDE._replace(masked=True))
 _NARROW_WINDOW = 512
 
 
-def shape_for(window: int | None) -> Shape:
+def shape_for(window: int | None, *, masked: bool = False) -> Shape:
     """The kernel for a window."""
+    if masked:
+        return WIDE._replace(masked=True)
     return NARROW if window is not None and window <= _NARROW_WINDOW else WIDE

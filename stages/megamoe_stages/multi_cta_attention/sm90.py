@@ -52,7 +52,7 @@ def multi_cta_attention(
         return out
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count
     if isinstance(shape, shape_512.Shape):
-        given = (q, k, v, cu_seqlens_q, cu_seqlens_k, sink, out)
+        given = (q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, out)
         arguments = launch_512.attend(*given, softmax_scale=softmax_scale, causal=causal, window=window, sms=sms)
         launch_512.attend_kernel(shape)(*arguments)
         return out

@@ -27,6 +27,7 @@ def tile_of(sequence: Int32, piece: Int32, rank: Int32, kv_head: Int32, sequence
     first_query, first_key = sequences.cu_q[sequence], sequences.cu_k[sequence]
     queries, keys = sequences.cu_q[sequence + 1] - first_query, sequences.cu_k[sequence + 1] - first_key
     rows = shape.ctas * ROWS
+    shown = keys if sequences.columns is None else cutlass.min(keys, sequences.columns)
     cluster = Tile(
         query=first_query,
         first=piece * rows,
@@ -34,11 +35,11 @@ def tile_of(sequence: Int32, piece: Int32, rank: Int32, kv_head: Int32, sequence
         lead=keys - queries,
         key=first_key,
         begin=Int32(0),
-        end=keys,
+        end=shown,
         kv_head=kv_head,
     )
-    begin, _ = cluster.seen(Int32(0), keys, sequences)
-    _, end = cluster.seen(cutlass.min(Int32(rows), cluster.rows - cluster.first) - 1, keys, sequences)
+    begin, _ = cluster.seen(Int32(0), shown, sequences)
+    _, end = cluster.seen(cutlass.min(Int32(rows), cluster.rows - cluster.first) - 1, shown, sequences)
     return cluster._replace(first=piece * rows + rank * ROWS, begin=cutlass.max(begin, 0), end=end)
 
 
