@@ -38,7 +38,7 @@ def launch(
     shape: Constexpr[Shape],
 ) -> None:
     numbers = (softmax_scale, heads, causal, window, has_sink)
-    given = kernel_512.prepare(q, k, v, cu_q, cu_k, sink, lse, lse, *numbers, shape)  # no mask
+    given = kernel_512.prepare(q, k, v, cu_q, cu_k, sink, lse, q, *numbers, shape)  # no mask: anything of two dims
     kernel(*given, out, shape).launch(
         grid=kernel_512.grid(given, ctas, shape),
         block=[THREADS, 1, 1],

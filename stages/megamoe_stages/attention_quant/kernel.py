@@ -48,7 +48,7 @@ def launch(
 ) -> None:
     """Launches as `multi_cta_attention.kernel_512` does."""
     numbers = (softmax_scale, heads, causal, window, has_sink)
-    given = kernel_512.prepare(q, k, v, cu_q, cu_k, sink, lse, lse, *numbers, shape)  # no mask
+    given = kernel_512.prepare(q, k, v, cu_q, cu_k, sink, lse, q, *numbers, shape)  # no mask: anything of two dims
     heads_a_group = cute.FastDivmodDivisorV2(codes.shape[2] // (DIM // 2))
     kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, tiled, shape).launch(
         grid=kernel_512.grid(given, ctas, shape),

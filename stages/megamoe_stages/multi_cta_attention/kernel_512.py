@@ -177,8 +177,7 @@ def work(given: Constexpr[Attention], finish: Constexpr[Finish], shape: Constexp
         finish: Gets a consumer whose sums have become the output, fp32, and writes it; the queries' place is free.
         shape: How the work is cut.
     """
-    columns = cute.size(given.mask, mode=[1]) if cutlass.const_expr(shape.masked) else None
-    sequences = Sequences(given.cu_q, given.cu_k, given.heads, given.kv_heads, given.causal, given.window, columns)
+    sequences = sequences_of(given, shape)
     if cutlass.const_expr(shape.persistent):
         share_work(given, sequences, finish, shape)
     else:
@@ -186,6 +185,12 @@ def work(given: Constexpr[Attention], finish: Constexpr[Finish], shape: Constexp
         sequence, _ = find_piece(number // shape.ctas, sequences, shape)
         if sequence < cute.size(given.cu_q) - 1:
             share_work(given, sequences, finish, shape)
+
+
+def sequences_of(given: Attention, shape: Shape) -> Sequences:
+    """What is attended to."""
+    columns = cute.size(given.mask, mode=[1]) if shape.masked else None
+    return Sequences(given.cu_q, given.cu_k, given.heads, given.kv_heads, given.causal, given.window, columns)
 
 
 @cute.jit
