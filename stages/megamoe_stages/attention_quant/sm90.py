@@ -15,7 +15,7 @@ from megamoe.errors import ArgumentError
 from megamoe_stages.attention_quant import contract, kernel, limits
 from megamoe_stages.attention_quant.contract import QuantizedAttention
 from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE
-from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape, shape_for
+from megamoe_stages.multi_cta_attention.shape_512 import NARROW, WIDE, Shape, shape_for
 
 
 def attention_quant(
@@ -132,4 +132,4 @@ def launcher(tiled: bool, shape: Shape) -> Callable[..., None]:
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return [kernel.spec(tiled, shape) for tiled in (False, True) for shape in SHAPES]
+    return [kernel.spec(tiled, shape) for tiled in (False, True) for shape in (WIDE, NARROW)]
