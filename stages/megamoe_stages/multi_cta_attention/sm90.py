@@ -35,10 +35,8 @@ def multi_cta_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, softmax_scale=softmax_scale, causal=causal, window=window
     )
     masked = mask is not None
-    if q.shape[2] == shape_512.DIM:
-        shape = shape_512.shape_for(window, masked=masked)
-    else:
-        shape = shape_of(q.shape[2], v.shape[2], dtype_name(q), masked=masked)
+    wide = shape_512.shape_for(window, masked=masked) if q.shape[2] == shape_512.DIM else None
+    shape = shape_of(q.shape[2], v.shape[2], dtype_name(q), masked=masked) if wide is None else wide
     head = {"head_dim": q.shape[2], "v_dim": v.shape[2]}
     if (reasons := limits.supports({"dtype": dtype_name(q), **head})) or shape is None:
         raise ArgumentError("multi_cta_attention", "; ".join(reasons), "what this kernel supports")
