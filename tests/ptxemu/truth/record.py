@@ -18,10 +18,14 @@ from typing import Any
 import numpy as np
 
 from tests.ptxemu.truth.catalogue import kernels
-from tests.ptxemu.truth.micro import Micro
+from tests.ptxemu.truth.micro import Map, Micro
 
-_PROCESSES, _SECONDS = 8, 20.0
+_PROCESSES, _SECONDS = 6, 150.0
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_TYPES = (
+    "u8 u16 u32 s32 u64 s64 f16 f32 f64 bf16 f32_ftz tf32 tf32_ftz 16u4_align8b 16u4_align16b 16u6_align16b".split()
+)  # CUtensorMapDataType
+_SWIZZLES = ("none", "32B", "64B", "128B", "128B_atom32B", "128B_atom32B_flip8B", "128B_atom64B")  # CUtensorMapSwizzle
 
 
 class _Attribute(ctypes.Structure):
@@ -65,9 +69,11 @@ class Driver:
         for array, pointer in zip(arrays, pointers, strict=True):
             self("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(array.nbytes))
             self("cuMemcpyHtoD_v2", pointer, ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
+        maps = [self._encode(m, pointers[m.argument].value) for m in micro.maps]
         attribute = _Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_uint * 16)(micro.cluster, 1, 1))
         config = _Config(micro.grid, 1, 1, micro.block, 1, 1, 0, None, ctypes.pointer(attribute), 1)
-        parameters = (ctypes.c_void_p * len(pointers))(*(ctypes.addressof(p) for p in pointers))
+        given = [*maps, *pointers]
+        parameters = (ctypes.c_void_p * len(given))(*(ctypes.addressof(p) for p in given))
         self("cuLaunchKernelEx", ctypes.byref(config), function, parameters, None)
         self("cuCtxSynchronize")
         for k in micro.outputs:
@@ -80,7 +86,22 @@ class Driver:
         for pointer in pointers:
             self("cuMemFree_v2", pointer)
         self("cuModuleUnload", module)
-        return [arrays[k] for k in micro.outputs]
+        return [*(arrays[k] for k in micro.outputs), *(np.frombuffer(m, np.uint8)[8:64].copy() for m in maps)]
+
+    def _encode(self, tensor_map: Map, address: int) -> Any:
+        """What cuTensorMapEncodeTiled makes of a map; 64-byte aligned."""
+        m, rank = tensor_map, len(tensor_map.sizes)
+        room = ctypes.create_string_buffer(192)
+        out = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
+        words, longs = ctypes.c_uint32 * rank, ctypes.c_uint64 * max(rank - 1, 1)
+        self(
+            "cuTensorMapEncodeTiled",
+            ctypes.byref(out),
+            *(_TYPES.index(m.kind), rank, ctypes.c_void_p(address)),
+            *((ctypes.c_uint64 * rank)(*m.sizes), longs(*m.strides), words(*m.box), words(*(m.steps or (1,) * rank))),
+            *(0, _SWIZZLES.index(m.swizzle), 0, int(m.nan)),
+        )
+        return out
 
 
 def _work(folder: Path, names: list[str]) -> None:

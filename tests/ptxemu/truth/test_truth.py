@@ -25,19 +25,13 @@ UNRECORDED_OPCODES = {
     **dict.fromkeys(("nanosleep", "pmevent", "setmaxnreg"), "no result"),
     **dict.fromkeys(("prefetch", "prefetchu", "discard", "applypriority", "createpolicy"), "a hint, no result"),
     **dict.fromkeys(("membar",), "orders only"),
-    **dict.fromkeys(("ldu", "isspacep", "getctarank"), "not written yet"),
 }
 UNRECORDED_OPERATIONS = {
     "tcgen05": "Blackwell only",
     "clusterlaunchcontrol": "Blackwell only",
-    "cp.async.bulk.tensor": "TMA tensor kernels are not written yet",
-    "cp.reduce.async.bulk.tensor": "TMA tensor kernels are not written yet",
     "cp.async.bulk.prefetch": "a hint, no result",
     "prefetch.tensormap": "a hint, no result",
-    "tensormap": "not written yet",
     "griddepcontrol": "orders launches only",
-    "cp.async.mbarrier.arrive": "not written yet",
-    "cp.async.wait_all": "not written yet",
 }
 
 
@@ -55,7 +49,7 @@ def test_replay(name: str) -> None:
     micro = KERNELS[name]
     arrays = micro.arguments()
     before = [arrays[k].tobytes() for k in micro.outputs]
-    ptxemu.emulate(micro.ptx, micro.grid, arrays, block=micro.block, cluster=micro.cluster).raise_for_findings()
+    ptxemu.emulate(micro.ptx, micro.grid, micro.parameters(arrays), block=micro.block, cluster=micro.cluster).raise_for_findings()
     assert before != [arrays[k].tobytes() for k in micro.outputs]
     if not DATA.exists():
         return
@@ -65,3 +59,5 @@ def test_replay(name: str) -> None:
     with np.load(DATA) as recorded:
         for position, k in enumerate(micro.outputs):
             np.testing.assert_array_equal(arrays[k].view("u1"), recorded[f"{name}#{position}"].view("u1"))
+        for position, m in enumerate(micro.maps, len(micro.outputs)):
+            assert m.encode(0)[8:64] == recorded[f"{name}#{position}"].tobytes()
