@@ -244,8 +244,13 @@ _FUNCTIONS = {
     "emu_warp_local": (None, [POINTER(Warp), c_void_p, c_void_p, c_uint64]),
     "emu_warp_free": (None, [POINTER(Machine), POINTER(Warp)]),
     "emu_mbarrier": (POINTER(Mbarrier), [POINTER(Cluster), c_uint32]),
-    "emu_gather": (c_uint32, [c_void_p] * 4 + [c_uint64, c_uint32, c_void_p, c_void_p]),
-    "emu_scatter": (c_uint32, [c_void_p] * 5 + [c_uint64, c_uint32, c_void_p, c_uint32, c_uint32]),
+    "emu_gather": (c_uint32, [*[c_void_p] * 3, c_uint64, c_uint64, c_void_p, c_uint64, c_uint32, c_void_p, c_void_p]),
+    "emu_scatter": (
+        c_uint32,
+        [*[c_void_p] * 4, c_uint64, c_uint64, c_void_p, c_uint64, c_uint32, c_void_p, c_uint32, c_uint32, c_void_p],
+    ),
+    "emu_hold": (c_uint32, [c_void_p, c_void_p, c_uint64, c_uint64, c_void_p, c_uint64, c_uint32, c_void_p]),
+    "emu_release": (None, [c_void_p, c_void_p, c_uint64, c_void_p, c_uint64, c_uint32]),
     "emu_mbarrier_update": (ctypes.c_int, [POINTER(Machine), POINTER(Mbarrier), c_uint32, c_int64]),
 }
 

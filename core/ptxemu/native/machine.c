@@ -231,34 +231,3 @@ u32 emu_size(u32 which) {
     static const u32 sizes[] = {sizeof(Region), sizeof(Mbarrier), sizeof(NamedBarrier), sizeof(Cta), sizeof(Cluster), sizeof(Group), sizeof(Warp), sizeof(Note), sizeof(Machine), sizeof(Ins)};
     return sizes[which];
 }
-/* Copies `width` bytes from each offset of a region. Gives the flags that are not as those of readable bytes are, and in
-   *newest the latest proxy epoch of a write by a thread among the words touched. */
-u32 emu_gather(const u8 *data, const u8 *flags, const u32 *epoch, const s64 *offsets, u64 count, u32 width, u8 *out, u32 *newest) {
-    u32 bad = 0, latest = 0;
-    for (u64 k = 0; k < count; k++) {
-        u64 at = (u64)offsets[k], seen = 0;
-        u32 b = 0;
-        memcpy(out + k * width, data + at, width);
-        for (; b + 8 <= width; b += 8) {
-            u64 f;
-            memcpy(&f, flags + at + b, 8);
-            seen |= (f ^ 0x0101010101010101ull * INIT) & ~(0x0101010101010101ull * IN_FLIGHT_READ);
-        }
-        for (; b < width; b++) seen |= (flags[at + b] ^ INIT) & ~IN_FLIGHT_READ & 255;
-        bad |= seen != 0;
-        for (u64 word = at >> 2; word <= (at + width - 1) >> 2; word++) if (epoch[word] > latest) latest = epoch[word];
-    }
-    *newest = latest;
-    return bad;
-}
-/* Copies rows of `width` bytes to each offset and marks them as written; gives all flags that were there before. */
-u32 emu_scatter(u8 *data, u8 *flags, u32 *epoch, u32 *writer, const s64 *offsets, u64 count, u32 width, const u8 *rows, u32 now, u32 warp) {
-    u32 before = 0;
-    for (u64 k = 0; k < count; k++) {
-        u64 at = (u64)offsets[k];
-        memcpy(data + at, rows + k * width, width);
-        for (u32 b = 0; b < width; b++) before |= flags[at + b], flags[at + b] |= INIT;
-        for (u64 word = at >> 2; word <= (at + width - 1) >> 2; word++) epoch[word] = now, writer[word] = warp;
-    }
-    return before;
-}
