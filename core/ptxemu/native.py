@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import functools
-from ctypes import POINTER, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
 
 import numpy as np
 
@@ -179,6 +179,22 @@ class Note(ctypes.Structure):
     ]
 
 
+class Product(ctypes.Structure):
+    """Factors of a matrix product, and how it is summed."""
+
+    _fields_ = [
+        ("a", c_void_p),
+        ("bt", c_void_p),
+        ("n", c_uint32),
+        ("depth", c_uint32),
+        ("fraction", c_int32),
+        ("kept", c_int32),
+        ("smallest_a", c_int32),
+        ("smallest_b", c_int32),
+        ("to", c_uint32),
+    ]
+
+
 TRACE = ctypes.CFUNCTYPE(None, c_uint32, c_uint32, c_uint32)
 
 
@@ -251,6 +267,8 @@ _FUNCTIONS = {
     ),
     "emu_hold": (c_uint32, [c_void_p, c_void_p, c_uint64, c_uint64, c_void_p, c_uint64, c_uint32, c_void_p]),
     "emu_release": (None, [c_void_p, c_void_p, c_uint64, c_void_p, c_uint64, c_uint32]),
+    "emu_product": (None, [POINTER(Product), c_uint32, c_void_p, c_void_p]),
+    "emu_wgmma": (None, [POINTER(Product), c_void_p, c_void_p, c_void_p]),
     "emu_mbarrier_update": (ctypes.c_int, [POINTER(Machine), POINTER(Mbarrier), c_uint32, c_int64]),
 }
 
@@ -266,7 +284,7 @@ def core() -> ctypes.CDLL:
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    ours = [ctypes.sizeof(s) for s in (Region, Mbarrier, NamedBarrier, Cta, Cluster, Group, Warp, Note, Machine)] + [
+    ours = [ctypes.sizeof(s) for s in (Region, Mbarrier, NamedBarrier, Cta, Cluster, Group, Warp, Note, Machine, Product)] + [
         INSTRUCTION.itemsize
     ]
     theirs = [library.emu_size(k) for k in range(len(ours))]

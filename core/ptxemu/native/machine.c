@@ -228,6 +228,6 @@ int emu_mbarrier_update(Machine *m, Mbarrier *b, u32 arrivals, s64 tx) {
 }
 /* Sizes of the structures that Python mirrors, in the order of native.py. */
 u32 emu_size(u32 which) {
-    static const u32 sizes[] = {sizeof(Region), sizeof(Mbarrier), sizeof(NamedBarrier), sizeof(Cta), sizeof(Cluster), sizeof(Group), sizeof(Warp), sizeof(Note), sizeof(Machine), sizeof(Ins)};
+    static const u32 sizes[] = {sizeof(Region), sizeof(Mbarrier), sizeof(NamedBarrier), sizeof(Cta), sizeof(Cluster), sizeof(Group), sizeof(Warp), sizeof(Note), sizeof(Machine), sizeof(Product), sizeof(Ins)};
     return sizes[which];
 }

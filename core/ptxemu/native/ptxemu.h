@@ -149,6 +149,15 @@ typedef struct Machine {
     void (*trace)(u32 warp, u32 pc, u32 mask);
 } Machine;
 
+/* A matrix product of numbers that f32 holds, see product.c. */
+enum { TO_F32, TO_F16, TO_S32, TO_S32_SATURATED };
+typedef struct {
+    const f32 *a, *bt; /* (rows, depth), (depth, n) */
+    u32 n, depth;
+    s32 fraction, kept, smallest_a, smallest_b; /* exponents of the smallest normal numbers */
+    u32 to;
+} Product;
+
 typedef Outcome (*Handler)(Machine *, Warp *, const Ins *, u32 mask);
 typedef struct {
     const char *name;

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ptxemu.errors import UnsupportedInstruction
 from ptxemu.instruction import Vector
 from ptxemu.registry import Execute, operation
-from ptxemu.tensor import formats
+from ptxemu.tensor import formats, sums
 
 if TYPE_CHECKING:
     from ptxemu.context import Context
@@ -116,16 +116,32 @@ def mma(ins: Instruction) -> Execute:
     saturate = ins.has("satfinite")
 
     def execute(ctx: Context) -> None:
-        product = a_values(a_type, _stack(ctx, a), depth) @ b_values(b_type, _stack(ctx, b), depth).T  # (16, 8)
+        left, right = a_values(a_type, _stack(ctx, a), depth), b_values(b_type, _stack(ctx, b), depth).T  # (16, 8)
         rows, columns = c_positions(4)
-        total = product[rows, columns] + _accumulator(c_type, _stack(ctx, c))  # (4, 32)
-        codes = to_accumulator(d_type, total, saturate=saturate)
+        start = _accumulator(c_type, _stack(ctx, c))  # (4, 32)
+        if d_type == "s32" or not (np.isfinite(left).all() and np.isfinite(right).all()):
+            with np.errstate(all="ignore"):
+                codes = to_accumulator(d_type, (left @ right)[rows, columns] + start, saturate=saturate)
+        else:
+            codes = _hopper(left, right, start, (a_type, b_type), d_type)
         if d_type == "f16":
             codes = codes[0::2] | codes[1::2] << np.uint32(16)
         for register, values in zip(d, codes, strict=True):
             ctx.write(register, values)
 
     return execute
+
+
+def _hopper(left: Values, right: Values, start: Values, types: tuple[str, str], d_type: str) -> Words:
+    """Sums as Hopper makes them, (4, 32); products of 8-bit floats are summed first and then added to the accumulator."""
+    rows, columns = c_positions(4)
+    c = np.zeros((16, 8), np.float32)
+    if types[0] in sums.SMALLEST and types[0][0] == "e":
+        codes = sums.product(left, right, c, types, "f32")[rows, columns]
+        total = codes.view(np.float32) + start.astype(np.float32)
+        return to_accumulator(d_type, total)
+    c[rows, columns] = start
+    return np.asarray(sums.product(left, right, c, types, d_type)[rows, columns])
 
 
 def _accumulator(name: str, registers: Words) -> Values:

@@ -2,9 +2,8 @@
 
 Sources: PTX ISA 9.7.15 (asynchronous warpgroup level matrix instructions). An operation starts when the four warps of
 the warpgroup have issued it and is deferred under the policy, in order; the accumulator and A registers stay
-pending and the operands in shared memory held until the wgmma.wait_group that covers the operation. Products are
-exact, they and the accumulator are added in float64 and rounded once for each instruction; the hardware truncates
-aligned products to fewer bits.
+pending and the operands in shared memory held until the wgmma.wait_group that covers the operation. Sums are those
+of the hardware, see `sums`.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ import numpy.typing as npt
 from ptxemu.errors import UnsupportedInstruction
 from ptxemu.instruction import Immediate, Register, Vector
 from ptxemu.registry import Blocked, Execute, operation
-from ptxemu.tensor import formats, layouts, mma_sync
-from ptxemu.tensor.operands import chunk_addresses, decode_chunks, flag, sign
+from ptxemu.tensor import formats, layouts, mma_sync, sums
+from ptxemu.tensor.operands import chunk_addresses, flag, sign
 
 if TYPE_CHECKING:
     from ptxemu.context import Context, Hold
     from ptxemu.instruction import Instruction, Operand
+    from ptxemu.machine import Warp
     from ptxemu.policy import AsyncOp
 
 Words = npt.NDArray[np.uint32]
@@ -97,27 +97,47 @@ class Operation:
     def run(self, ctx: Context, a_chunks: Chunks | None, b_chunks: Chunks) -> None:
         """Multiplies and writes the registers of the four warps."""
         form = self.form
-        b = decode_chunks(form.b_type, ctx.load(b_chunks, 16, space="shared", proxy="async"), mn_major=form.b_mn)
-        b = b.T if form.negate > 0 else -b.T  # (depth, n)
-        product: Values | None = None
-        if a_chunks is not None:
-            a = decode_chunks(form.a_type, ctx.load(a_chunks, 16, space="shared", proxy="async"), mn_major=form.a_mn)
-            product = a @ b  # (64, n)
+        bt = self._matrix(ctx, b_chunks, form.b_type, mn_major=form.b_mn).T  # (depth, n)
+        bt = np.ascontiguousarray(bt if form.negate > 0 else -bt)
+        members = sorted(self.members, key=lambda member: member[0].warp.index)
+        if a_chunks is None:
+            a = np.concatenate([left for _, left, _ in members if left is not None]).astype(np.float32)
+        else:
+            a = np.ascontiguousarray(self._matrix(ctx, a_chunks, form.a_type, mn_major=form.a_mn))  # (64, depth)
+        warps, keep = [ctx.warp for ctx, _, _ in members], [kept for _, _, kept in members]
+        if np.isfinite(a).all() and np.isfinite(bt).all():
+            places = warps[0].slots(form.key)
+            types = (form.a_type, form.b_type)
+            sums.accumulate(
+                a, bt, types, form.d_type, saturate=form.saturate, warps=warps, places=places, keep=keep
+            )
+        else:
+            self._not_finite(a, bt, warps, keep)
+        for member, _, _ in members:
+            _state(member).seen[form.key] = member.warp.matrix(form.key)
+
+    def _matrix(self, ctx: Context, chunks: Chunks, kind: str, *, mn_major: bool) -> npt.NDArray[np.float32]:
+        """An operand in shared memory: (rows, depth)."""
+        data = ctx.load(chunks, 16, space="shared", proxy="async")
+        values = sums.decode(kind, data.reshape(len(data), -1))
+        return values.T if mn_major else values
+
+    def _not_finite(
+        self, a: npt.NDArray[np.float32], bt: npt.NDArray[np.float32], warps: list[Warp], keep: list[bool]
+    ) -> None:
+        """The same with infinities and NaNs among the factors; the finite sums are rounded once."""
+        form = self.form
+        with np.errstate(all="ignore"):
+            product = a.astype(np.float64) @ bt.astype(np.float64)
         rows, columns = form.positions
-        for member, left, keep in self.members:
-            warp = member.warp
-            if left is not None:
-                total = (left @ b)[rows, columns]  # (elements, 32)
-            else:
-                assert product is not None
-                total = product[rows + 16 * (warp.index % WARPS), columns]
-            if keep:
+        for k, warp in enumerate(warps):
+            total = product[rows + 16 * k, columns]  # (elements, 32)
+            if keep[k]:
                 total = total + _values(warp.matrix(form.key), form.halves, form.integer)
             codes = mma_sync.to_accumulator(form.d_type, total, saturate=form.saturate)
             if form.halves:
                 codes = codes[0::2] | codes[1::2] << np.uint32(16)
             warp.set_matrix(form.key, codes)
-            _state(member).seen[form.key] = codes
 
 
 @dataclass(eq=False)
@@ -235,10 +255,8 @@ def _chunks(ctx: Context, bits: int, mn_major: bool, rows: int, form: Form, what
 
 def _descriptor(ctx: Context, operand: Operand) -> int:
     """A matrix descriptor, which must be the same in all lanes."""
-    if isinstance(operand, Register) and operand.width == 8:
-        values = ctx.warp.registers(operand)
-        if (values == values[0]).all():
-            return int(values[0])
+    if isinstance(operand, Register) and (value := ctx.warp.same_in_all_lanes(operand)) is not None:
+        return value
     return ctx.uniform(operand)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from tests.ptxemu.truth.catalogue import kernels
 from tests.ptxemu.truth.micro import Map, Micro
 
-_PROCESSES, _SECONDS = 6, 150.0
+_PROCESSES, _SECONDS = 8, 190.0
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _TYPES = (
     "u8 u16 u32 s32 u64 s64 f16 f32 f64 bf16 f32_ftz tf32 tf32_ftz 16u4_align8b 16u4_align16b 16u6_align16b".split()

@@ -17,18 +17,16 @@ from tests.ptxemu.truth.micro import Map, Micro
 
 Arrays = list[NDArray[np.generic]]
 Box = tuple[int, ...]
-SWIZZLES = ("none", "32B", "64B", "128B", "128B_atom32B", "128B_atom32B_flip8B", "128B_atom64B")
-_SPAN = {"none": 64, "32B": 32, "64B": 64}
-_PADDED = {"16u4_align16b": 4, "16u6_align16b": 6}
+SWIZZLES = ("none", "32B", "64B", "128B")  # Hopper has neither other atoms of the 128B swizzle
+TYPES = tuple(kind for kind in TYPE if not kind.startswith("16u"))  # nor sub-byte types
+_SPAN = {"none": 64, "32B": 32, "64B": 64, "128B": 128}
 
 
 def _map(kind: str, box: Box, *, swizzle: str = "none", steps: Box = (), nan: bool = False) -> Map:
     """A map over argument 0: a little more than two boxes in each dimension, rows padded by 16 bytes."""
     bits = tensormap.TYPES[TYPE[kind] & 15].bits
-    quantum = 128 if kind in _PADDED else 32 * 8 // bits
-    first = -(-(2 * box[0] + 3) // quantum) * quantum if bits < 8 else 2 * box[0] + 3
-    sizes = (first, *(2 * b + 1 for b in box[1:]))
-    strides, total = [], -(-first * bits // 8)
+    sizes = (2 * box[0] + 3, *(2 * b + 1 for b in box[1:]))
+    strides, total = [], -(-sizes[0] * bits // 8)
     for size in sizes[1:]:
         total = -(-total // 32) * 32 + 32
         strides.append(total)
@@ -59,10 +57,10 @@ def _box_bytes(m: Map) -> int:
 
 
 def _corners(m: Map) -> list[Box]:
-    """Coordinates inside, before, behind and beyond a tensor's edges."""
-    step = 128 if m.kind in _PADDED else 16 if m.kind == "16u4_align8b" else 1
-    inside = tuple((b // 2 // step * step if k == 0 else 1) for k, b in enumerate(m.box))
-    before = tuple(-step * 3 if k == 0 else -2 for k in range(len(m.box)))
+    """Coordinates inside, before, behind and beyond a tensor's edges; dimension 0 starts at multiples of 16 bytes."""
+    step = 16 * 8 // tensormap.TYPES[TYPE[m.kind] & 15].bits
+    inside = tuple(b // 2 // step * step if k == 0 else 1 for k, b in enumerate(m.box))
+    before = tuple(-step if k == 0 else -2 for k in range(len(m.box)))
     behind = tuple((n - b // 2) // step * step if k == 0 else n - 1 for k, (n, b) in enumerate(zip(m.sizes, m.box, strict=True)))
     beyond = tuple(n // step * step + step if k == 0 else n + 5 for k, n in enumerate(m.sizes))
     return [inside, before, behind, beyond]
@@ -124,15 +122,10 @@ def _store(name: str, m: Map, boxes: list[Box], opcode: str = "cp.async", operat
 
 def _shapes() -> Iterator[tuple[str, Map]]:
     """Every type with every swizzle in two dimensions; other ranks, element strides and fills with some."""
-    for kind in TYPE:
+    for kind in TYPES:
         bits = tensormap.TYPES[TYPE[kind] & 15].shared_bits
         for swizzle in SWIZZLES:
-            if kind in _PADDED and not swizzle.startswith("128B"):
-                continue
-            if "atom" in swizzle and kind not in {"u8", "f16", "f32", "tf32", *_PADDED}:
-                continue
-            first = 128 if kind in _PADDED else _SPAN.get(swizzle, 128) * 8 // bits
-            yield f"{kind}_{swizzle}", _map(kind, (first, 9 if swizzle == "none" else 16), swizzle=swizzle)
+            yield f"{kind}_{swizzle}", _map(kind, (_SPAN[swizzle] * 8 // bits, 9 if swizzle == "none" else 16), swizzle=swizzle)
     for kind in ("f16", "bf16", "f32", "f64", "f32_ftz", "tf32", "tf32_ftz"):
         yield f"{kind}_nan", _map(kind, (16, 5), nan=True)
     yield "f16_1d", _map("f16", (64,))
@@ -142,8 +135,8 @@ def _shapes() -> Iterator[tuple[str, Map]]:
     yield "f32_5d", _map("f32", (4, 2, 2, 2, 2))
     yield "u8_5d", _map("u8", (128, 2, 1, 2, 2), swizzle="128B")
     yield "f16_steps", _map("f16", (64, 16), steps=(2, 4))
-    yield "f32_steps", _map("f32", (32, 12), swizzle="32B", steps=(4, 3))
-    yield "u8_steps", _map("u8", (64, 8), steps=(2, 1), swizzle="32B")
+    yield "f32_steps", _map("f32", (32, 12), swizzle="128B", steps=(4, 3))
+    yield "u8_steps", _map("u8", (64, 8), steps=(2, 1), swizzle="64B")
     yield "s32_steps_3d", _map("s32", (16, 8, 4), steps=(1, 8, 2))
 
 
@@ -151,8 +144,24 @@ def _loads_and_stores() -> Iterator[Micro]:
     for name, m in _shapes():
         boxes = _corners(m)
         yield _load(name, m, boxes)
-        if not m.nan and m.kind not in _PADDED:
+        if not m.nan:
             yield _store(f"store_{name}", m, boxes)
+
+
+PROBES = ((1, 0), (-1, 0), (-3, -2), (7, 1), (8, 1), (0, 300), (400, 0), (-400, -400), (1 << 20, 1 << 20))
+
+
+def _probes() -> Iterator[Micro]:
+    """One box each, at coordinates that may be illegal."""
+    for kind in ("u8", "f16", "f32"):
+        m = _map(kind, (16, 8), steps=(1, 1))
+        for k, box in enumerate(PROBES):
+            yield _load(f"{kind}_probe{k}", m, [box])
+            yield _store(f"store_{kind}_probe{k}", m, [box])
+    for steps in ((2, 1), (1, 2), (4, 4), (3, 1)):
+        m = _map("f16", (48, 16), steps=steps)
+        yield _load(f"f16_steps{steps[0]}{steps[1]}_probe", m, [(0, 0)])
+        yield _store(f"store_f16_steps{steps[0]}{steps[1]}_probe", m, [(0, 0)])
 
 
 def _numbers(kind: str) -> Any:
@@ -266,5 +275,5 @@ def _replacements() -> Iterator[Micro]:
 
 def kernels() -> Iterator[Micro]:
     """All micro-kernels of TMA."""
-    for group in (_loads_and_stores, _reductions, _multicast, _replacements):
+    for group in (_loads_and_stores, _probes, _reductions, _multicast, _replacements):
         yield from group()
