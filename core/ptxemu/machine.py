@@ -76,7 +76,7 @@ class Warp:
     state: dict[Hashable, Any] = field(default_factory=dict)
     blocked: dict[int, str] = field(default_factory=dict)
     views: dict[int, NDArray[Any]] = field(default_factory=dict)
-    tokens: dict[Hashable, tuple[list[NDArray[np.int64]], str]] = field(default_factory=dict)
+    tokens: dict[Hashable, tuple[list[tuple[Sequence[Register], NDArray[np.int64]]], str]] = field(default_factory=dict)
 
     @property
     def state_struct(self) -> Any:
@@ -164,13 +164,13 @@ class Warp:
     def pend(self, registers: Sequence[Register], token: Hashable, why: str) -> None:
         """See `Context.pend`. A token may be used again; a register may be pending for several."""
         slots = self.slots(tuple([r.index for r in registers]))
-        self.tokens.setdefault(token, ([], why))[0].append(slots)
+        self.tokens.setdefault(token, ([], why))[0].append((registers, slots))
         np.add.at(self.pending_bytes, slots, 1)
         self.struct.contents.pending_count += len(registers)
 
     def unpend(self, token: Hashable) -> None:
         """Gives registers back."""
-        for slots in self.tokens.pop(token, ([], ""))[0]:
+        for _, slots in self.tokens.pop(token, ([], ""))[0]:
             np.subtract.at(self.pending_bytes, slots, 1)
             self.struct.contents.pending_count -= len(slots)
 
@@ -186,7 +186,7 @@ class Warp:
         slot = self.offsets[register.index] >> 2
         if not self.tokens or not self.pending_bytes[slot]:
             return ""
-        return next((why for parts, why in self.tokens.values() if any((slots == slot).any() for slots in parts)), "")
+        return next((why for parts, why in self.tokens.values() if any((slots == slot).any() for _, slots in parts)), "")
 
 
 @dataclass(eq=False)

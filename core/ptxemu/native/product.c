@@ -9,18 +9,14 @@ enum { MOST_COLUMNS = 256, WARPS = 4, WARP_ROWS = 16, LOWEST = -400 };
 
 typedef f64 V __attribute__((vector_size(32)));
 typedef s32 VI __attribute__((vector_size(16)));
-static inline V at(const f64 *x) {
-    typedef f64 Anywhere __attribute__((vector_size(32), aligned(8), may_alias));
-    return *(const Anywhere *)x;
-}
-/* Numbers below 2^31 cut towards zero. */
-static inline V whole_part(V x) {
+typedef f64 Anywhere __attribute__((vector_size(32), aligned(8), may_alias));
+#define AT(x) (*(const Anywhere *)(x))
+/* Numbers below 2^31 cut towards zero. Macros, as functions of vectors depend on the processor. */
 #ifdef __AVX__
-    return __builtin_ia32_roundpd256(x, 3);
+#define WHOLE_PART(x) __builtin_ia32_roundpd256(x, 3)
 #else
-    return __builtin_convertvector(__builtin_convertvector(x, VI), V);
+#define WHOLE_PART(x) __builtin_convertvector(__builtin_convertvector(x, VI), V)
 #endif
-}
 
 /* Exponent of a number, of the smallest normal one for subnormals, LOWEST for zero. */
 static inline s32 exponent_of(f32 x, s32 smallest) {
@@ -48,11 +44,11 @@ static void row(const f32 *a, const f64 *b, const s16 *a_exponents, const s16 *b
         sum[j] = (f64)(s32)((f64)c[j] * scale[j]);
     }
     for (u32 j = 0; j < n; j += 8) {
-        V s = at(scale + j), t = at(sum + j), s_high = at(scale + j + 4), t_high = at(sum + j + 4);
+        V s = AT(scale + j), t = AT(sum + j), s_high = AT(scale + j + 4), t_high = AT(sum + j + 4);
         for (u32 k = 0; k < depth; k++) {
             const f64 *y = b + k * n + j, x = a[k];
-            t += whole_part(at(y) * x * s);
-            t_high += whole_part(at(y + 4) * x * s_high);
+            t += WHOLE_PART(AT(y) * x * s);
+            t_high += WHOLE_PART(AT(y + 4) * x * s_high);
         }
         memcpy(sum + j, &t, sizeof t);
         memcpy(sum + j + 4, &t_high, sizeof t);
