@@ -236,6 +236,10 @@ class Machine(ctypes.Structure):
         ("event_mask", c_uint32),
         ("event_cluster", c_uint32),
         ("trace", TRACE),
+        ("lag", c_uint32),
+        ("lag_rounds", c_uint32),
+        ("lag_warp", c_uint32),
+        ("lag_cta", c_void_p),
     ]
 
 

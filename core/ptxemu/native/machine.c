@@ -111,12 +111,34 @@ static void shuffle(Machine *m) {
     }
 }
 
+/* The random schedule is unfair: at times a warp or a CTA is held back, or all warps but one, so that the others run far
+   ahead of what they should have waited for. */
+enum { LAG_NONE, LAG_WARP, LAG_CTA, LAG_OTHERS, LAG_KINDS, LAG_MOST_ROUNDS = 200 };
+static void begin_round(Machine *m) {
+    shuffle(m);
+    if (m->lag_rounds) { m->lag_rounds--; return; }
+    Warp *victim = m->warp_count ? m->warps[random_bits(m) % m->warp_count] : NULL;
+    m->lag = victim ? (u32)(random_bits(m) % LAG_KINDS) : LAG_NONE;
+    m->lag_rounds = (u32)(random_bits(m) % LAG_MOST_ROUNDS);
+    if (m->lag) m->lag_warp = victim->id, m->lag_cta = victim->cta;
+}
+static int lags(const Machine *m, const Warp *w) {
+    return m->lag == LAG_WARP ? w->id == m->lag_warp : m->lag == LAG_CTA ? w->cta == m->lag_cta : m->lag == LAG_OTHERS && w->id != m->lag_warp;
+}
+/* Nobody but those held back can go on: now and then something asynchronous happens first, or they may run. */
+static int release_lag(Machine *m) {
+    if (!m->lag) return 0;
+    if (!m->poll || random_bits(m) & 1) m->lag = LAG_NONE;
+    return 1;
+}
+
 /* Runs until Python is needed. */
 int emu_run(Machine *m) {
+    if (m->random && !m->executed && !m->lag_rounds) begin_round(m);
     for (;;) {
         while (m->cursor < m->warp_count) {
             Warp *w = m->warps[m->order[m->cursor]];
-            if (!w || !w->group_count) { m->cursor++; continue; }
+            if (!w || !w->group_count || lags(m, w)) { m->cursor++; continue; }
             u64 quantum = m->random ? 1 + random_bits(m) % RANDOM_QUANTUM : QUANTUM;
             int r = turn(m, w, quantum);
             if (r == OVER) return EVENT_FAULT;
@@ -131,8 +153,9 @@ int emu_run(Machine *m) {
         u32 progressed = m->progressed;
         m->idle_spin = m->spinning;
         m->cursor = m->progressed = m->spinning = 0;
-        if (m->random) shuffle(m);
-        if (!progressed) return EVENT_STUCK;
+        int held = !progressed && release_lag(m);
+        if (m->random) begin_round(m);
+        if (!progressed && !held) return EVENT_STUCK;
         if (m->executed > m->budget) return EVENT_BUDGET;
         if (m->poll) return EVENT_ROUND;
     }

@@ -147,6 +147,9 @@ typedef struct Machine {
     /* event, for Python */
     u32 event_warp, event_group, event_pc, event_mask, event_cluster;
     void (*trace)(u32 warp, u32 pc, u32 mask);
+    /* of the random schedule: who is held back, for how many more rounds */
+    u32 lag, lag_rounds, lag_warp;
+    const Cta *lag_cta;
 } Machine;
 
 /* A matrix product of numbers that f32 holds, see product.c. */
