@@ -168,7 +168,7 @@ def _extreme(form: Form) -> Native:
 @rule("rcp sqrt", "9.7.3.13, 9.7.3.14, 9.7.3.15, 9.7.3.16")
 def _reciprocal(form: Form) -> Native:
     kind = form.type("f32 f64")
-    approximate = "_approx" if form.flag("approx") else ""
+    approximate = ("_gross" if kind == "f64" else "_approx") if form.flag("approx") else ""
     return Native(f"{form.instruction.opcode}{approximate}_{kind}", form.same(kind, sources=1), _real_flags(form))
 
 
@@ -180,7 +180,7 @@ def _approximate(form: Form) -> Native:
     flags = form.flag("ftz", FTZ)
     if kind in HALVES.split():
         return Native(f"{name}_half", form.same(kind, sources=1), half(kind) | (0 if kind.startswith("bf") else flags))
-    return Native(f"{name}_approx_{kind}", form.same(kind, sources=1), flags)
+    return Native(f"{name}_{'gross' if kind == 'f64' and flags else 'approx'}_{kind}", form.same(kind, sources=1), flags)
 
 
 @rule("copysign", "9.7.3.2")

@@ -272,6 +272,7 @@ _FUNCTIONS = {
     "emu_hold": (c_uint32, [c_void_p, c_void_p, c_uint64, c_uint64, c_void_p, c_uint64, c_uint32, c_void_p]),
     "emu_release": (None, [c_void_p, c_void_p, c_uint64, c_void_p, c_uint64, c_uint32]),
     "emu_product": (None, [POINTER(Product), c_uint32, c_void_p, c_void_p]),
+    "emu_fma": (ctypes.c_double, [ctypes.c_double] * 3),
     "emu_wgmma": (None, [POINTER(Product), c_void_p, c_void_p, c_void_p]),
     "emu_mbarrier_update": (ctypes.c_int, [POINTER(Machine), POINTER(Mbarrier), c_uint32, c_int64]),
 }

@@ -132,7 +132,7 @@ static Outcome op_cvt(Machine *m, Warp *w, const Ins *i, u32 mask) {
     EACH_LANE if (mask >> l & 1) {
         const u8 *lane = A + (u32)l * source;
         u64 r = 0;
-        if (!(from >= F16_ && to >= F32_ && nan_through_f64(lane, from, to, &r))) r = write_value(read_value(lane, from, i->aux), to, from, i->aux);
+        if (!(from >= F16_ && to >= F32_ && !(i->aux & SAT) && nan_through_f64(lane, from, to, &r))) r = write_value(read_value(lane, from, i->aux), to, from, i->aux);
         if (to <= S64_ && widths[to] < 8) { /* extended to a wider register by the sign of the type */
             u32 shift = 64 - 8 * widths[to];
             r = is_signed ? (u64)((s64)(r << shift) >> shift) : r << shift >> shift;
@@ -167,7 +167,7 @@ static Outcome op_cvt_tf32_f32(Machine *m, Warp *w, const Ins *i, u32 mask) {
     UNUSED(m);
     const f32 *A = SRC(f32, 1);
     u32 r[LANES];
-    EACH_LANE r[l] = A[l] != A[l] ? bits_f32(A[l]) & 0xffffe000 : encode(&TF32, A[l], i->aux) << 13; /* a NaN is cut */
+    EACH_LANE r[l] = A[l] == A[l] ? encode(&TF32, A[l], i->aux) << 13 : i->aux & RNA ? bits_f32(A[l]) & 0xffffe000 : 0x7fffe000;
     put_u32(DST(u32, 0), mask, r);
     return NEXT;
 }

@@ -86,19 +86,24 @@ static Outcome op_rsqrt_approx_f64(Machine *m, Warp *w, const Ins *i, u32 mask) 
     UNUSED(m);
     const f64 *A = SRC(f64, 1);
     u64 r[LANES];
-    EACH_LANE r[l] = bits_f64(1 / sqrt(A[l]));
+    EACH_LANE { f64 v = 1 / sqrt(A[l]); r[l] = v == v ? bits_f64(v) : nan_f64(A[l], A[l], A[l]); }
     put_u64(DST(u64, 0), mask, r);
     return NEXT;
 }
-/* rcp.approx.ftz.f64 9.7.3.14: only the upper 32 bits of the operand count, and only those of the result are set. */
-static Outcome op_rcp_approx_f64(Machine *m, Warp *w, const Ins *i, u32 mask) {
-    UNUSED(m);
-    const u64 *A = SRC(u64, 1);
-    u64 r[LANES];
-    EACH_LANE r[l] = bits_f64(1 / as_f64(A[l] & ~0xffffffffull)) & ~0xffffffffull;
-    put_u64(DST(u64, 0), mask, r);
-    return NEXT;
-}
+/* rcp.approx.ftz.f64, rsqrt.approx.ftz.f64 9.7.3.14, 9.7.3.18: only the upper 32 bits of the operand count, and only those of
+   the result are set. */
+static inline f64 flush_f64(f64 x) { return fabs(x) < 0x1p-1022 ? copysign(0, x) : x; }
+#define GROSS(name, value) \
+    static Outcome op_##name##_gross_f64(Machine *m, Warp *w, const Ins *i, u32 mask) { \
+        UNUSED(m); const u64 *A = SRC(u64, 1); u64 r[LANES]; \
+        EACH_LANE { \
+            f64 a = flush_f64(as_f64(A[l] & ~0xffffffffull)), v = flush_f64(value); \
+            r[l] = v == v ? bits_f64(v) & ~0xffffffffull : 0x7fffffff00000000ull; \
+        } \
+        put_u64(DST(u64, 0), mask, r); return NEXT; \
+    }
+GROSS(rcp, 1 / a)
+GROSS(rsqrt, 1 / sqrt(a))
 
 /* 9.7.3.11 min, 9.7.3.12 max: a NaN loses unless .NaN is given; -0 is less than +0. */
 static inline f32 lesser(f32 a, f32 b, u32 aux) {
@@ -114,7 +119,7 @@ static inline f32 chosen(f32 a, f32 b, u32 aux, int most) {
     u32 sign = aux & XORSIGN ? (bits_f32(a) ^ bits_f32(b)) & 0x80000000 : 0;
     if (aux & (ABS | XORSIGN)) a = fabsf(a), b = fabsf(b);
     f32 r = most ? greater(a, b, aux) : lesser(a, b, aux);
-    return aux & XORSIGN ? as_f32((bits_f32(r) & 0x7fffffff) | sign) : r;
+    return aux & XORSIGN && r == r ? as_f32((bits_f32(r) & 0x7fffffff) | sign) : r;
 }
 #define EXTREME(name, most) \
     static Outcome op_##name##_f32(Machine *m, Warp *w, const Ins *i, u32 mask) { \
@@ -176,5 +181,5 @@ const Op float_ops[] = {
     F32_ENTRY(fma) F64_ENTRY(fma) F32_ENTRY(sqrt) F64_ENTRY(sqrt) F32_ENTRY(min) F64_ENTRY(min) F32_ENTRY(max) F64_ENTRY(max)
     F32X2_ENTRY(add) F32X2_ENTRY(sub) F32X2_ENTRY(mul) F32X2_ENTRY(fma)
     APPROX_ENTRY(rcp) APPROX_ENTRY(sqrt) APPROX_ENTRY(rsqrt) APPROX_ENTRY(sin) APPROX_ENTRY(cos) APPROX_ENTRY(lg2) APPROX_ENTRY(ex2)
-    APPROX_ENTRY(tanh) ENTRY(rsqrt_approx_f64) ENTRY(rcp_approx_f64) ENTRY(testp)
+    APPROX_ENTRY(tanh) ENTRY(rsqrt_approx_f64) ENTRY(rcp_gross_f64) ENTRY(rsqrt_gross_f64) ENTRY(testp)
     {0, 0}};

@@ -11,7 +11,7 @@ static inline f64 read_half(u16 h, u32 aux) {
 static u16 write_half(f64 x, u32 aux) {
     if (x != x) return aux & SAT ? 0 : 0x7fff;
     if (aux & SAT) x = x > 0 ? (x < 1 ? x : 1) : 0;
-    if (aux & RELU && x < 0) x = 0;
+    if (aux & RELU && signbit(x)) x = 0;
     u16 h = (u16)encode(aux & BF ? &BF16 : &F16, x, 0);
     return aux & FTZ && !(h & 0x7c00) ? h & 0x8000 : h;
 }

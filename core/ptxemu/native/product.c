@@ -147,3 +147,4 @@ void emu_wgmma(const Product *p, u32 *const *files, const s64 *places, const u8 
             }
     }
 }
+f64 emu_fma(f64 x, f64 y, f64 z) { return fma(x, y, z); }

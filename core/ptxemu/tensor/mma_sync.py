@@ -1,8 +1,7 @@
 """mma.sync: the warp-wide matrix multiply-accumulate on register fragments.
 
-Sources: PTX ISA 9.7.14.5 (fragment layouts of m16n8k4 to m16n8k32 and of m8n8k4 for f64). Products are exact, they
-and the accumulator are added in float64, and the sum is rounded once to the type of D; integers wrap, or saturate
-with `.satfinite`.
+Sources: PTX ISA 9.7.14.5 (fragment layouts of m16n8k4 to m16n8k32 and of m8n8k4 for f64). Sums are those of Hopper,
+see `sums`; integers wrap, or saturate with `.satfinite`.
 """
 
 from __future__ import annotations
@@ -133,15 +132,22 @@ def mma(ins: Instruction) -> Execute:
 
 
 def _hopper(left: Values, right: Values, start: Values, types: tuple[str, str], d_type: str) -> Words:
-    """Sums as Hopper makes them, (4, 32); products of 8-bit floats are summed first and then added to the accumulator."""
+    """Sums as Hopper makes them, (4, 32), from A (16, depth) and B (depth, 8).
+
+    ptxas makes products of f16 of those of 8-bit floats: first of the lower two of each four elements along K, then of the
+    upper two, each sum rounded to the type of D; the accumulator is added last.
+    """
     rows, columns = c_positions(4)
     c = np.zeros((16, 8), np.float32)
-    if types[0] in sums.SMALLEST and types[0][0] == "e":
-        codes = sums.product(left, right, c, types, "f32")[rows, columns]
-        total = codes.view(np.float32) + start.astype(np.float32)
-        return to_accumulator(d_type, total)
-    c[rows, columns] = start
-    return np.asarray(sums.product(left, right, c, types, d_type)[rows, columns])
+    if types[0] not in {"e4m3", "e5m2"}:
+        c[rows, columns] = start
+        return np.asarray(sums.product(left, right, c, types, d_type)[rows, columns])
+    k = np.arange(left.shape[1])
+    for part in (k[k % 4 < 2], k[k % 4 >= 2]):
+        codes = sums.product(left[:, part], right[part], c, types, d_type)
+        c = codes.view(np.float32) if d_type == "f32" else codes.astype(np.uint16).view(np.float16).astype(np.float32)
+    with np.errstate(over="ignore"):
+        return to_accumulator(d_type, c[rows, columns] + start.astype(np.float32))
 
 
 def _accumulator(name: str, registers: Words) -> Values:
@@ -159,9 +165,11 @@ def _mma_f64(ins: Instruction) -> Execute:
         left, right = np.zeros((8, 4)), np.zeros((8, 4))
         left[GROUP, THREAD] = ctx.read(a[0], np.uint64).view(np.float64)
         right[GROUP, THREAD] = ctx.read(b[0], np.uint64).view(np.float64)
-        total = left @ right.T
         for i, (target, source) in enumerate(zip(d, c, strict=True)):
-            old = ctx.read(source, np.uint64).view(np.float64)
-            ctx.write(target, (total[GROUP, 2 * THREAD + i] + old).view(np.uint64))
+            total = ctx.read(source, np.uint64).view(np.float64).tolist()
+            for lane, column in enumerate(2 * THREAD + i):
+                for x, y in zip(left[lane // 4].tolist(), right[column].tolist(), strict=True):  # one fma after the other
+                    total[lane] = sums.fma(x, y, total[lane])
+            ctx.write(target, np.array(total).view(np.uint64))
 
     return execute

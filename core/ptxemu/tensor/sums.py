@@ -73,6 +73,11 @@ def product(a: Single, bt: Single, c: Single, types: tuple[str, str], d_type: st
     return out
 
 
+def fma(x: float, y: float, z: float) -> float:
+    """x y + z, rounded once."""
+    return float(native.core().emu_fma(x, y, z))
+
+
 def accumulate(
     a: Single, bt: Single, types: tuple[str, str], d_type: str, *, saturate: bool,
     warps: Sequence[Warp], places: npt.NDArray[Any], keep: Sequence[bool],

@@ -17,6 +17,7 @@ from tests.ptxemu.tensor.kernels import BARRIER, aligned, copy_in, copy_out, ker
 from tests.ptxemu.truth.micro import Micro
 
 Arrays = list[NDArray[np.generic]]
+ANY = -1  # a spread: any bits
 _DEPTH = {"f16": 16, "bf16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32, "s8": 32, "u8": 32}
 
 
@@ -40,10 +41,14 @@ def _words(seed: int, *shape: int) -> NDArray[np.uint32]:
 
 
 def _values(seed: int, kind: str, shape: tuple[int, ...], spread: int = 0) -> NDArray[Any]:
-    """Numbers that a format holds: of ordinary size, or of exponents up to `spread` apart."""
+    """Numbers that a format holds: of ordinary size, of exponents up to `spread` apart, or any finite (ANY)."""
     rng = np.random.default_rng(seed)
     if kind in {"s8", "u8"}:
         return rng.integers(*((-128, 128) if kind == "s8" else (0, 256)), shape)
+    if spread == ANY:
+        codes = rng.integers(0, 1 << formats.ELEMENT_BITS[kind], shape, np.uint64).astype(np.uint32)
+        values = formats.decode(kind, codes)
+        return np.where(np.isfinite(values), values, 1.0)
     normal = rng.normal(size=shape)
     if spread:
         normal = normal * 2.0 ** rng.integers(-spread, 1, shape) * (rng.random(shape) < 0.8)
@@ -58,6 +63,12 @@ def _codes(seed: int, kind: str, count: int, spread: int = 0) -> NDArray[np.uint
     values = _values(seed, kind, (count * 32 // bits,), spread)
     if kind in {"s8", "u8"}:
         return (values & 255).astype(np.uint8).view(np.uint32)
+    if spread == ANY:  # infinities and NaNs among them
+        special = {"f16": (0x7C00, 0xFC00, 0x7E01), "bf16": (0x7F80, 0xFF80, 0x7FC1), "e5m2": (0x7C, 0xFC, 0x7F), "e4m3": (0x7F, 0xFF)}
+        rng = np.random.default_rng(seed + 1)
+        made = values.astype(np.float32).view(np.uint32) if kind == "tf32" else np.asarray(formats.encode(kind, values)).astype(f"u{bits // 8}")
+        edges = np.array(special.get(kind, (0x7F800000, 0xFF800000, 0x7FC02000)), made.dtype)
+        return np.where(rng.random(made.shape) < 0.01, rng.choice(edges, made.shape), made).view(np.uint32)
     if kind == "tf32":
         return values.astype(np.float32).view(np.uint32)
     return np.asarray(formats.encode(kind, values)).astype(f"u{bits // 8}").view(np.uint32)
@@ -97,7 +108,7 @@ def _mma_one(kind: str, depth: int, d: str, *, b_kind: str = "", tail: str = "",
         left, right = _codes(a + b, kind, 32 * a, spread), _codes(b, b_kind or kind, 32 * b, spread)
         return [np.concatenate([left, right]), _start(count, 32, d, spread)]
 
-    name = f"mma_{kind}{b_kind and '_' + b_kind}_k{depth}_{d}{tail.replace('.', '_')}{'_spread' if spread else ''}"
+    name = f"mma_{kind}{b_kind and '_' + b_kind}_k{depth}_{d}{tail.replace('.', '_')}{SPREADS.get(spread, '_spread')}"
     ptx = kernel(body, params=".param .u64 src, .param .u64 acc")
     return Micro(name, ptx, data, (1,), group="integer mma" if d == "s32" else "mma")
 
@@ -110,10 +121,13 @@ def _start(count: int, threads: int, d: str, spread: int = 0) -> NDArray[Any]:
     if d == "s32":
         near = rng.integers(-(1 << 31), (1 << 31) - 1, (count, threads))
         return np.where(rng.random((count, threads)) < 0.5, near, near >> 20).astype(np.int32)
+    if spread == ANY:
+        return rng.integers(0, 1 << 32, (count, threads), np.uint64).astype(np.uint32).view(np.float32)
     values = rng.normal(size=(count, threads)) * 2.0 ** rng.integers(-2 * spread, 1, (count, threads))
     return np.asarray(values.astype(np.float32))
 
 
+SPREADS = {0: "", ANY: "_any"}
 SPREAD = {"f16": 10, "bf16": 30, "tf32": 30, "e4m3": 7, "e5m2": 14}
 
 
@@ -123,6 +137,7 @@ def _mma_sync() -> Iterator[Micro]:
             yield _mma_one(kind, depth, "s32" if kind in {"s8", "u8"} else "f32")
             if kind in SPREAD:
                 yield _mma_one(kind, depth, "f32", spread=SPREAD[kind])
+                yield _mma_one(kind, depth, "f32", spread=ANY)
     for depth in (8, 16):
         yield _mma_one("f16", depth, "f16")
     for kind in ("e4m3", "e5m2"):
@@ -180,7 +195,7 @@ class Form:
     @property
     def name(self) -> str:
         """Unique among the forms."""
-        given = {"b_kind": "", "a_mn": "ta", "b_mn": "tb", "keep": "new", "tail": "", "spread": "spread", "plain": "plain"}
+        given = {"b_kind": "", "a_mn": "ta", "b_mn": "tb", "keep": "new", "tail": "", "spread": SPREADS.get(self.spread, "spread").strip("_"), "plain": "plain"}
         parts = [f"wgmma_n{self.n}_{self.kind}", self.b_kind, self.d, self.mode, "RS" if self.registers else "SS"]
         for key, word in given.items():
             if key not in {"b_kind", "tail"} and getattr(self, key) != getattr(type(self), key):
@@ -250,6 +265,7 @@ def _forms() -> Iterator[Form]:
         if kind in SPREAD:
             yield Form(32, kind, spread=SPREAD[kind])
             yield Form(16, kind, spread=SPREAD[kind], registers=True)
+            yield Form(16, kind, spread=ANY, registers=True)
             yield Form(16, kind, steps=2, spread=SPREAD[kind])
         if kind in {"f16", "e4m3", "e5m2"}:
             yield Form(16, kind, "f16", spread=3)

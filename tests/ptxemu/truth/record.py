@@ -1,5 +1,7 @@
 """Records on a Hopper GPU what the micro-kernels give: `python -m tests.ptxemu.truth.record FOLDER`.
 
+FOLDER gets a file a group of kernels, to be put into `recordings` beside this.
+
 Several processes run the kernels through the CUDA driver. One that fails ends its process, as its context may be lost;
 it is listed in failed.json and the next process goes on behind it.
 """
@@ -139,21 +141,26 @@ def _supervise(folder: Path, names: list[str], end: float) -> dict[str, str]:
 
 
 def main() -> None:
-    """Records everything into FOLDER/recordings.npz and FOLDER/failed.json."""
+    """Records everything into FOLDER/GROUP.npz and FOLDER/failed.json."""
     folder = Path(sys.argv[1])
     if sys.argv[2:]:
         _work(folder, sys.argv[2:])
         return
     for name in ("parts", "done", "current"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    names, end = list(kernels()), time.monotonic() + _SECONDS
+    table = kernels()
+    names, end = list(table), time.monotonic() + _SECONDS
     shares = [names[k::_PROCESSES] for k in range(_PROCESSES)]
     failed: dict[str, str] = {}
     with ThreadPoolExecutor(_PROCESSES) as pool:
         for found in pool.map(lambda share: _supervise(folder, share, end), shares):
             failed |= found
-    recorded = {p.stem: np.load(p) for p in (folder / "parts").glob("*.npy") if p.stem.split("#")[0] not in failed}
-    np.savez_compressed(folder / "recordings.npz", **recorded)
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for path in sorted((folder / "parts").glob("*.npy")):
+        if (name := path.stem.split("#")[0]) not in failed:
+            groups.setdefault(table[name].group, {})[path.stem] = np.load(path)
+    for group, arrays in groups.items():
+        np.savez_compressed(folder / f"{group.replace(' ', '_')}.npz", **arrays)
     (folder / "failed.json").write_text(json.dumps(failed, indent=1, sort_keys=True))
     sys.stdout.write(f"{len(names) - len(failed)} of {len(names)} recorded; failed: {json.dumps(failed)}\n")
 
