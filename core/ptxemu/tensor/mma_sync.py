@@ -82,7 +82,8 @@ def to_accumulator(name: str, total: npt.NDArray[Any], *, saturate: bool = False
         return np.asarray(np.asarray(total, np.float64).astype(np.int64) & 0xFFFFFFFF, np.uint32)
     if name == "f16":
         return np.asarray(total, np.float64).astype(np.float16).view(np.uint16).astype(np.uint32)
-    return np.asarray(total, np.float64).astype(np.float32).view(np.uint32)
+    codes = np.asarray(total, np.float64).astype(np.float32).view(np.uint32)
+    return np.where(np.isnan(total), np.uint32(0x7FFFFFFF), codes)
 
 
 def _items(operand: Operand) -> tuple[Operand, ...]:
@@ -118,9 +119,8 @@ def mma(ins: Instruction) -> Execute:
         left, right = a_values(a_type, _stack(ctx, a), depth), b_values(b_type, _stack(ctx, b), depth).T  # (16, 8)
         rows, columns = c_positions(4)
         start = _accumulator(c_type, _stack(ctx, c))  # (4, 32)
-        if d_type == "s32" or not (np.isfinite(left).all() and np.isfinite(right).all()):
-            with np.errstate(all="ignore"):
-                codes = to_accumulator(d_type, (left @ right)[rows, columns] + start, saturate=saturate)
+        if d_type == "s32":
+            codes = to_accumulator(d_type, (left @ right)[rows, columns] + start, saturate=saturate)
         else:
             codes = _hopper(left, right, start, (a_type, b_type), d_type)
         if d_type == "f16":

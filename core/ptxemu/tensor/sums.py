@@ -54,7 +54,7 @@ def _product(a: Single, bt: Single, types: tuple[str, str], target: int, *, wide
 
 
 def product(a: Single, bt: Single, c: Single, types: tuple[str, str], d_type: str) -> npt.NDArray[np.uint32]:
-    """Codes of A B + C, of finite factors.
+    """Codes of A B + C.
 
     Args:
         a: (rows, depth).
@@ -66,11 +66,34 @@ def product(a: Single, bt: Single, c: Single, types: tuple[str, str], d_type: st
     Returns:
         uint32 (rows, n).
     """
-    a, bt, c = (np.ascontiguousarray(x, np.float32) for x in (a, bt, c))
+    (a, bt, special), c = finite(a, bt), np.ascontiguousarray(c, np.float32)
     out = np.empty((len(a), bt.shape[1]), np.uint32)
     given = _product(a, bt, types, TARGETS[d_type], wide=True)
     native.core().emu_product(ctypes.byref(given), len(a), c.ctypes.data, out.ctypes.data)
-    return out
+    return out if special is None else override(out, special, c, d_type)
+
+
+def finite(a: Single, bt: Single) -> tuple[Single, Single, Single | None]:
+    """Contiguous factors without their infinities and NaNs, and what those make of the product: NaN or infinite, else 0."""
+    a, bt = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(bt, np.float32)
+    if np.isfinite(a).all() and np.isfinite(bt).all():
+        return a, bt, None
+    with np.errstate(all="ignore"):
+        total = a.astype(np.float64) @ bt.astype(np.float64)
+    special = np.where(np.isfinite(total), 0.0, total).astype(np.float32)
+    return np.where(np.isfinite(a), a, np.float32(0)), np.where(np.isfinite(bt), bt, np.float32(0)), special
+
+
+def override(
+    codes: npt.NDArray[np.uint32], special: Single, c: Single, d_type: str
+) -> npt.NDArray[np.uint32]:  # fmt: skip
+    """Codes of sums with the infinities and NaNs of `finite` put in, all of one shape; c is what was added."""
+    with np.errstate(all="ignore"):
+        total = special + c
+    nan, one = {"f16": (0x7FFF, 0x7C00), "f32": (0x7FFFFFFF, 0x7F800000)}[d_type]
+    sign = np.where(total < 0, 0x8000 if d_type == "f16" else 0x80000000, 0).astype(np.uint32)
+    infinite = np.where(np.isnan(total), np.uint32(nan), np.uint32(one) | sign)
+    return np.where(special == 0, codes, infinite).astype(np.uint32)
 
 
 def fma(x: float, y: float, z: float) -> float:
@@ -82,10 +105,10 @@ def accumulate(
     a: Single, bt: Single, types: tuple[str, str], d_type: str, *, saturate: bool,
     warps: Sequence[Warp], places: npt.NDArray[Any], keep: Sequence[bool],
 ) -> None:  # fmt: skip
-    """D = A B + D of a wgmma with finite factors, on the registers of its four warps.
+    """D = A B + D of a wgmma, on the registers of its four warps.
 
     Args:
-        a: (64, depth).
+        a: (64, depth), finite and contiguous, as bt.
         bt: (depth, n).
         types: Of the elements of A and B.
         d_type: "f32", "f16" or "s32".

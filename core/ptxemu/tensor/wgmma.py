@@ -98,21 +98,19 @@ class Operation:
         """Multiplies and writes the registers of the four warps."""
         form = self.form
         bt = self._matrix(ctx, b_chunks, form.b_type, mn_major=form.b_mn).T  # (depth, n)
-        bt = np.ascontiguousarray(bt if form.negate > 0 else -bt)
+        bt = bt if form.negate > 0 else -bt
         members = sorted(self.members, key=lambda member: member[0].warp.index)
         if a_chunks is None:
             a = np.concatenate([left for _, left, _ in members if left is not None]).astype(np.float32)
         else:
-            a = np.ascontiguousarray(self._matrix(ctx, a_chunks, form.a_type, mn_major=form.a_mn))  # (64, depth)
+            a = self._matrix(ctx, a_chunks, form.a_type, mn_major=form.a_mn)  # (64, depth)
         warps, keep = [ctx.warp for ctx, _, _ in members], [kept for _, _, kept in members]
-        if np.isfinite(a).all() and np.isfinite(bt).all():
-            places = warps[0].slots(form.key)
-            types = (form.a_type, form.b_type)
-            sums.accumulate(
-                a, bt, types, form.d_type, saturate=form.saturate, warps=warps, places=places, keep=keep
-            )
-        else:
-            self._not_finite(a, bt, warps, keep)
+        a, bt, special = sums.finite(a, bt)
+        before = [] if special is None else [warp.matrix(form.key) for warp in warps]
+        places, types = warps[0].slots(form.key), (form.a_type, form.b_type)
+        sums.accumulate(a, bt, types, form.d_type, saturate=form.saturate, warps=warps, places=places, keep=keep)
+        if special is not None:
+            self._not_finite(special, warps, before, keep)
         for member, _, _ in members:
             _state(member).seen[form.key] = member.warp.matrix(form.key)
 
@@ -123,18 +121,16 @@ class Operation:
         return values.T if mn_major else values
 
     def _not_finite(
-        self, a: npt.NDArray[np.float32], bt: npt.NDArray[np.float32], warps: list[Warp], keep: list[bool]
+        self, special: npt.NDArray[np.float32], warps: list[Warp], before: list[Words], keep: list[bool]
     ) -> None:
-        """The same with infinities and NaNs among the factors; the finite sums are rounded once."""
+        """Puts infinities and NaNs that come of the factors into D."""
         form = self.form
-        with np.errstate(all="ignore"):
-            product = a.astype(np.float64) @ bt.astype(np.float64)
         rows, columns = form.positions
         for k, warp in enumerate(warps):
-            total = product[rows + 16 * k, columns]  # (elements, 32)
-            if keep[k]:
-                total = total + _values(warp.matrix(form.key), form.halves, form.integer)
-            codes = mma_sync.to_accumulator(form.d_type, total, saturate=form.saturate)
+            start = _values(before[k], form.halves) if keep[k] else np.zeros(rows.shape)
+            words = warp.matrix(form.key)
+            codes = words if not form.halves else np.stack([words & 0xFFFF, words >> 16], 1).reshape(-1, 32)
+            codes = sums.override(codes, special[rows + 16 * k, columns], start.astype(np.float32), form.d_type)
             if form.halves:
                 codes = codes[0::2] | codes[1::2] << np.uint32(16)
             warp.set_matrix(form.key, codes)
@@ -193,12 +189,12 @@ def _registers(ins: Instruction, operand: Operand) -> tuple[Register, ...]:
     return tuple(item for item in operand.items if isinstance(item, Register))
 
 
-def _values(words: Words, halves: bool, integer: bool) -> npt.NDArray[np.float64]:
+def _values(words: Words, halves: bool) -> npt.NDArray[np.float64]:
     """Accumulator registers as numbers: uint32 (n, 32) to float64 (n or 2 n, 32)."""
     if halves:
         pairs = words[..., None].copy().view(np.float16).astype(np.float64)  # (n, 32, 2)
         return np.asarray(pairs.transpose(0, 2, 1).reshape(-1, 32))
-    return words.view(np.int32 if integer else np.float32).astype(np.float64)
+    return words.view(np.float32).astype(np.float64)
 
 
 class Form:
