@@ -14,7 +14,7 @@ Array = npt.NDArray[Any]
 INTEGERS: dict[str, type[np.generic]] = {
     "u32": np.uint32, "s32": np.int32, "u64": np.uint64, "s64": np.int64, "b32": np.uint32, "b64": np.uint64,
 }  # fmt: skip
-WIDTH = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "u32": 4, "s32": 4, "b32": 4, "u64": 8, "s64": 8, "b64": 8}
+WIDTH = {"f32_ftz": 4, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "u32": 4, "s32": 4, "b32": 4, "u64": 8, "s64": 8, "b64": 8}
 OPERATIONS = ("add", "min", "max", "inc", "dec", "and", "or", "xor")
 
 
@@ -67,14 +67,24 @@ def apply(operation: str, name: str, old: npt.NDArray[np.uint8], new: npt.NDArra
         return np.ascontiguousarray(result.astype(a.dtype)).view(np.uint8).reshape(shape)
     if operation not in ("add", "min", "max"):
         raise ValueError(f"{operation} of type {name}")
+    flushes, name = name == "f32_ftz", name.removesuffix("_ftz")
     x, y = _widen(name, old), _widen(name, new)
+    if flushes:  # subnormals, of the operands and of the sum
+        x, y = _flushed(x), _flushed(y)
     with np.errstate(all="ignore"):
         total = x + y if operation == "add" else np.fmin(x, y) if operation == "min" else np.fmax(x, y)
     if name == "f64":  # as atomics in global memory: what arrives first
         total = np.where(np.isnan(y), y, np.where(np.isnan(x), x, total))
     if operation != "add":  # -0 is less than +0
         total = np.where((x == 0) & (y == 0), np.copysign(0.0, _sign(operation, x, y)), total)
+    if flushes:
+        total = _flushed(total)
     return _narrow(name, total).reshape(shape)
+
+
+def _flushed(x: Array) -> Array:
+    """f32 numbers with zeros for subnormals."""
+    return np.where(np.abs(x) < 2.0**-126, np.copysign(x.dtype.type(0), x), x)
 
 
 def _sign(operation: str, x: Array, y: Array) -> Array:

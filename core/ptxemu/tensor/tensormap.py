@@ -61,7 +61,7 @@ TYPES: dict[int, DataType] = {
     5: DataType("s64", 64, 64, "s64"),
     6: DataType("f16", 16, 16, "f16"),
     7: DataType("f32", 32, 32, "f32"),
-    8: DataType("f32_ftz", 32, 32, "f32"),
+    8: DataType("f32_ftz", 32, 32, "f32_ftz"),
     9: DataType("f64", 64, 64, "f64"),
     10: DataType("bf16", 16, 16, "bf16"),
     11: DataType("16u4_align8b", 4, 4),

@@ -98,15 +98,18 @@ def _place(
 
 
 def stored_spans(tensor_map: TensorMap, coordinates: tuple[int, ...]) -> list[tuple[Any, Any, int, int]]:
-    """Where a store writes: (rows, global addresses (rows,), first byte of the row, bytes) for each run of bytes."""
+    """Where a store writes: (rows, global addresses (rows,), first byte of the row, bytes) for each run of bytes.
+
+    Dimension 0 is cut at a multiple of 16 bytes, so up to 15 bytes behind its end are written, as an H200 does.
+    """
     address, inside = tensor_map.rows(coordinates)
     low, high = tensor_map.columns(coordinates[0])
     rows = np.flatnonzero(inside)
     if high <= low or not len(rows):
         return []
     size = tensor_map.type.bits
-    start = low * size // 8
-    return [(rows, address[rows] + (coordinates[0] + low) * size // 8, start, (high - low) * size // 8)]
+    start, stop = low * size // 8, min(-(-high * size // 128) * 16, tensor_map.row_bytes)
+    return [(rows, address[rows] + (coordinates[0] + low) * size // 8, start, stop - start)]
 
 
 def _tensor_map(ctx: Context, operand: Address, rank: int) -> TensorMap:
