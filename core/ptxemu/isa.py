@@ -180,7 +180,9 @@ def _approximate(form: Form) -> Native:
     flags = form.flag("ftz", FTZ)
     if kind in HALVES.split():
         return Native(f"{name}_half", form.same(kind, sources=1), half(kind) | (0 if kind.startswith("bf") else flags))
-    return Native(f"{name}_{'gross' if kind == 'f64' and flags else 'approx'}_{kind}", form.same(kind, sources=1), flags)
+    return Native(
+        f"{name}_{'gross' if kind == 'f64' and flags else 'approx'}_{kind}", form.same(kind, sources=1), flags
+    )
 
 
 @rule("copysign", "9.7.3.2")

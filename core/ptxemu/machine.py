@@ -186,7 +186,9 @@ class Warp:
         slot = self.offsets[register.index] >> 2
         if not self.tokens or not self.pending_bytes[slot]:
             return ""
-        return next((why for parts, why in self.tokens.values() if any((slots == slot).any() for _, slots in parts)), "")
+        return next(
+            (why for parts, why in self.tokens.values() if any((slots == slot).any() for _, slots in parts)), ""
+        )
 
 
 @dataclass(eq=False)

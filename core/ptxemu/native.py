@@ -289,9 +289,9 @@ def core() -> ctypes.CDLL:
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    ours = [ctypes.sizeof(s) for s in (Region, Mbarrier, NamedBarrier, Cta, Cluster, Group, Warp, Note, Machine, Product)] + [
-        INSTRUCTION.itemsize
-    ]
+    ours = [
+        ctypes.sizeof(s) for s in (Region, Mbarrier, NamedBarrier, Cta, Cluster, Group, Warp, Note, Machine, Product)
+    ] + [INSTRUCTION.itemsize]
     theirs = [library.emu_size(k) for k in range(len(ours))]
     if ours != theirs:
         raise PtxemuError(f"the structures of the native core have sizes {theirs}, expected {ours}")

@@ -134,17 +134,18 @@ def mma(ins: Instruction) -> Execute:
 def _hopper(left: Values, right: Values, start: Values, types: tuple[str, str], d_type: str) -> Words:
     """Sums as Hopper makes them, (4, 32), from A (16, depth) and B (depth, 8).
 
-    ptxas makes products of f16 of those of 8-bit floats: first of the lower two of each four elements along K, then of the
-    upper two, each sum rounded to the type of D; the accumulator is added last.
+    ptxas makes products of f16 of those of 8-bit floats: first of the lower two of each four elements along K, then of
+    the upper two, each sum rounded to the type of D; the accumulator is added last.
     """
     rows, columns = c_positions(4)
+    a, bt = left.astype(np.float32), right.astype(np.float32)
     c = np.zeros((16, 8), np.float32)
     if types[0] not in {"e4m3", "e5m2"}:
         c[rows, columns] = start
-        return np.asarray(sums.product(left, right, c, types, d_type)[rows, columns])
-    k = np.arange(left.shape[1])
+        return np.asarray(sums.product(a, bt, c, types, d_type)[rows, columns])
+    k = np.arange(a.shape[1])
     for part in (k[k % 4 < 2], k[k % 4 >= 2]):
-        codes = sums.product(left[:, part], right[part], c, types, d_type)
+        codes = sums.product(a[:, part], bt[part], c, types, d_type)
         c = codes.view(np.float32) if d_type == "f32" else codes.astype(np.uint16).view(np.float16).astype(np.float32)
     with np.errstate(over="ignore"):
         return to_accumulator(d_type, c[rows, columns] + start.astype(np.float32))
@@ -168,7 +169,9 @@ def _mma_f64(ins: Instruction) -> Execute:
         for i, (target, source) in enumerate(zip(d, c, strict=True)):
             total = ctx.read(source, np.uint64).view(np.float64).tolist()
             for lane, column in enumerate(2 * THREAD + i):
-                for x, y in zip(left[lane // 4].tolist(), right[column].tolist(), strict=True):  # one fma after the other
+                for x, y in zip(
+                    left[lane // 4].tolist(), right[column].tolist(), strict=True
+                ):  # one fma after the other
                     total[lane] = sums.fma(x, y, total[lane])
             ctx.write(target, np.array(total).view(np.uint64))
 

@@ -53,7 +53,9 @@ def decode_chunks(name: str, data: npt.NDArray[np.uint8], *, mn_major: bool, pad
 
 def flag(ctx: Context, operand: Operand) -> bool:
     """A predicate operand of an instruction of which one value counts for the warp."""
-    return bool(ctx.scalar(operand) if isinstance(operand, Immediate | Register) else ctx.read(operand, np.bool_)[ctx.lane])
+    return bool(
+        ctx.scalar(operand) if isinstance(operand, Immediate | Register) else ctx.read(operand, np.bool_)[ctx.lane]
+    )
 
 
 def sign(operand: Operand) -> int:

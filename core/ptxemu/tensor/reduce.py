@@ -14,7 +14,19 @@ Array = npt.NDArray[Any]
 INTEGERS: dict[str, type[np.generic]] = {
     "u32": np.uint32, "s32": np.int32, "u64": np.uint64, "s64": np.int64, "b32": np.uint32, "b64": np.uint64,
 }  # fmt: skip
-WIDTH = {"f32_ftz": 4, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "u32": 4, "s32": 4, "b32": 4, "u64": 8, "s64": 8, "b64": 8}
+WIDTH = {
+    "f32_ftz": 4,
+    "f16": 2,
+    "bf16": 2,
+    "f32": 4,
+    "f64": 8,
+    "u32": 4,
+    "s32": 4,
+    "b32": 4,
+    "u64": 8,
+    "s64": 8,
+    "b64": 8,
+}
 OPERATIONS = ("add", "min", "max", "inc", "dec", "and", "or", "xor")
 
 

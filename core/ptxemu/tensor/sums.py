@@ -1,8 +1,8 @@
 """Matrix products as Hopper's tensor cores sum them, on the native core.
 
-No document says how; `native/product.c` does what was measured on an H200 (tests/ptxemu/truth), where it gives every bit:
-exact products are aligned to the largest exponent among them and the accumulator, cut towards zero `FRACTION` bits below
-it, added, and the sum is cut to `KEPT` bits behind the leading one.
+No document says how; `native/product.c` does what was measured on an H200 (tests/ptxemu/truth), where it gives every
+bit: exact products are aligned to the largest exponent among them and the accumulator, cut towards zero `FRACTION` bits
+below it, added, and the sum is cut to `KEPT` bits behind the leading one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def product(a: Single, bt: Single, c: Single, types: tuple[str, str], d_type: st
 
 
 def finite(a: Single, bt: Single) -> tuple[Single, Single, Single | None]:
-    """Contiguous factors without their infinities and NaNs, and what those make of the product: NaN or infinite, else 0."""
+    """Contiguous factors without infinities and NaNs, and what those make of the product: NaN or infinite, else 0."""
     a, bt = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(bt, np.float32)
     if np.isfinite(a).all() and np.isfinite(bt).all():
         return a, bt, None

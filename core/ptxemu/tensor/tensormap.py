@@ -218,9 +218,6 @@ def _box_problems(tensor_map: TensorMap) -> list[str]:
         out.append(
             f"the box's innermost row of {tensor_map.row_bytes} bytes is longer than the {tensor_map.swizzle} swizzle"
         )
-    if tensor_map.type.bits < 8:
-        if tensor_map.type.shared_bits == 8 and tensor_map.box[0] != 128:
-            out.append(
-                f"type {tensor_map.type.name} needs a box of 128 elements in dimension 0, not {tensor_map.box[0]}"
-            )
+    if tensor_map.type.bits < 8 and tensor_map.type.shared_bits == 8 and tensor_map.box[0] != 128:
+        out.append(f"type {tensor_map.type.name} needs a box of 128 elements in dimension 0, not {tensor_map.box[0]}")
     return out

@@ -1,4 +1,4 @@
-"""How far the emulator may be from a GPU where a function is approximate: the errors that the PTX ISA allows, and rounding.
+"""How far the emulator may be from a GPU where a function is approximate: what the PTX ISA allows, and rounding.
 
 The GPU is within the ISA's bound of the exact value, the emulator within half a unit in the last place of its format.
 Infinities, NaNs and zeros are the same in both.
@@ -63,7 +63,9 @@ def too_far(row: str, argument: NDArray[Any], got: NDArray[Any], recorded: NDArr
     assert found is not None
     opcode, kind, pair = found.groups()
     if pair:
-        halves = [[codes >> np.uint64(shift) & np.uint64(0xFFFF) for codes in (argument, got, recorded)] for shift in (0, 16)]
+        halves = [
+            [codes >> np.uint64(shift) & np.uint64(0xFFFF) for codes in (argument, got, recorded)] for shift in (0, 16)
+        ]
         low, high = (too_far(row.replace("x2 ", " "), *part) for part in halves)
         return low | high
     x, y, z = (values(codes, kind) for codes in (argument, got, recorded))

@@ -8,4 +8,6 @@ from tests.ptxemu.truth.micro import Micro
 
 def kernels() -> dict[str, Micro]:
     """By name, in the order in which they are recorded."""
-    return {micro.name: micro for micro in (*scalar.kernels(), *matrix.kernels(), *tiles.kernels(), *clusters.kernels())}
+    return {
+        micro.name: micro for micro in (*scalar.kernels(), *matrix.kernels(), *tiles.kernels(), *clusters.kernels())
+    }

@@ -72,7 +72,8 @@ def _remote() -> Iterator[str]:
 def _barriers() -> Iterator[str]:
     """Arrivals at other CTAs' barriers, cluster barriers."""
     everywhere = " ".join(
-        f"mapa.shared::cluster.u32 %far, %bar, {k}; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%far];" for k in range(CLUSTER)
+        f"mapa.shared::cluster.u32 %far, %bar, {k}; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%far];"
+        for k in range(CLUSTER)
     )
     store = "add.u32 %x, %t, 5; st.shared.u32 [%scell], %x;"
     yield f"{store} {everywhere} {WAIT.format(0, 0)} {MAP} ld.shared::cluster.u32 %d, [%far];"

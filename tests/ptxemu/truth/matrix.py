@@ -64,9 +64,18 @@ def _codes(seed: int, kind: str, count: int, spread: int = 0) -> NDArray[np.uint
     if kind in {"s8", "u8"}:
         return (values & 255).astype(np.uint8).view(np.uint32)
     if spread == ANY:  # infinities and NaNs among them
-        special = {"f16": (0x7C00, 0xFC00, 0x7E01), "bf16": (0x7F80, 0xFF80, 0x7FC1), "e5m2": (0x7C, 0xFC, 0x7F), "e4m3": (0x7F, 0xFF)}
+        special = {
+            "f16": (0x7C00, 0xFC00, 0x7E01),
+            "bf16": (0x7F80, 0xFF80, 0x7FC1),
+            "e5m2": (0x7C, 0xFC, 0x7F),
+            "e4m3": (0x7F, 0xFF),
+        }
         rng = np.random.default_rng(seed + 1)
-        made = values.astype(np.float32).view(np.uint32) if kind == "tf32" else np.asarray(formats.encode(kind, values)).astype(f"u{bits // 8}")
+        made = (
+            values.astype(np.float32).view(np.uint32)
+            if kind == "tf32"
+            else np.asarray(formats.encode(kind, values)).astype(f"u{bits // 8}")
+        )
         edges = np.array(special.get(kind, (0x7F800000, 0xFF800000, 0x7FC02000)), made.dtype)
         return np.where(rng.random(made.shape) < 0.01, rng.choice(edges, made.shape), made).view(np.uint32)
     if kind == "tf32":
@@ -147,12 +156,15 @@ def _mma_sync() -> Iterator[Micro]:
     yield _mma_one("e5m2", 32, "f32", b_kind="e4m3")
     for kind, other in (("s8", "u8"), ("u8", "s8"), ("s8", "s8")):
         yield _mma_one(kind, 32, "s32", b_kind=other, tail=".satfinite")
-    body = f"""ld.param.u64 %rd50, [src]; mad.wide.u32 %rd50, %r0, 8, %rd50; ld.param.u64 %rd51, [acc]; mad.wide.u32 %rd51, %r0, 16, %rd51;
-  ld.global.b64 %rd1, [%rd50]; ld.global.b64 %rd2, [%rd50+256]; ld.global.v2.b64 {{%rd3, %rd4}}, [%rd51]; .reg .f64 %d<8>;
+    body = """ld.param.u64 %rd50, [src]; mad.wide.u32 %rd50, %r0, 8, %rd50; ld.param.u64 %rd51, [acc]; mad.wide.u32 %rd51, %r0, 16, %rd51;
+  ld.global.b64 %rd1, [%rd50]; ld.global.b64 %rd2, [%rd50+256]; ld.global.v2.b64 {%rd3, %rd4}, [%rd51]; .reg .f64 %d<8>;
   mov.b64 %d1, %rd1; mov.b64 %d2, %rd2; mov.b64 %d3, %rd3; mov.b64 %d4, %rd4;
-  mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {{%d3, %d4}}, {{%d1}}, {{%d2}}, {{%d3, %d4}}; st.global.v2.f64 [%rd51], {{%d3, %d4}};"""
+  mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%d3, %d4}, {%d1}, {%d2}, {%d3, %d4}; st.global.v2.f64 [%rd51], {%d3, %d4};"""
     ptx = kernel(body, params=".param .u64 src, .param .u64 acc")
-    make: Callable[..., Arrays] = lambda: [np.random.default_rng(7).normal(size=64), np.random.default_rng(8).normal(size=64)]
+    make: Callable[..., Arrays] = lambda: [
+        np.random.default_rng(7).normal(size=64),
+        np.random.default_rng(8).normal(size=64),
+    ]
     yield Micro("mma_f64", ptx, make, (1,), group="mma")
 
 
@@ -195,13 +207,25 @@ class Form:
     @property
     def name(self) -> str:
         """Unique among the forms."""
-        given = {"b_kind": "", "a_mn": "ta", "b_mn": "tb", "keep": "new", "tail": "", "spread": SPREADS.get(self.spread, "spread").strip("_"), "plain": "plain"}
+        given = {
+            "b_kind": "",
+            "a_mn": "ta",
+            "b_mn": "tb",
+            "keep": "new",
+            "tail": "",
+            "spread": SPREADS.get(self.spread, "spread").strip("_"),
+            "plain": "plain",
+        }
         parts = [f"wgmma_n{self.n}_{self.kind}", self.b_kind, self.d, self.mode, "RS" if self.registers else "SS"]
         for key, word in given.items():
             if key not in {"b_kind", "tail"} and getattr(self, key) != getattr(type(self), key):
                 parts.append(word)
-        parts += [f"x{self.steps}"] * (self.steps > 1) + [f"base{self.rows}"] * (self.rows > 0) + ["gap"] * (self.gap > 0)
-        parts += ["negate" + "".join("pm"[v < 0] for v in self.negate)] * (self.negate != (1, 1)) + [self.tail.strip(".")]
+        parts += (
+            [f"x{self.steps}"] * (self.steps > 1) + [f"base{self.rows}"] * (self.rows > 0) + ["gap"] * (self.gap > 0)
+        )
+        parts += ["negate" + "".join("pm"[v < 0] for v in self.negate)] * (self.negate != (1, 1)) + [
+            self.tail.strip(".")
+        ]
         return "_".join(part for part in parts if part)
 
     def matrix(self, which: str) -> tuple[NDArray[np.uint8], int, int]:
@@ -248,7 +272,9 @@ class Form:
                 body += f"add.u64 %rd1, %rd1, {a_step}; add.u64 %rd2, %rd2, {b_step}; setp.eq.u32 %p1, 0, 0;\n"
             body += f"""  wgmma.mma_async.sync.aligned.m64n{self.n}k{depth}{self.tail}.{self.d}.{self.kind}.{self.b_kind or self.kind} {{{_names(100, count)}}}, {a_text}, %rd2, %p1{scale};
 """
-        body += f"wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; {_lanes(100, count, 'acc', 'st', 128)}"
+        body += (
+            f"wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; {_lanes(100, count, 'acc', 'st', 128)}"
+        )
         shared = f".shared .align 1024 .b8 abuf[{a_image.size}]; .shared .align 1024 .b8 bbuf[{b_image.size}];"
         ptx = kernel(body, params=".param .u64 asrc, .param .u64 bsrc, .param .u64 acc", shared=shared, threads=128)
         return Micro(self.name, ptx, data, (2,), block=128, group="integer mma" if whole or self.plain else "mma")
@@ -344,7 +370,13 @@ def _copies() -> Iterator[Micro]:
     body = f"""{copy_in("buf", 512)} mov.u32 %r1, buf; ld.param.u64 %rd1, [out]; setp.eq.u32 %p1, %r0, 0;
   @%p1 cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r1], 496;
   @%p1 cp.async.bulk.commit_group; @%p1 cp.async.bulk.wait_group 0;"""
-    yield Micro("bulk_store", kernel(body, params=two, shared=shared), lambda: [_words(1, 128), aligned(_words(2, 128))], (1,), group="copy")
+    yield Micro(
+        "bulk_store",
+        kernel(body, params=two, shared=shared),
+        lambda: [_words(1, 128), aligned(_words(2, 128))],
+        (1,),
+        group="copy",
+    )
     load = f"""{BARRIER} mov.u32 %r1, buf; mul.lo.u32 %r2, %r0, 16; add.u32 %r1, %r1, %r2; setp.eq.u32 %p1, 0, 0;
   ld.param.u64 %rd1, [src]; cvt.u64.u32 %rd2, %r2; add.u64 %rd1, %rd1, %rd2; and.b32 %r3, %r0, 1; setp.eq.u32 %p2, %r3, 0;"""
     ends = {
@@ -353,9 +385,21 @@ def _copies() -> Iterator[Micro]:
     }
     for name, end in ends.items():
         body = f"{load.replace('[%r280], 1;', '[%r280], 32;')} {end} {wait()} {copy_out('buf', 512)}"
-        yield Micro(f"cp_async_{name}", kernel(body, params=two, shared=shared), lambda: [aligned(_words(4, 128)), np.zeros(128, np.uint32)], (1,), group="copy")
+        yield Micro(
+            f"cp_async_{name}",
+            kernel(body, params=two, shared=shared),
+            lambda: [aligned(_words(4, 128)), np.zeros(128, np.uint32)],
+            (1,),
+            group="copy",
+        )
     body = f"{load} cp.async.ca.shared.global [%r1], [%rd1], 16, %p2; cp.async.wait_all; bar.sync 0; {copy_out('buf', 512)}"
-    yield Micro("cp_async_ignore", kernel(body, params=two, shared=shared), lambda: [aligned(_words(4, 128)), np.zeros(128, np.uint32)], (1,), group="copy")
+    yield Micro(
+        "cp_async_ignore",
+        kernel(body, params=two, shared=shared),
+        lambda: [aligned(_words(4, 128)), np.zeros(128, np.uint32)],
+        (1,),
+        group="copy",
+    )
 
 
 REDUCTIONS = {
@@ -380,7 +424,11 @@ def _reducible(seed: int, kind: str) -> NDArray[Any]:
     if kind == "f64":
         codes: NDArray[Any] = rng.normal(size=64).view(np.uint64)
     else:
-        codes = rng.normal(size=128).astype(np.float32).view(np.uint32) if kind == "f32" else _codes(seed, kind, 128).view(np.uint16)
+        codes = (
+            rng.normal(size=128).astype(np.float32).view(np.uint32)
+            if kind == "f32"
+            else _codes(seed, kind, 128).view(np.uint16)
+        )
     return np.where(rng.random(len(codes)) < 0.25, rng.choice(np.array(edges[kind], codes.dtype), len(codes)), codes)
 
 
@@ -399,12 +447,16 @@ def _to_the_other() -> Iterator[Micro]:
     }
     for name, kinds in CLUSTER_REDUCTIONS.items():
         for kind in kinds.split():
-            sends[f"bulk_{name}_{kind}_to_cluster"] = bulk.replace("cp.async.bulk", "cp.reduce.async.bulk").replace("bytes", f"bytes.{name}.{kind}")
+            sends[f"bulk_{name}_{kind}_to_cluster"] = bulk.replace("cp.async.bulk", "cp.reduce.async.bulk").replace(
+                "bytes", f"bytes.{name}.{kind}"
+            )
     for name, kinds in CLUSTER_REDUCTIONS.items():
         for kind in kinds.split():
             if kind != "u64":
                 sends[f"red_async_{name}_{kind}"] = sends["red_async"].replace("add.u32", f"{name}.{kind}")
-    sends["st_async_v2"] = "@%p12 st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%r7], {%r8, %r0}, [%r9];"
+    sends["st_async_v2"] = (
+        "@%p12 st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%r7], {%r8, %r0}, [%r9];"
+    )
     sends["st_async_b64"] = "@%p12 st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%r7], %rd9, [%r9];"
     shared = ".shared .align 128 .b8 buf[1024]; .shared .align 8 .b8 bar[8]; .shared .align 16 .b8 own[128];"
     for name, send in sends.items():

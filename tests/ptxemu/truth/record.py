@@ -24,9 +24,10 @@ from tests.ptxemu.truth.micro import Map, Micro
 
 _PROCESSES, _SECONDS = 8, 190.0
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-_TYPES = (
-    "u8 u16 u32 s32 u64 s64 f16 f32 f64 bf16 f32_ftz tf32 tf32_ftz 16u4_align8b 16u4_align16b 16u6_align16b".split()
-)  # CUtensorMapDataType
+_TYPES = (  # CUtensorMapDataType
+    *("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f64", "bf16", "f32_ftz", "tf32", "tf32_ftz"),
+    *("16u4_align8b", "16u4_align16b", "16u6_align16b"),
+)
 _SWIZZLES = ("none", "32B", "64B", "128B", "128B_atom32B", "128B_atom32B_flip8B", "128B_atom64B")  # CUtensorMapSwizzle
 
 
@@ -160,7 +161,7 @@ def main() -> None:
         if (name := path.stem.split("#")[0]) not in failed:
             groups.setdefault(table[name].group, {})[path.stem] = np.load(path)
     for group, arrays in groups.items():
-        np.savez_compressed(folder / f"{group.replace(' ', '_')}.npz", **arrays)
+        np.savez_compressed(folder / f"{group.replace(' ', '_')}.npz", allow_pickle=False, **arrays)
     (folder / "failed.json").write_text(json.dumps(failed, indent=1, sort_keys=True))
     sys.stdout.write(f"{len(names) - len(failed)} of {len(names)} recorded; failed: {json.dumps(failed)}\n")
 

@@ -170,7 +170,15 @@ def floats() -> Iterator[str]:
         for name in ("add", "sub", "mul"):
             yield _simple(f"{name}.{mode}.ftz", "f32")
         yield _simple(f"fma.{mode}.ftz", "f32", 3)
-    for name in ("sub.rn.ftz.sat", "mul.rn.ftz.sat", "add.rz.sat", "min.ftz.NaN", "max.NaN.xorsign.abs", "div.rn.ftz", "div.rz.ftz"):
+    for name in (
+        "sub.rn.ftz.sat",
+        "mul.rn.ftz.sat",
+        "add.rz.sat",
+        "min.ftz.NaN",
+        "max.NaN.xorsign.abs",
+        "div.rn.ftz",
+        "div.rz.ftz",
+    ):
         yield _simple(name, "f32")
     for name in ("neg.ftz", "abs.ftz", "rcp.rn.ftz", "sqrt.rn.ftz", "rcp.rz.ftz", "sqrt.rp.ftz"):
         yield _simple(name, "f32", 1)
@@ -274,7 +282,17 @@ def conversions() -> Iterator[str]:
     yield "cvt.rn.satfinite.f16.f32 {d16}, {a32};"
     for mode in ("rna", "rn", "rz", "rn.relu", "rz.relu"):
         yield f"cvt.{mode}.tf32.f32 {{d32}}, {{a32}};"
-    for row in ("rni.ftz.s32", "rzi.ftz.u32", "rmi.ftz.s64", "rpi.ftz.sat.u64", "rni.ftz.f32", "rzi.ftz.sat.f32", "ftz.f32", "sat.ftz.f32", "rn.ftz.f16"):
+    for row in (
+        "rni.ftz.s32",
+        "rzi.ftz.u32",
+        "rmi.ftz.s64",
+        "rpi.ftz.sat.u64",
+        "rni.ftz.f32",
+        "rzi.ftz.sat.f32",
+        "ftz.f32",
+        "sat.ftz.f32",
+        "rn.ftz.f16",
+    ):
         yield f"cvt.{row}.f32 {{d{_size(row.split('.')[-1])}}}, {{a32}};"
     for row in ("f32.f16", "sat.f32.f16", "rn.ftz.sat.f32.f64", "rn.sat.f32.s32", "rn.sat.f16.f32"):
         yield f"cvt.{row} {{d{_size(row.split('.')[-2])}}}, {{a{_size(row.split('.')[-1])}}};"

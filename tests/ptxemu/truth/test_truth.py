@@ -1,4 +1,4 @@
-"""The micro-kernels in the emulator, against what an H200 gave: every byte, but of approximate functions within `bounds`."""
+"""The micro-kernels in the emulator, against what an H200 gave: every byte, or within `bounds` where approximate."""
 
 from __future__ import annotations
 

@@ -42,9 +42,23 @@ def _tensor(m: Map) -> NDArray[np.uint8]:
     if "f32" in m.kind:
         rng = np.random.default_rng(size)
         out.view(np.uint32)[:] = rng.choice(rng.integers(0, 1 << 32, 64, np.uint64).astype(np.uint32), count)
-        edges = (0, 1 << 31, 1, 0x80001000, 0x7F800000, 0xFF800000, 0x7FC00001, 0x7F800001, 0x3F801000, 0x3F803000, 0x7F7FFFFF)
+        edges = (
+            0,
+            1 << 31,
+            1,
+            0x80001000,
+            0x7F800000,
+            0xFF800000,
+            0x7FC00001,
+            0x7F800001,
+            0x3F801000,
+            0x3F803000,
+            0x7F7FFFFF,
+        )
         out.view(np.uint32)[: 11 * (count // 11)] = np.where(
-            rng.random(11 * (count // 11)) < 0.3, np.resize(np.array(edges, np.uint32), 11 * (count // 11)), out.view(np.uint32)[: 11 * (count // 11)]
+            rng.random(11 * (count // 11)) < 0.3,
+            np.resize(np.array(edges, np.uint32), 11 * (count // 11)),
+            out.view(np.uint32)[: 11 * (count // 11)],
         )
     else:
         out[:] = (np.arange(size) * 7 + np.arange(size) // 256 * 29) & 255
@@ -62,14 +76,18 @@ def _corners(m: Map) -> list[Box]:
     step = 16 * 8 // tensormap.TYPES[TYPE[m.kind] & 15].bits
     inside = tuple(b // 2 // step * step if k == 0 else 1 for k, b in enumerate(m.box))
     before = tuple(-step if k == 0 else -2 for k in range(len(m.box)))
-    behind = tuple((n - b // 2) // step * step if k == 0 else n - 1 for k, (n, b) in enumerate(zip(m.sizes, m.box, strict=True)))
+    behind = tuple(
+        (n - b // 2) // step * step if k == 0 else n - 1 for k, (n, b) in enumerate(zip(m.sizes, m.box, strict=True))
+    )
     beyond = tuple(n // step * step + step if k == 0 else n + 5 for k, n in enumerate(m.sizes))
     return [inside, before, behind, beyond]
 
 
 def _coordinates(box: Box) -> tuple[str, str]:
     """Text that sets registers to coordinates, and their list."""
-    return " ".join(f"mov.b32 %r{100 + i}, {c};" for i, c in enumerate(box)), ", ".join(f"%r{100 + i}" for i in range(len(box)))
+    return " ".join(f"mov.b32 %r{100 + i}, {c};" for i, c in enumerate(box)), ", ".join(
+        f"%r{100 + i}" for i in range(len(box))
+    )
 
 
 _HEAD = "mov.b64 %rd1, tm; cvta.param.u64 %rd1, %rd1; mov.u32 %r1, buf; setp.eq.u32 %p14, %r0, 0;"
@@ -86,12 +104,24 @@ def _load(name: str, m: Map, boxes: list[Box]) -> Micro:
         start, names = _coordinates(box)
         body += f"{start} @%p14 cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r1], [%rd1, {{{names}}}], [%r280]; add.u32 %r1, %r1, {pitch};\n"
     if pitch != size:  # what a load leaves of the buffer is not read
-        copies = "".join(copy_out(f"buf+{k * pitch}", size).replace("[out];", f"[out]; add.u64 %rd60, %rd60, {k * size};").replace("OUT_LOOP", f"OUT_{k}") for k in range(len(boxes)))
+        copies = "".join(
+            copy_out(f"buf+{k * pitch}", size)
+            .replace("[out];", f"[out]; add.u64 %rd60, %rd60, {k * size};")
+            .replace("OUT_LOOP", f"OUT_{k}")
+            for k in range(len(boxes))
+        )
     else:
         copies = copy_out("buf", total)
     shared = f".shared .align 1024 .b8 buf[{total}]; .shared .align 8 .b8 bar[8];"
     ptx = kernel(f"{body} {wait()} {copies}", params=_PARAMETERS + ", .param .u64 out", shared=shared)
-    return Micro(f"tma_load_{name}", ptx, lambda: [_tensor(m), np.zeros(size * len(boxes), np.uint8)], (1,), group="tile", maps=(m,))
+    return Micro(
+        f"tma_load_{name}",
+        ptx,
+        lambda: [_tensor(m), np.zeros(size * len(boxes), np.uint8)],
+        (1,),
+        group="tile",
+        maps=(m,),
+    )
 
 
 def _source(m: Map, count: int, seed: int = 8) -> NDArray[np.uint8]:
@@ -100,7 +130,9 @@ def _source(m: Map, count: int, seed: int = 8) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 4, count, np.uint8) * np.uint8(61)
 
 
-def _store(name: str, m: Map, boxes: list[Box], opcode: str = "cp.async", operation: str = "", data: Any = None) -> Micro:
+def _store(
+    name: str, m: Map, boxes: list[Box], opcode: str = "cp.async", operation: str = "", data: Any = None
+) -> Micro:
     """Boxes out of shared memory; the whole tensor is recorded, its padding too."""
     size, rank = _box_bytes(m), len(m.box)
     total = -(-size * len(boxes) // 1024) * 1024
@@ -126,7 +158,10 @@ def _shapes() -> Iterator[tuple[str, Map]]:
     for kind in TYPES:
         bits = tensormap.TYPES[TYPE[kind] & 15].shared_bits
         for swizzle in SWIZZLES:
-            yield f"{kind}_{swizzle}", _map(kind, (_SPAN[swizzle] * 8 // bits, 9 if swizzle == "none" else 16), swizzle=swizzle)
+            yield (
+                f"{kind}_{swizzle}",
+                _map(kind, (_SPAN[swizzle] * 8 // bits, 9 if swizzle == "none" else 16), swizzle=swizzle),
+            )
     for kind in ("f16", "bf16", "f32", "f64", "f32_ftz", "tf32", "tf32_ftz"):
         yield f"{kind}_nan", _map(kind, (16, 5), nan=True)
     yield "f16_1d", _map("f16", (64,))
@@ -207,7 +242,10 @@ DONE: ld.param.u64 %rd60, [out]; mad.wide.u32 %rd60, %r2, {size}, %rd60;
         body += "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
         shared = f".shared .align 1024 .b8 buf[{size}]; .shared .align 8 .b8 bar[8];"
         ptx = kernel(body, params=_PARAMETERS + ", .param .u64 out", shared=shared)
-        arrays = lambda m=m, size=size: [_tensor(m), np.zeros((4, size), np.uint8)]  # type: ignore[misc]  # noqa: E731
+
+        def arrays(m: Map = m, size: int = size) -> Arrays:
+            return [_tensor(m), np.zeros((4, size), np.uint8)]
+
         yield Micro(f"tma_multicast_{mask:04b}", ptx, arrays, (1,), grid=4, cluster=4, group="tile", maps=(m,))
 
 
@@ -233,7 +271,9 @@ def _replacements() -> Iterator[Micro]:
         rank = 3 if name == "rank" else 2
         base = _map("f16", (32, 8))
         m = replace(base, box=(32, 7)) if name == "box_dim" else base
-        size = {"rank": 1024, "box_dim": 448, "element_stride": 256, "elemtype_tf32": 1024, "elemtype_u8": 256}.get(name, 512)
+        size = {"rank": 1024, "box_dim": 448, "element_stride": 256, "elemtype_tf32": 1024, "elemtype_u8": 256}.get(
+            name, 512
+        )
         names = ", ".join(("%r20", "%r21", "%r22")[:rank])
         lines = "\n".join(f"@%p14 tensormap.replace.tile.{row};" for row in rows)
         body = f"""{BARRIER} {_HEAD} mov.u32 %r2, tmap; mad.lo.u32 %r3, %r0, 4, %r2; cvt.u64.u32 %rd2, %r0; mad.lo.u64 %rd2, %rd2, 4, %rd1;
@@ -252,7 +292,13 @@ def _replacements() -> Iterator[Micro]:
 
         def arrays(m: Map = m, size: int = size) -> Arrays:
             first = aligned(np.resize(_tensor(m), 4096))
-            return [first, aligned(first[::-1].copy()), aligned(np.zeros(128, np.uint8)), np.zeros(size, np.uint8), np.zeros(32, np.uint32)]
+            return [
+                first,
+                aligned(first[::-1].copy()),
+                aligned(np.zeros(128, np.uint8)),
+                np.zeros(size, np.uint8),
+                np.zeros(32, np.uint32),
+            ]
 
         ptx = kernel(body, params=params, shared=shared)
         yield Micro(f"tensormap_{name}", ptx, arrays, (3, 4), group="tile", maps=(m,))
