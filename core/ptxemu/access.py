@@ -153,7 +153,7 @@ class Accessor:
         width = out.shape[1]
         newest = ctypes.c_uint32()
         target = (out.ctypes.data, ctypes.addressof(newest))
-        place = (region.base, region.size, at.ctypes.data, at.size, width)
+        place = (region.base, region.data.size, at.ctypes.data, at.size, width)
         if code := native.core().emu_gather(*region.pointers[:3], *place, *target):
             if code == _OUTSIDE:
                 return False

@@ -162,16 +162,16 @@ class Warp:
         return found
 
     def pend(self, registers: Sequence[Register], token: Hashable, why: str) -> None:
-        """See `Context.pend`. A token may be used again; a register may be pending for several."""
+        """See `Context.pend`. A token may be used again; a register may be pending for several, once for each."""
         slots = self.slots(tuple([r.index for r in registers]))
         self.tokens.setdefault(token, ([], why))[0].append((registers, slots))
-        np.add.at(self.pending_bytes, slots, 1)
+        self.pending_bytes[slots] += 1
         self.struct.contents.pending_count += len(registers)
 
     def unpend(self, token: Hashable) -> None:
         """Gives registers back."""
         for _, slots in self.tokens.pop(token, ([], ""))[0]:
-            np.subtract.at(self.pending_bytes, slots, 1)
+            self.pending_bytes[slots] -= 1
             self.struct.contents.pending_count -= len(slots)
 
     def slots(self, numbers: tuple[int, ...]) -> NDArray[np.int64]:

@@ -90,10 +90,6 @@ def _items(operand: Operand) -> tuple[Operand, ...]:
     return operand.items if isinstance(operand, Vector) else (operand,)
 
 
-def _stack(ctx: Context, operands: tuple[Operand, ...]) -> Words:
-    return np.stack([ctx.read(operand) for operand in operands])
-
-
 @operation("mma.sync.aligned", section="9.7.14.5.14", converged=True)
 def mma(ins: Instruction) -> Execute:
     """D = A B + C for dense m16n8 shapes, and m8n8k4 of f64."""
@@ -116,17 +112,16 @@ def mma(ins: Instruction) -> Execute:
     saturate = ins.has("satfinite")
 
     def execute(ctx: Context) -> None:
-        left, right = a_values(a_type, _stack(ctx, a), depth), b_values(b_type, _stack(ctx, b), depth).T  # (16, 8)
+        left, right = a_values(a_type, ctx.read_all(a), depth), b_values(b_type, ctx.read_all(b), depth).T  # (16, 8)
         rows, columns = c_positions(4)
-        start = _accumulator(c_type, _stack(ctx, c))  # (4, 32)
+        start = _accumulator(c_type, ctx.read_all(c))  # (4, 32)
         if d_type == "s32":
             codes = to_accumulator(d_type, (left @ right)[rows, columns] + start, saturate=saturate)
         else:
             codes = _hopper(left, right, start, (a_type, b_type), d_type)
         if d_type == "f16":
             codes = codes[0::2] | codes[1::2] << np.uint32(16)
-        for register, values in zip(d, codes, strict=True):
-            ctx.write(register, values)
+        ctx.write_all(d, codes)
 
     return execute
 

@@ -168,8 +168,9 @@ class State:
 
 
 def _state(ctx: Context) -> State:
-    state = ctx.warp.state.setdefault("wgmma", State())
-    assert isinstance(state, State)
+    state: State | None = ctx.warp.state.get("wgmma")
+    if state is None:
+        state = ctx.warp.state["wgmma"] = State()
     return state
 
 
@@ -277,7 +278,7 @@ def _issue(ctx: Context, form: Form) -> None:
     for key, registers in ((form.key, form.d), (form.a_key, form.a_registers)):
         if key and key not in state.open.pending:
             state.open.pending.add(key)
-            ctx.pend(registers, state.open, "wgmma.wait_group")
+            warp.pend(registers, state.open, "wgmma.wait_group")
     state.open.ops.append(operation_)
     if len(operation_.members) == WARPS:
         del group.waiting[state.issued]
