@@ -212,6 +212,25 @@ def test_f64() -> None:
     np.testing.assert_array_equal(got.view(np.float64), EDGES[np.isfinite(EDGES)].astype(np.float64))
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@np.errstate(all="ignore")
+def test_mixed_precision(kind: str) -> None:
+    dtype = HALVES[kind]
+    rng = np.random.default_rng(17)
+    a, b = (rng.normal(size=200).astype(dtype) for _ in range(2))
+    c = (rng.normal(size=200) * 100).astype(np.float32)
+    x, y, z = a.astype(np.float64), b.astype(np.float64), c.astype(np.float64)
+    half = [("b16", v.view(np.uint16)) for v in (a, b)]
+    for text, expected in (
+        (f"add.rn.f32.{kind} d, a, b", x + z),
+        (f"sub.rn.f32.{kind} d, a, b", x - z),
+    ):
+        got = apply(text, "b32", half[0], ("b32", words(c)))
+        np.testing.assert_array_equal(got, words(expected.astype(np.float32)))
+    got = apply(f"fma.rn.f32.{kind} d, a, b, c", "b32", *half, ("b32", words(c)))
+    np.testing.assert_array_equal(got, words((x * y + z).astype(np.float32)))
+
+
 HALVES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 

@@ -52,6 +52,21 @@ static f64 extreme(f64 a, f64 b, u32 aux, int most, u32 different) {
     X(tanh, 1, tanh(a)) X(ex2, 1, exp2(a))
 HALF_OPS(HALF)
 
+/* Mixed precision 9.7.5: add, sub and fma of f32 with halves as the first operands. */
+#define MIXED(name, halves, value) \
+    static Outcome op_##name##_mixed(Machine *m, Warp *w, const Ins *i, u32 mask) { \
+        UNUSED(m); const u16 *A = SRC(u16, 1), *B = SRC(u16, halves); const f32 *C = SRC(f32, halves + 1); \
+        u32 r[LANES]; fesetround(host_rounding(i->aux)); \
+        EACH_LANE { \
+            volatile f32 a = (f32)read_half(A[l], i->aux & BF), b = (f32)read_half(B[l], i->aux & BF), c = C[l]; UNUSED(b); \
+            volatile f32 v = value; f32 x = canonical(v); r[l] = bits_f32(i->aux & SAT ? saturate(x) : x); \
+        } \
+        fesetround(FE_TONEAREST); put_u32(DST(u32, 0), mask, r); return NEXT; \
+    }
+MIXED(add, 1, a + c)
+MIXED(sub, 1, a - c)
+MIXED(fma, 2, fmaf(a, b, c))
+
 /* 9.7.4.5 neg, 9.7.4.6 abs: on the bits, but of a NaN they make the canonical one. */
 static inline u16 sign_half(u16 h, u32 aux, u16 result) {
     return (h & 0x7fff) > (aux & BF ? 0x7f80 : 0x7c00) ? 0x7fff : result;
@@ -95,4 +110,5 @@ static Outcome op_setp_half(Machine *m, Warp *w, const Ins *i, u32 mask) {
 }
 
 #define ENTRY(name, ...) {#name "_half", op_##name##_half},
-const Op half_ops[] = {HALF_OPS(ENTRY) ENTRY(neg) ENTRY(abs) ENTRY(setp) {0, 0}};
+const Op half_ops[] = {HALF_OPS(ENTRY) ENTRY(neg) ENTRY(abs) ENTRY(setp)
+    {"add_mixed", op_add_mixed}, {"sub_mixed", op_sub_mixed}, {"fma_mixed", op_fma_mixed}, {0, 0}};
