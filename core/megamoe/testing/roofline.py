@@ -80,7 +80,7 @@ def sweep(stage: Stage, *, compile_seconds: float = 60.0) -> Iterator[Point]:
 
     Args:
         stage: One that takes part.
-        compile_seconds: torch.compile of the fallback, which compiles anew for most sizes, is timed at each size until
+        compile_seconds: torch.compile of the fallback, compiled anew for each size, is timed at each size until
             its first calls have taken so long together; later sizes have no figure of it.
 
     Raises:
@@ -89,7 +89,7 @@ def sweep(stage: Stage, *, compile_seconds: float = 60.0) -> Iterator[Point]:
     if not torch.cuda.is_available():
         raise MegamoeError("a bandwidth sweep needs a GPU; there is none here")
     subject = subject_of(stage)
-    compiled, left = torch.compile(subject.fallback), compile_seconds
+    left = compile_seconds
     for name, case in subject.cases.items():
         inputs = case.inputs(name, "cuda")
         total = subject.bytes_moved(**inputs)
@@ -97,6 +97,8 @@ def sweep(stage: Stage, *, compile_seconds: float = 60.0) -> Iterator[Point]:
         functions = _checked(subject, inputs, name)
         if left > 0:
             start = time.perf_counter()
+            torch.compiler.reset()  # else the limit of recompilations sends later sizes back to eager mode
+            compiled = torch.compile(subject.fallback)
             compiled(**inputs)
             torch.cuda.synchronize()
             left -= time.perf_counter() - start
