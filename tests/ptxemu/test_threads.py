@@ -173,10 +173,8 @@ def test_parameters_are_read_only() -> None:
 
 def test_parameters_by_address() -> None:
     out = words()
-    clean(
-        f"{THREAD} mov.b64 %d5, p0; ld.param.u64 %d6, [%d5]; sub.u64 %d6, %d6, %d1; cvt.u32.u64 %r10, %d6; add.u32 %r10, %r10, 7; {STORE}",
-        out,
-    )
+    body = "mov.b64 %d5, p0; ld.param.u64 %d6, [%d5]; sub.u64 %d6, %d6, %d1; cvt.u32.u64 %r10, %d6;"
+    clean(f"{THREAD} {body} add.u32 %r10, %r10, 7; {STORE}", out)
     assert (out == 7).all()
 
 
