@@ -14,8 +14,8 @@ from megamoe.cute.multicast import Boxes
 from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.kernel_512 import Attention
+from megamoe_stages.multi_cta_attention.rows_512 import Rows, lanes
 from megamoe_stages.multi_cta_attention.shape_512 import DIM, HALF, THREADS, Shape
-from megamoe_stages.multi_cta_attention.tiles_512 import lanes
 
 
 @cute.jit
@@ -23,24 +23,22 @@ def launch(
     q: cute.Tensor,
     k: cute.Tensor,
     v: cute.Tensor,
-    cu_q: cute.Tensor,
-    cu_k: cute.Tensor,
+    cu_seqlens_q: cute.Tensor,
+    cu_seqlens_k: cute.Tensor,
     sink: cute.Tensor,
-    out: cute.Tensor,  # (queries * heads, 512) fp32
+    out: cute.Tensor,  # (queries, heads, 512) fp32
     lse: cute.Tensor,
     softmax_scale: Float32,
-    heads: Int32,
     causal: Int32,
     window: Int32,
     has_sink: Int32,
-    ctas: Int32,
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
-    numbers = (softmax_scale, heads, causal, window, has_sink)
-    given = kernel_512.prepare(q, k, v, cu_q, cu_k, sink, lse, q, *numbers, shape)  # no mask: anything of two dims
+    numbers = (softmax_scale, causal, window, has_sink)
+    given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
     kernel(*given, out, shape).launch(
-        grid=kernel_512.grid(given, ctas, shape),
+        grid=kernel_512.grid(q, k, cu_seqlens_q, shape),
         block=[THREADS, 1, 1],
         cluster=[shape.ctas, 1, 1],
         smem=shape.shared_bytes,
@@ -54,45 +52,46 @@ def kernel(
     q: cute.Tensor,
     keys: Boxes,
     values: Boxes,
-    cu_q: cute.Tensor,
-    cu_k: cute.Tensor,
+    cu_seqlens_q: cute.Tensor,
+    cu_seqlens_k: cute.Tensor,
     sink: cute.Tensor,
     lse: cute.Tensor,
-    factor: Float32,
-    heads: Int32,
     kv_heads: Int32,
+    group: cute.FastDivmodDivisorV2,
+    factor: Float32,
     causal: Int32,
     window: Int32,
     has_sink: Int32,
-    mask: cute.Tensor,
     out: cute.Tensor,
     shape: Constexpr[Shape],
 ) -> None:
-    def finish(me: Consumer) -> None:
-        store(me, out)
+    def finish(me: Consumer, rows: Rows) -> None:
+        store(me, rows, out)
 
-    given = Attention(q, keys, values, cu_q, cu_k, sink, lse, factor, heads, kv_heads, causal, window, has_sink, mask)
-    kernel_512.work(given, finish, shape)
+    given = Attention(
+        q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
+    )
+    kernel_512.work_on_rows(given, finish, shape)
 
 
 @cute.jit
-def store(me: Constexpr[Consumer], out: cute.Tensor) -> None:
-    _, t, _ = lanes()
-    tile, sequences = me.tile, me.sequences
+def store(me: Constexpr[Consumer], rows: Constexpr[Rows], out: cute.Tensor) -> None:
+    g, t, wide = lanes()
     for half in cutlass.range_constexpr(2):
-        row = me.row(half)
-        pairs = [[arith.bits(me.acc[4 * block + 2 * half + j]) for j in range(2)] for block in range(HALF // 8)]
-        column = me.number * HALF + 2 * t
-        if tile.first + row < tile.rows:
-            at = ring.address(out.iterator) + (Int64(tile.place(row, sequences)) * DIM + column) * 4
-            for block, pair in enumerate(pairs):
+        row = rows.first + wide * 16 + g + 8 * half
+        if row < rows.count:
+            at = ring.address(out.iterator) + (rows.place(row) * DIM + Int64(me.number * HALF + 2 * t)) * 4
+            for block in cutlass.range_constexpr(HALF // 8):
+                pair = [arith.bits(me.acc[4 * block + 2 * half + j]) for j in range(2)]
                 attention_mma.store8_global(at + block * 32, pair)
 
 
 def spec(shape: Shape) -> KernelSpec:
     def arguments() -> tuple[object, ...]:
-        *given, lse, _ = kernel_512.tensors()
-        out = make_fake_compact_tensor(Float32, (cute.sym_int32(), DIM), stride_order=(1, 0), assumed_align=16)
-        return (*given, out, lse, *kernel_512.numbers(), make_fake_stream(use_tvm_ffi_env_stream=True), shape)
+        *given, lse = kernel_512.tensors()
+        size = cute.sym_int32
+        out = make_fake_compact_tensor(Float32, (size(), size(), DIM), stride_order=(2, 1, 0), assumed_align=16)
+        numbers = Float32(0), *(Int32(0) for _ in range(3))
+        return (*given, out, lse, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True), shape)
 
     return KernelSpec(f"fp32_{kernel_512.name_of(shape)}", Target.SM90.value, launch, arguments, tuple(shape))

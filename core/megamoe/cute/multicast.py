@@ -6,9 +6,9 @@ A tile lies in shared memory as blocks of 64 columns, a row of a block 128 bytes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import cutlass
 from cutlass import Int16, Int32, Int64, Numeric, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import cpasync
@@ -24,12 +24,10 @@ class Boxes:
         self.info, self.dtype, self.rows, self.blocks, self.ctas = info, dtype, rows, blocks, ctas
 
     def __extract_mlir_values__(self) -> list[Any]:
-        values: list[Any] = self.info.__extract_mlir_values__()
-        return values
+        return self.info.__extract_mlir_values__()
 
     def __extract_mlir_attributes__(self) -> list[Any]:
-        attributes: list[Any] = self.info.__extract_mlir_attributes__()
-        return attributes
+        return self.info.__extract_mlir_attributes__()
 
     def __new_from_mlir_values__(self, values: list[Any]) -> Boxes:
         return Boxes(self.info.__new_from_mlir_values__(values), self.dtype, self.rows, self.blocks, self.ctas)
@@ -45,44 +43,35 @@ def boxes(tensor: cute.Tensor, rows: int, blocks: int, ctas: int) -> Boxes:
         ctas: Of a cluster; each box goes to all of them.
     """
     tokens, heads, width = tensor.shape
-    stride = heads * width
     layout = cute.make_layout(
-        (rows, BLOCK_COLUMNS, width // BLOCK_COLUMNS, heads, tokens + 1),
-        stride=(stride, 1, BLOCK_COLUMNS, width, stride),
+        (tokens, BLOCK_COLUMNS, width // BLOCK_COLUMNS, heads), stride=(heads * width, 1, BLOCK_COLUMNS, width)
     )
-    shifted = cute.make_tensor(tensor.iterator - rows * stride, layout)  # see `tma`
+    seen = cute.make_tensor(tensor.iterator, layout)
     atom = make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, tensor.element_type)
-    inside = cute.tile_to_shape(atom, (rows, BLOCK_COLUMNS, blocks), (0, 1, 2))
-    staged = cute.append(cute.append(inside, cute.make_layout(1)), cute.make_layout(1))
+    inside = cute.append(cute.tile_to_shape(atom, (rows, BLOCK_COLUMNS, blocks), (0, 1, 2)), cute.make_layout(1))
     how = cpasync.CopyBulkTensorTileG2SMulticastOp() if ctas > 1 else cpasync.CopyBulkTensorTileG2SOp()
-    info = cpasync.make_tiled_tma_atom(how, shifted, staged, (rows, BLOCK_COLUMNS, blocks, 1, 1))
+    info = cpasync.make_tiled_tma_atom(how, seen, inside, (rows, BLOCK_COLUMNS, blocks, 1))
     return Boxes(info, tensor.element_type, rows, blocks, ctas)
 
 
-def load_box(source: Boxes, token: Int32, count: Int32, head: Int32, block: Int32, slot: Int32, barrier: Int32) -> None:
+def load_box(source: Boxes, token: Int32, head: Int32, block: Int32, slot: Int32, barrier: Int32) -> None:
     """Starts the copy of a box to the same place of all CTAs; a whole warp. All its bytes count at their mbarriers.
 
     Args:
         source: Where from.
-        token: The first row.
-        count: Rows from there on that may be read; those of the box beyond them become zeros.
+        token: The first row; rows beyond the tensor become zeros.
         head: Which head.
         block: The first block of columns.
         slot: Address in shared memory, a multiple of 1024.
         barrier: Address of an mbarrier.
     """
     tensor, layout = source.info.tma_tensor, source.info.smem_layout
-    box = (source.rows, BLOCK_COLUMNS, source.blocks, 1, 1)
-    inside = cutlass.max(cutlass.min(count, source.rows), 0)
-    place = cute.domain_offset((source.rows - inside, 0, block, head, token + inside), tensor)
+    box = (source.rows, BLOCK_COLUMNS, source.blocks, 1)
+    there = cute.local_tile(cute.domain_offset((token, 0, block, head), tensor), box, (0, 0, 0, 0))
     pointer = cute.make_ptr(source.dtype, slot, cute.AddressSpace.smem, assumed_align=1024)
     here = cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype=source.dtype), layout.outer)
     target, origin = cpasync.tma_partition(
-        source.info.atom,
-        0,
-        cute.make_layout(1),
-        cute.group_modes(here, 0, 5),
-        cute.group_modes(cute.local_tile(place, box, (0, 0, 0, 0, 0)), 0, 5),
+        source.info.atom, 0, cute.make_layout(1), cute.group_modes(here, 0, 4), cute.group_modes(there, 0, 4)
     )
     at = cute.make_ptr(Int64, barrier, cute.AddressSpace.smem, assumed_align=8)
     to_all = {"mcast_mask": Int16((1 << source.ctas) - 1)} if source.ctas > 1 else {}
@@ -106,6 +95,18 @@ def arrive_everywhere(barrier: Int32, ctas: int) -> None:
             " @p mbarrier.arrive.shared::cluster.b64 _, [there];}"
         )
     _asm(text, "r,r", barrier, lane)
+
+
+def store_row(target: Int64, source: Int32, size: int, condition: Int32) -> None:
+    """Starts a bulk copy from shared to global memory, all multiples of 16, where the condition is not 0."""
+    text = "{.reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;}"
+    _asm(text, "l,r,r,r", target, source, Int32(size), condition)
+
+
+def store_matrices(at: Int32, words: Sequence[Numeric]) -> None:
+    """Writes four (8, 8) of 16 bits to shared memory: lane 8 i + r says where row r of i goes."""
+    text = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
+    _asm(text, "r,r,r,r,r", at, *words)
 
 
 def _asm(text: str, constraints: str, *operands: Numeric) -> None:

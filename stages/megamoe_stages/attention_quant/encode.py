@@ -12,15 +12,15 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, recipe, ring, tma
+from megamoe.cute import arith, attention_mma, multicast, recipe, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.layout import TILE_COLS, offset_128x4
 from megamoe.cute.recipe import BLOCK, GlobalScale
 from megamoe_stages.attention_quant.limits import ROPE_DIM
 from megamoe_stages.inverse_rope_quant.kernel import turn_back
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
+from megamoe_stages.multi_cta_attention.rows_512 import Rows, lanes
 from megamoe_stages.multi_cta_attention.shape_512 import COLUMNS, CONSUMERS, HALF, Shape
-from megamoe_stages.multi_cta_attention.tiles_512 import lanes
 
 _WARP_ROWS = 16
 _PITCH = COLUMNS * 4 + 32  # bytes of a row of fp32: four rows of pairs fill all banks once
@@ -67,13 +67,15 @@ class Quantized(NamedTuple):
 
 
 @cute.jit
-def encode_rows(me: Constexpr[Consumer], out: Constexpr[Quantized], shape: Constexpr[Shape]) -> None:
-    """Encodes a consumer's half of its rows and writes it, over the queries."""
+def encode_rows(
+    me: Constexpr[Consumer], rows: Constexpr[Rows], out: Constexpr[Quantized], shape: Constexpr[Shape]
+) -> None:
+    """Encodes a consumer's half of its rows and writes it, over its ring."""
     lane = cute.arch.lane_idx()
     _, _, wide = lanes()
-    area = me.base + me.number * shape.staging_bytes + wide * _WARP_BYTES
+    area = me.base + shape.ring_at + me.number * shape.ring_bytes + wide * _WARP_BYTES
     if me.number == CONSUMERS - 1:
-        turn(me, out)
+        turn(me, rows, out)
     scale = recipe.regular_global_scale(out.enc[()], Target.SM90)
     row, pair = lane % _WARP_ROWS, lane // _WARP_ROWS
     for part in cutlass.range_constexpr(HALF // COLUMNS):
@@ -86,19 +88,19 @@ def encode_rows(me: Constexpr[Consumer], out: Constexpr[Quantized], shape: Const
         encode(blocks, at, scales_at, scale, out)
     attention_mma.proxy_fence()
     cute.arch.sync_warp()
-    write(me, area, out, wide)
+    write(me, area, rows, out, wide)
 
 
 @cute.jit
-def turn(me: Constexpr[Consumer], out: Constexpr[Quantized]) -> None:
+def turn(me: Constexpr[Consumer], rows: Constexpr[Rows], out: Constexpr[Quantized]) -> None:
     """Takes the rotation out of the last 64 columns, which are this consumer's."""
-    _, t, _ = lanes()
+    g, t, wide = lanes()
     step = cute.size(out.positions) // out.queries  # 2 where int64 is seen as int32
     for half in cutlass.range_constexpr(2):
-        inside = me.tile.first + me.row(half) < me.tile.rows
-        spot = me.tile.place(arith.select(inside, me.row(half), -me.tile.first), me.sequences)
+        row = cutlass.min(rows.first + wide * _WARP_ROWS + g + 8 * half, rows.count - 1)
+        query, _ = rows.split(row)
         last = cute.size(out.cos, mode=[0]) - 1
-        at = out.positions[spot // me.sequences.heads * step]
+        at = out.positions[query * step]
         at = arith.select((at < 0) | (at > last), last, at)
         for block in cutlass.range_constexpr(ROPE_DIM // 8):
             place = (HALF - ROPE_DIM) // 2 + 4 * block + 2 * half
@@ -146,35 +148,32 @@ def keep(encoded: list[recipe.Block], at: Int32, scales_at: Int32) -> None:
 
 
 @cute.jit
-def write(me: Constexpr[Consumer], area: Int32, out: Constexpr[Quantized], wide: Int32) -> None:
+def write(me: Constexpr[Consumer], area: Int32, rows: Constexpr[Rows], out: Constexpr[Quantized], wide: Int32) -> None:
     """Starts the bulk stores of a warp's codes and linear scales, a row each, and waits until they were read."""
     lane = cute.arch.lane_idx()
     local = lane % _WARP_ROWS
-    row = wide * _WARP_ROWS + local
-    inside = me.tile.first + row < me.tile.rows
-    spot = me.tile.place(arith.select(inside, row, -me.tile.first), me.sequences)
-    query = spot // me.sequences.heads
-    head = spot - query * me.sequences.heads
+    row = rows.first + wide * _WARP_ROWS + local
+    inside = row < rows.count
+    query, head = rows.split(arith.select(inside, row, Int32(0)))
     group, within = divmod(head, out.heads_a_group)
     line = Int64(group) * out.queries + query  # of the codes
     half = within * CONSUMERS + me.number
-    codes_at = area + _CODES_AT + local * _CODES_PITCH
+    leads = arith.select(inside & (lane < _WARP_ROWS), Int32(1), Int32(0))
+    to = ring.address(out.codes.iterator) + line * (out.cols * (BLOCK // 2)) + half * _CODE_BYTES
+    multicast.store_row(to, area + _CODES_AT + local * _CODES_PITCH, _CODE_BYTES, leads)
     scales_at = area + _SCALES_AT + local * _SCALE_BYTES
-    codes = ring.address(out.codes.iterator) + line * (out.cols * (BLOCK // 2)) + half * _CODE_BYTES
-    scales = ring.address(out.scales.iterator)
+    to = ring.address(out.scales.iterator)
     if cutlass.const_expr(out.tiled):
         padded = cute.size(out.scales, mode=[1])
         for i in cutlass.range_constexpr(_SCALE_BYTES // TILE_COLS // 2):
             part = lane // _WARP_ROWS * 2 + i
             offset = group * (padded * out.cols) + offset_128x4(query, half * _SCALE_BYTES + part * TILE_COLS, out.cols)
             word = Uint32(ring.load4(scales_at + part * TILE_COLS))
-            attention_mma.store4_global_if(scales + offset, word, arith.select(inside, Int32(1), Int32(0)))
-    if inside & (lane < _WARP_ROWS):
-        tma.store_bulk(codes, codes_at, _CODE_BYTES)
-        if cutlass.const_expr(not out.tiled):
-            tma.store_bulk(scales + line * out.cols + half * _SCALE_BYTES, scales_at, _SCALE_BYTES)
-        tma.commit_stores()
-        tma.wait_stores()
+            attention_mma.store4_global_if(to + offset, word, arith.select(inside, Int32(1), Int32(0)))
+    else:
+        multicast.store_row(to + line * out.cols + half * _SCALE_BYTES, scales_at, _SCALE_BYTES, leads)
+    cute.arch.cp_async_bulk_commit_group()
+    cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
 @cute.jit

@@ -17,16 +17,17 @@ from megamoe_stages.attention_quant.limits import ROPE_DIM
 from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.kernel_512 import Attention
+from megamoe_stages.multi_cta_attention.rows_512 import Rows
 from megamoe_stages.multi_cta_attention.shape_512 import DIM, THREADS, Shape
 
 
 @cute.jit
 def launch(
-    q: cute.Tensor,  # (queries * heads, 512) bf16
+    q: cute.Tensor,  # (queries, heads, 512) bf16
     k: cute.Tensor,  # (keys, kv_heads, 512) bf16
-    v: cute.Tensor,  # the same
-    cu_q: cute.Tensor,  # (sequences + 1,) int32
-    cu_k: cute.Tensor,  # (sequences + 1,) int32
+    v: cute.Tensor,  # the same; k itself when shared
+    cu_seqlens_q: cute.Tensor,  # (sequences + 1,) int32
+    cu_seqlens_k: cute.Tensor,  # (sequences + 1,) int32
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
     positions: cute.Tensor,  # int32 (queries,), or int64 seen as int32 (2 * queries,)
     cos: cute.Tensor,  # (P, 32) fp32
@@ -36,22 +37,20 @@ def launch(
     scales: cute.Tensor,  # (G, queries, heads / G * 32) uint8, or padded to 128 queries
     dec: cute.Tensor,  # () fp32
     lse: cute.Tensor,  # (queries * heads,) fp32
-    softmax_scale: Float32,  # positive
-    heads: Int32,
+    softmax_scale: Float32,
     causal: Int32,
     window: Int32,  # 0 for none
     has_sink: Int32,
-    ctas: Int32,
     stream: CUstream,
     tiled: Constexpr[bool],
     shape: Constexpr[Shape],
 ) -> None:
     """Launches as `multi_cta_attention.kernel_512` does."""
-    numbers = (softmax_scale, heads, causal, window, has_sink)
-    given = kernel_512.prepare(q, k, v, cu_q, cu_k, sink, lse, q, *numbers, shape)  # no mask: anything of two dims
+    numbers = (softmax_scale, causal, window, has_sink)
+    given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
     heads_a_group = cute.FastDivmodDivisorV2(codes.shape[2] // (DIM // 2))
     kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, tiled, shape).launch(
-        grid=kernel_512.grid(given, ctas, shape),
+        grid=kernel_512.grid(q, k, cu_seqlens_q, shape),
         block=[THREADS, 1, 1],
         cluster=[shape.ctas, 1, 1],
         smem=shape.shared_bytes,
@@ -65,17 +64,16 @@ def kernel(
     q: cute.Tensor,
     keys: Boxes,
     values: Boxes,
-    cu_q: cute.Tensor,
-    cu_k: cute.Tensor,
+    cu_seqlens_q: cute.Tensor,
+    cu_seqlens_k: cute.Tensor,
     sink: cute.Tensor,
     lse: cute.Tensor,
-    factor: Float32,
-    heads: Int32,
     kv_heads: Int32,
+    group: cute.FastDivmodDivisorV2,
+    factor: Float32,
     causal: Int32,
     window: Int32,
     has_sink: Int32,
-    mask: cute.Tensor,
     positions: cute.Tensor,
     cos: cute.Tensor,
     sin: cute.Tensor,
@@ -96,11 +94,13 @@ def kernel(
     if tiled:
         encode.write_rest(out)
 
-    def finish(me: Consumer) -> None:
-        encode.encode_rows(me, out, shape)
+    def finish(me: Consumer, rows: Rows) -> None:
+        encode.encode_rows(me, rows, out, shape)
 
-    given = Attention(q, keys, values, cu_q, cu_k, sink, lse, factor, heads, kv_heads, causal, window, has_sink, mask)
-    kernel_512.work(given, finish, shape)
+    given = Attention(
+        q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
+    )
+    kernel_512.work_on_rows(given, finish, shape)
 
 
 def spec(tiled: bool, shape: Shape) -> KernelSpec:
@@ -113,14 +113,15 @@ def spec(tiled: bool, shape: Shape) -> KernelSpec:
             order = tuple(reversed(range(len(sizes))))
             return make_fake_compact_tensor(dtype, sizes, stride_order=order, assumed_align=align)
 
-        *given, lse, _ = kernel_512.tensors()
+        *given, lse = kernel_512.tensors()
         positions = compact(Int32, (size(),), 4)
         cos, sin = (compact(Float32, (size(), ROPE_DIM // 2), 4) for _ in range(2))
         enc, dec = (make_fake_tensor(Float32, (), (), assumed_align=4) for _ in range(2))
         codes = compact(Uint8, (size(), size(), size(divisibility=DIM // 2)), 16)
         scales = compact(Uint8, (size(), size(), size(divisibility=DIM // BLOCK)), 16)
+        numbers = Float32(0), *(Int32(0) for _ in range(3))
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return (*given, positions, cos, sin, enc, codes, scales, dec, lse, *kernel_512.numbers(), stream, tiled, shape)
+        return (*given, positions, cos, sin, enc, codes, scales, dec, lse, *numbers, stream, tiled, shape)
 
     kind = "128x4" if tiled else "linear"
     return KernelSpec(f"d512_{kind}_{kernel_512.name_of(shape)}", Target.SM90.value, launch, arguments, (tiled, *shape))

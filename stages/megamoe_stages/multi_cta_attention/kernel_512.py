@@ -7,6 +7,7 @@ keep up: 2 KB a key and 64 rows is what 32 clocks of products need. `attend_512`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,19 +16,31 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from megamoe.cute import attention_mma, multicast, ring, softmax, varlen
+from megamoe.cute import arith, attention_mma, multicast, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.multicast import Boxes
-from megamoe.cute.varlen import Sequences, Tile
 from megamoe.cute.warp import WARP
 from megamoe_stages.multi_cta_attention import attend_512, produce_512, result_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.produce_512 import Source
-from megamoe_stages.multi_cta_attention.shape_512 import CONSUMERS, DIM, GROUP, ROWS, THREADS, Shape
-from megamoe_stages.multi_cta_attention.tiles_512 import find_piece, tile_of
+from megamoe_stages.multi_cta_attention.rows_512 import Rows, Work, find_sequence, work_of
+from megamoe_stages.multi_cta_attention.shape_512 import (
+    BLOCK_BYTES,
+    CONSUMERS,
+    DIM,
+    GROUP,
+    ROW_BYTES,
+    ROWS,
+    THREADS,
+    Shape,
+)
 
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # together no more than the launch gives, 3 * 168, or all wait forever
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = (
+    24,
+    240,
+)  # together no more than the launch gives: 3 * 168, or they wait forever
+_CHUNKS = 8  # of 16 bytes of a row of 128
 _LOADS_BARRIER = 2
 
 
@@ -35,66 +48,60 @@ class Attention(NamedTuple):
     """What all kernels of this schedule read, and the lse that they write.
 
     Attributes:
-        q: (queries * heads, 512) bf16.
+        q: (queries, heads, 512) bf16.
         keys: Boxes of the keys.
-        values: Boxes of the values.
-        cu_q: (sequences + 1,) int32.
-        cu_k: (sequences + 1,) int32.
+        values: Boxes of the values; the keys' when shared.
+        cu_seqlens_q: (sequences + 1,) int32.
+        cu_seqlens_k: (sequences + 1,) int32.
         sink: (heads,) fp32; not read unless has_sink.
         lse: (queries * heads,) fp32.
-        factor: softmax_scale in base 2, positive.
-        heads: Of q.
         kv_heads: Of keys and values.
-        causal: Not 0: keys after the query's position are hidden.
+        group: Divides by the heads of a kv head.
+        factor: Makes scores in base 2 of products.
+        causal: Whether keys behind the query's position are hidden.
         window: Keys that a query sees up to its position; 0 for all.
-        has_sink: Not 0: there are sinks.
-        mask: (queries, columns) uint8, 0 for a hidden key; not read unless the shape is masked.
+        has_sink: Whether there are sinks.
     """
 
     q: cute.Tensor
     keys: Boxes
     values: Boxes
-    cu_q: cute.Tensor
-    cu_k: cute.Tensor
+    cu_seqlens_q: cute.Tensor
+    cu_seqlens_k: cute.Tensor
     sink: cute.Tensor
     lse: cute.Tensor
-    factor: Float32
-    heads: Int32
     kv_heads: Int32
+    group: cute.FastDivmodDivisorV2
+    factor: Float32
     causal: Int32
     window: Int32
     has_sink: Int32
-    mask: cute.Tensor
 
 
-Finish = Callable[[Consumer], None]
+Finish = Callable[[Consumer, Rows], None]
 
 
 @cute.jit
 def launch(
-    q: cute.Tensor,  # (queries * heads, 512) bf16
+    q: cute.Tensor,  # (queries, heads, 512) bf16
     k: cute.Tensor,  # (keys, kv_heads, 512) bf16
-    v: cute.Tensor,  # the same
-    cu_q: cute.Tensor,  # (sequences + 1,) int32
-    cu_k: cute.Tensor,  # (sequences + 1,) int32
+    v: cute.Tensor,  # the same; k itself when shared
+    cu_seqlens_q: cute.Tensor,  # (sequences + 1,) int32
+    cu_seqlens_k: cute.Tensor,  # (sequences + 1,) int32
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
-    out: cute.Tensor,  # (queries * heads, 512) bf16
+    out: cute.Tensor,  # (queries, heads, 512) bf16
     lse: cute.Tensor,  # (queries * heads,) fp32
-    mask: cute.Tensor,  # (queries, columns) uint8; not read unless the shape is masked
-    softmax_scale: Float32,  # positive
-    heads: Int32,
+    softmax_scale: Float32,
     causal: Int32,
     window: Int32,  # 0 for none
     has_sink: Int32,
-    ctas: Int32,  # most that there may be, where they are persistent
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
     """Launches a cluster for each piece of rows of each sequence and kv head."""
-    numbers = (softmax_scale, heads, causal, window, has_sink)
-    given = prepare(q, k, v, cu_q, cu_k, sink, lse, mask, *numbers, shape)
+    given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
     kernel(*given, out, shape).launch(
-        grid=grid(given, ctas, shape),
+        grid=grid(q, k, cu_seqlens_q, shape),
         block=[THREADS, 1, 1],
         cluster=[shape.ctas, 1, 1],
         smem=shape.shared_bytes,
@@ -107,13 +114,11 @@ def prepare(
     q: cute.Tensor,
     k: cute.Tensor,
     v: cute.Tensor,
-    cu_q: cute.Tensor,
-    cu_k: cute.Tensor,
+    cu_seqlens_q: cute.Tensor,
+    cu_seqlens_k: cute.Tensor,
     sink: cute.Tensor,
     lse: cute.Tensor,
-    mask: cute.Tensor,
     softmax_scale: Float32,
-    heads: Int32,
     causal: Int32,
     window: Int32,
     has_sink: Int32,
@@ -121,23 +126,21 @@ def prepare(
 ) -> Attention:
     """What a kernel gets, on the host; see `launch`."""
     keys = multicast.boxes(k, *produce_512.key_box(shape), shape.ctas)
-    values = multicast.boxes(v, *produce_512.value_box(shape), shape.ctas)
-    factor = softmax_scale * Float32(softmax.LOG2E)
-    return Attention(q, keys, values, cu_q, cu_k, sink, lse, factor, heads, k.shape[1], causal, window, has_sink, mask)
+    values = keys if shape.shared else multicast.boxes(v, *produce_512.value_box(shape), shape.ctas)
+    kv_heads = k.shape[1]
+    group = cute.FastDivmodDivisorV2(q.shape[1] // kv_heads)
+    factor = softmax_scale * Float32(1 / math.log(2))
+    return Attention(
+        q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
+    )
 
 
-def grid(given: Attention, ctas: Int32, shape: Shape) -> list[Int32]:
-    """CTAs of a launch: a cluster a piece of rows, some without work where sequences end early, or `ctas` at most."""
-    pieces = most_pieces(given, shape)
-    if shape.persistent:
-        return [cutlass.min(pieces * given.kv_heads, ctas // shape.ctas) * shape.ctas, 1, 1]
-    return [pieces * shape.ctas, given.kv_heads, 1]
-
-
-def most_pieces(given: Attention, shape: Shape) -> Int32:
-    """Pieces of rows of a kv head that there may be."""
-    rows = given.q.shape[0] // given.kv_heads  # of all sequences
-    return rows // (shape.ctas * ROWS) + (cute.size(given.cu_q) - 1)
+def grid(q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, shape: Shape) -> list[Int32]:
+    """CTAs of a launch: a cluster a piece of rows, some without work where sequences end early."""
+    queries, heads, _ = q.shape
+    kv_heads = k.shape[1]
+    pieces = queries * (heads // kv_heads) // (shape.ctas * ROWS) + (cute.size(cu_seqlens_q) - 1)
+    return [pieces * shape.ctas, kv_heads, 1]
 
 
 @cute.kernel
@@ -145,65 +148,76 @@ def kernel(
     q: cute.Tensor,
     keys: Boxes,
     values: Boxes,
-    cu_q: cute.Tensor,
-    cu_k: cute.Tensor,
+    cu_seqlens_q: cute.Tensor,
+    cu_seqlens_k: cute.Tensor,
     sink: cute.Tensor,
     lse: cute.Tensor,
-    factor: Float32,
-    heads: Int32,
     kv_heads: Int32,
+    group: cute.FastDivmodDivisorV2,
+    factor: Float32,
     causal: Int32,
     window: Int32,
     has_sink: Int32,
-    mask: cute.Tensor,
     out: cute.Tensor,
     shape: Constexpr[Shape],
 ) -> None:
     """The kernel; see the module."""
 
-    def finish(me: Consumer) -> None:
-        result_512.store(me, out, shape)
+    def finish(me: Consumer, rows: Rows) -> None:
+        result_512.store(me, rows, out, shape)
 
-    given = Attention(q, keys, values, cu_q, cu_k, sink, lse, factor, heads, kv_heads, causal, window, has_sink, mask)
-    work(given, finish, shape)
+    given = Attention(
+        q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
+    )
+    work_on_rows(given, finish, shape)
 
 
 @cute.jit
-def work(given: Constexpr[Attention], finish: Constexpr[Finish], shape: Constexpr[Shape]) -> None:
+def work_on_rows(given: Constexpr[Attention], finish: Constexpr[Finish], shape: Constexpr[Shape]) -> None:
     """The whole kernel, for all threads of a CTA.
 
     Args:
         given: What is read.
-        finish: Gets a consumer whose sums have become the output, fp32, and writes it; the queries' place is free.
+        finish: Gets a consumer whose sums have become the output, fp32, and writes it; its ring is free.
         shape: How the work is cut.
     """
-    sequences = sequences_of(given, shape)
-    if cutlass.const_expr(shape.persistent):
-        share_work(given, sequences, finish, shape)
-    else:
-        number, _, _ = cute.arch.block_idx()
-        sequence, _ = find_piece(number // shape.ctas, sequences, shape)
-        if sequence < cute.size(given.cu_q) - 1:
-            share_work(given, sequences, finish, shape)
-
-
-def sequences_of(given: Attention, shape: Shape) -> Sequences:
-    """What is attended to."""
-    columns = cute.size(given.mask, mode=[1]) if shape.masked else None
-    return Sequences(given.cu_q, given.cu_k, given.heads, given.kv_heads, given.causal, given.window, columns)
+    number, kv_head, _ = cute.arch.block_idx()
+    _, heads, _ = given.q.shape
+    group = heads // given.kv_heads
+    cluster_rows = shape.ctas * ROWS
+    sequence, piece, pieces = find_sequence(number // shape.ctas, given.cu_seqlens_q, group, cluster_rows)
+    if sequence < cute.size(given.cu_seqlens_q) - 1:
+        query, key = given.cu_seqlens_q[sequence], given.cu_seqlens_k[sequence]
+        queries, keys = given.cu_seqlens_q[sequence + 1] - query, given.cu_seqlens_k[sequence + 1] - key
+        cluster_first = (pieces - 1 - piece) * cluster_rows  # those with most keys first
+        rank = number % shape.ctas
+        rows = Rows(
+            first=cluster_first + rank * ROWS,
+            count=queries * group,
+            group=given.group,
+            query=query,
+            heads=heads,
+            head=kv_head * group,
+            position=keys - queries,
+            keys=keys,
+            causal=given.causal,
+            window=given.window,
+        )
+        work = work_of(rows, key, kv_head, cluster_first, shape)
+        share_work(given, Source(given.keys, given.values, rank), rows, work, finish, shape)
 
 
 @cute.jit
 def share_work(
     given: Constexpr[Attention],
-    sequences: Constexpr[Sequences],
+    source: Constexpr[Source],
+    rows: Constexpr[Rows],
+    work: Constexpr[Work],
     finish: Constexpr[Finish],
     shape: Constexpr[Shape],
 ) -> None:
     """What the threads of a CTA do."""
     thread, _, _ = cute.arch.thread_idx()
-    number, _, _ = cute.arch.block_idx()
-    rank = number % shape.ctas
     base = ring.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
     if thread == 0:
         for i in cutlass.range_constexpr(CONSUMERS * shape.slots):
@@ -217,71 +231,20 @@ def share_work(
     if thread < GROUP:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        if warp < CONSUMERS:
-            cursor = cute.make_rmem_tensor((2,), Int32)
-            cursor[0], cursor[1] = Int32(0), Int32(0)
-            source = Source(given.keys, given.values, rank)
-
-            def load(tile: Tile) -> None:
-                produce_512.produce(base, warp, cursor, source, tile, shape)
-
-            for_each_piece(load, given, sequences, rank, shape)
+        if cutlass.const_expr(shape.shared):
+            if warp == 0:
+                produce_512.produce_shared(base, source, work, shape)
+        elif warp < CONSUMERS:
+            produce_512.produce(base, warp, source, work, shape)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-        me = Consumer(base, thread // GROUP - 1, sequences, given.factor, given.mask, shape)
-
-        def attend(tile: Tile) -> None:
-            attend_piece(me, tile, given, finish, shape)
-
-        for_each_piece(attend, given, sequences, rank, shape)
+        load_queries(given.q, base, rows)
+        me = attend_512.Consumer(base, thread // GROUP - 1, shape)
+        attend_512.attend(me, given.factor, rows, work, shape)
+        result_512.finish_rows(me, rows, given.lse, given.sink, given.has_sink)
+        finish(me, rows)
     if cutlass.const_expr(shape.ctas > 1):
         meet(shape)  # nobody leaves while the others write to it
-
-
-@cute.jit
-def for_each_piece(
-    do: Constexpr[Callable[[Tile], None]],
-    given: Constexpr[Attention],
-    sequences: Constexpr[Sequences],
-    rank: Int32,
-    shape: Constexpr[Shape],
-) -> None:
-    """Calls `do` with the rows of this CTA in each piece of its cluster."""
-    number, kv_head, _ = cute.arch.block_idx()
-    if cutlass.const_expr(shape.persistent):
-        across, _, _ = cute.arch.grid_dim()
-        pieces = most_pieces(given, shape)
-        for index in cutlass.range(number // shape.ctas, pieces * given.kv_heads, across // shape.ctas, unroll=1):
-            kv_head = index // pieces
-            sequence, piece = find_piece(index - kv_head * pieces, sequences, shape)
-            if sequence < cute.size(given.cu_q) - 1:
-                do(tile_of(sequence, piece, rank, kv_head, sequences, shape))
-    else:
-        sequence, piece = find_piece(number // shape.ctas, sequences, shape)
-        do(tile_of(sequence, piece, rank, kv_head, sequences, shape))
-
-
-@cute.jit
-def attend_piece(
-    me: Constexpr[Consumer],
-    tile: Constexpr[Tile],
-    given: Constexpr[Attention],
-    finish: Constexpr[Finish],
-    shape: Constexpr[Shape],
-) -> None:
-    """What a consumer does for the rows of a tile."""
-    thread = cute.arch.thread_idx()[0] - GROUP
-    if cutlass.const_expr(shape.persistent):  # the output of the last rows has left the queries' place
-        attention_mma.named_barrier(_LOADS_BARRIER, CONSUMERS * GROUP)
-    varlen.load_rows(given.q, me.base, tile, 0, ROWS, me.sequences, thread, CONSUMERS * GROUP)
-    attention_mma.commit_copies()
-    attention_mma.wait_copies(0)
-    attention_mma.proxy_fence()
-    attention_mma.named_barrier(_LOADS_BARRIER, CONSUMERS * GROUP)
-    me.start(tile)
-    attend_512.attend(me, shape)
-    result_512.finish_rows(me, given.lse, given.sink, given.has_sink)
-    finish(me)
 
 
 def meet(shape: Shape) -> None:
@@ -293,40 +256,52 @@ def meet(shape: Shape) -> None:
         cute.arch.sync_threads()
 
 
+@cute.jit
+def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows]) -> None:
+    """Brings the rows of q into shared memory, zeros where there are none; both consumers."""
+    thread = cute.arch.thread_idx()[0] - GROUP
+    chunks = DIM // _CHUNKS
+    for i in cutlass.range(ROWS * chunks // (CONSUMERS * GROUP), unroll=4):
+        item = thread + i * (CONSUMERS * GROUP)
+        row, chunk = item // chunks, item % chunks
+        at = base + chunk // _CHUNKS * BLOCK_BYTES + row * ROW_BYTES + ((chunk ^ row) % _CHUNKS) * 16
+        inside = rows.first + row < rows.count
+        place = rows.place(arith.select(inside, rows.first + row, Int32(0)))
+        size = arith.select(inside, Int32(16), Int32(0))
+        attention_mma.copy16(at, ring.address(q.iterator) + (place * DIM + chunk * 8) * 2, size)
+    attention_mma.commit_copies()
+    attention_mma.wait_copies(0)
+    attention_mma.proxy_fence()
+    attention_mma.named_barrier(_LOADS_BARRIER, CONSUMERS * GROUP)
+
+
 def tensors() -> list[object]:
-    """Fake q, k, v, cu_seqlens of both, sink, lse and mask, to compile for any sizes."""
+    """Fake q, k, v, cu_seqlens of both, sink and lse, to compile for any sizes."""
     size = cute.sym_int32
-    keys, kv_heads = size(), size()
+    kv_heads = size()
 
-    def tensor(dtype: type, sizes: tuple[object, ...], align: int) -> object:
-        order = tuple(reversed(range(len(sizes))))
-        return make_fake_compact_tensor(dtype, sizes, stride_order=order, assumed_align=align)
+    def heads_of(heads: object) -> object:
+        return make_fake_compact_tensor(BFloat16, (size(), heads, DIM), stride_order=(2, 1, 0), assumed_align=16)
 
-    given = [tensor(BFloat16, (size(), DIM), 16)]
-    given += [tensor(BFloat16, (keys, kv_heads, DIM), 16) for _ in range(2)]
-    given += [tensor(Int32, (size(),), 4) for _ in range(2)]
-    return [*given, *(tensor(Float32, (size(),), 4) for _ in range(2)), tensor(Uint8, (size(), size()), 1)]
+    def vector(dtype: type) -> object:
+        return make_fake_compact_tensor(dtype, (size(),), stride_order=(0,), assumed_align=4)
 
-
-def numbers() -> tuple[object, ...]:
-    """Stand-ins for the numbers of a launch."""
-    return Float32(0), *(Int32(0) for _ in range(5))
+    cu_seqlens = [vector(Int32) for _ in range(2)]
+    return [heads_of(size()), heads_of(kv_heads), heads_of(kv_heads), *cu_seqlens, vector(Float32), vector(Float32)]
 
 
 def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
     """The kernel for any sizes."""
 
     def arguments() -> tuple[object, ...]:
-        *given, lse, mask = tensors()
+        *given, lse = tensors()
         out = tensors()[0]
-        return (*given, out, lse, mask, *numbers(), make_fake_stream(use_tvm_ffi_env_stream=True), shape)
+        numbers = Float32(0), *(Int32(0) for _ in range(3))
+        return (*given, out, lse, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True), shape)
 
-    return KernelSpec(f"attend_d512_{name_of(shape)}", target.value, launch, arguments, tuple(shape))
+    return KernelSpec(f"d512_{name_of(shape)}", target.value, launch, arguments, tuple(shape))
 
 
 def name_of(shape: Shape) -> str:
     """For names of kernels."""
-    kinds = [
-        name for name, on in (("lazy", shape.lazy), ("persistent", shape.persistent), ("masked", shape.masked)) if on
-    ]
-    return "_".join([f"{shape.keys}_{shape.ctas}x{shape.chunk}", *kinds])
+    return f"{'shared' if shape.shared else 'separate'}_{shape.tile}_{shape.ctas}x{shape.chunk}"

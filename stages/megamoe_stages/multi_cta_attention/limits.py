@@ -18,6 +18,8 @@ def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
         if head == (shape_512.DIM, shape_512.DIM):
             if facts.get("dtype", shape_512.DTYPE) != shape_512.DTYPE:
                 reasons.append(f"{facts['dtype']} queries of {head[0]}: that kernel takes {shape_512.DTYPE}")
+            if facts.get("masked"):
+                reasons.append(f"a mask of one's own with {head[0]}: that kernel knows causality and windows")
         elif head not in HEADS:
             reasons.append(f"keys of {head[0]} with values of {head[1]}: no kernel is compiled for them")
     return reasons

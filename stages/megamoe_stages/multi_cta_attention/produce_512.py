@@ -9,7 +9,7 @@ from cutlass import Constexpr, Int32, cute
 
 from megamoe.cute import arith, multicast, ring
 from megamoe.cute.multicast import Boxes
-from megamoe.cute.varlen import Tile
+from megamoe_stages.multi_cta_attention.rows_512 import Work
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCKS,
     CONSUMERS,
@@ -23,7 +23,7 @@ class Source(NamedTuple):
 
     Attributes:
         keys: Boxes of keys.
-        values: Boxes of values.
+        values: Boxes of values; not used when they are the keys.
         rank: Of the CTA in its cluster.
     """
 
@@ -35,7 +35,7 @@ class Source(NamedTuple):
 def key_box(shape: Shape) -> tuple[int, int]:
     """Rows and blocks of a box of keys: what a CTA loads of a chunk, or of one of its blocks."""
     blocks, split = divmod(shape.key_blocks, shape.ctas)
-    return (shape.keys // shape.ctas, 1) if split else (shape.keys, blocks)
+    return (shape.tile // shape.ctas, 1) if split else (shape.tile, blocks)
 
 
 def value_box(shape: Shape) -> tuple[int, int]:
@@ -63,84 +63,92 @@ def advance(cursor: cute.Tensor, shape: Shape) -> None:
 
 @cute.jit
 def load_keys(
-    step: Int32,
+    tile: Int32,
     chunk: Int32,
     slot: Int32,
     full: Int32,
     source: Constexpr[Source],
-    tile: Constexpr[Tile],
+    work: Constexpr[Work],
     shape: Constexpr[Shape],
 ) -> None:
     """This CTA's part of a chunk of a tile of keys."""
-    first = tile.begin + step * shape.keys
+    token = work.token + work.first + tile * shape.tile
     rows, blocks = key_box(shape)
     block = chunk * shape.key_blocks
-    if cutlass.const_expr(rows == shape.keys):
+    if cutlass.const_expr(rows == shape.tile):
         there = source.rank * blocks
         at = slot + there * shape.key_block_bytes
-        multicast.load_box(source.keys, tile.key + first, tile.end - first, tile.kv_head, block + there, at, full)
+        multicast.load_box(source.keys, token, work.kv_head, block + there, at, full)
     else:
-        first = first + source.rank * rows
         for i in cutlass.range_constexpr(shape.key_blocks):
             at = slot + i * shape.key_block_bytes + source.rank * (rows * ROW_BYTES)
-            multicast.load_box(source.keys, tile.key + first, tile.end - first, tile.kv_head, block + i, at, full)
+            multicast.load_box(source.keys, token + source.rank * rows, work.kv_head, block + i, at, full)
 
 
 @cute.jit
 def load_key_tile(
     base: Int32,
     which: Int32,
-    step: Int32,
+    tile: Int32,
     cursor: cute.Tensor,
     source: Constexpr[Source],
-    tile: Constexpr[Tile],
+    work: Constexpr[Work],
     shape: Constexpr[Shape],
 ) -> None:
     """A tile of keys, for the consumer that makes its scores."""
     for chunk in cutlass.range(shape.key_chunks, unroll=1):
         slot, full = claim(base, which, cursor, shape)
-        load_keys(step, chunk, slot, full, source, tile, shape)
+        load_keys(tile, chunk, slot, full, source, work, shape)
 
 
 @cute.jit
 def load_value_tile(
     base: Int32,
     which: Int32,
-    step: Int32,
+    tile: Int32,
     cursor: cute.Tensor,
     source: Constexpr[Source],
-    tile: Constexpr[Tile],
+    work: Constexpr[Work],
     shape: Constexpr[Shape],
 ) -> None:
     """A consumer's half of a tile of values."""
     rows, blocks = value_box(shape)
     for chunk in cutlass.range(shape.value_chunks, unroll=1):
         slot, full = claim(base, which, cursor, shape)
-        first = tile.begin + step * shape.keys + chunk * rows
+        token = work.token + work.first + tile * shape.tile + chunk * rows
         there = source.rank * blocks
         at = slot + there * (rows * ROW_BYTES)
         block = which * (BLOCKS // CONSUMERS) + there
-        multicast.load_box(source.values, tile.key + first, tile.end - first, tile.kv_head, block, at, full)
+        multicast.load_box(source.values, token, work.kv_head, block, at, full)
 
 
 @cute.jit
 def produce(
-    base: Int32,
-    which: Int32,
-    cursor: cute.Tensor,
-    source: Constexpr[Source],
-    tile: Constexpr[Tile],
-    shape: Constexpr[Shape],
+    base: Int32, which: Int32, source: Constexpr[Source], work: Constexpr[Work], shape: Constexpr[Shape]
 ) -> None:
     """Loads all that a consumer reads, in the order in which it does (`attend_512`); one warp for each consumer."""
-    steps = tile.steps(shape.keys)
-    if which < steps:
-        load_key_tile(base, which, which, cursor, source, tile, shape)
-    if (which == 1) & (steps > 0):
-        load_value_tile(base, which, Int32(0), cursor, source, tile, shape)
-    for step in cutlass.range(which, steps, 2, unroll=1):
-        load_value_tile(base, which, step, cursor, source, tile, shape)
-        if step + 2 < steps:
-            load_key_tile(base, which, step + 2, cursor, source, tile, shape)
-        if step + 1 < steps:
-            load_value_tile(base, which, step + 1, cursor, source, tile, shape)
+    cursor = cute.make_rmem_tensor((2,), Int32)
+    cursor[0], cursor[1] = Int32(0), Int32(0)
+    if which < work.tiles:
+        load_key_tile(base, which, which, cursor, source, work, shape)
+    if (which == 1) & (work.tiles > 0):
+        load_value_tile(base, which, Int32(0), cursor, source, work, shape)
+    for tile in cutlass.range(which, work.tiles, 2, unroll=1):
+        load_value_tile(base, which, tile, cursor, source, work, shape)
+        if tile + 2 < work.tiles:
+            load_key_tile(base, which, tile + 2, cursor, source, work, shape)
+        if tile + 1 < work.tiles:
+            load_value_tile(base, which, tile + 1, cursor, source, work, shape)
+
+
+@cute.jit
+def produce_shared(base: Int32, source: Constexpr[Source], work: Constexpr[Work], shape: Constexpr[Shape]) -> None:
+    """Loads all tiles of keys that are the values, into the rings of both consumers; one warp."""
+    cursors = [cute.make_rmem_tensor((2,), Int32) for _ in range(CONSUMERS)]
+    for cursor in cursors:
+        cursor[0], cursor[1] = Int32(0), Int32(0)
+    for tile in cutlass.range(work.tiles, unroll=1):
+        for which in cutlass.range_constexpr(CONSUMERS):
+            for chunk in cutlass.range(shape.value_chunks, unroll=1):
+                slot, full = claim(base, Int32(which), cursors[which], shape)
+                load_keys(tile, chunk + which * shape.value_chunks, slot, full, source, work, shape)

@@ -24,25 +24,16 @@ class Shape(NamedTuple):
     """A kernel; compile-time.
 
     Attributes:
+        shared: The values are the keys.
         ctas: Of a cluster: they work on neighbouring rows and share what they load; 1 or 2.
         chunk: Pieces of 8 KB that are loaded, waited for and given back together; 1, 2 or 4.
-        keys: Of a tile, whose scores a consumer makes at a time.
-        lazy: Weights stay relative to an older largest score while they do not grow too large; sums are rarely scaled.
-        persistent: A cluster works on one piece of rows after another, and loads the next one's keys meanwhile.
-        masked: There is a mask of one's own.
+        tile: Keys whose scores a consumer makes at a time; 64, or 128 unless shared.
     """
 
+    shared: bool
     ctas: int = 2
     chunk: int = 1
-    keys: int = 64
-    lazy: bool = False
-    persistent: bool = False
-    masked: bool = False
-
-    @property
-    def staging_bytes(self) -> int:
-        """Of a consumer's part of the output, over the queries."""
-        return ROWS * OUT_PITCH
+    tile: int = 64
 
     @property
     def chunk_bytes(self) -> int:
@@ -52,7 +43,7 @@ class Shape(NamedTuple):
     @property
     def key_block_bytes(self) -> int:
         """Of 64 columns of a tile of keys."""
-        return self.keys * ROW_BYTES
+        return self.tile * ROW_BYTES
 
     @property
     def key_blocks(self) -> int:
@@ -66,8 +57,8 @@ class Shape(NamedTuple):
 
     @property
     def value_chunks(self) -> int:
-        """Of a tile of a consumer's half of the values: 16 * `chunk` rows each."""
-        return self.keys // self.value_rows
+        """Of a tile of a consumer's half of the values: 16 * `chunk` rows each; of shared ones, columns."""
+        return self.tile // self.value_rows
 
     @property
     def value_rows(self) -> int:
@@ -77,7 +68,7 @@ class Shape(NamedTuple):
     @property
     def weights_bytes(self) -> int:
         """Of the weights of a tile."""
-        return self.keys // COLUMNS * BLOCK_BYTES
+        return self.tile // COLUMNS * BLOCK_BYTES
 
     @property
     def weights_at(self) -> int:
@@ -86,12 +77,14 @@ class Shape(NamedTuple):
 
     @property
     def ring_at(self) -> int:
-        """Where the rings start, one for each consumer."""
+        """Where the rings start, one for each consumer; of shared tiles each holds a half of the columns."""
         return self.weights_at + CONSUMERS * self.weights_bytes
 
     @property
     def slots(self) -> int:
         """Of a ring, in chunks."""
+        if self.shared:
+            return 2 * self.value_chunks
         return (SHARED_BYTES - _SMALL - self.ring_at) // (CONSUMERS * self.chunk_bytes)
 
     @property
@@ -111,13 +104,8 @@ class Shape(NamedTuple):
 
     @property
     def tops_at(self) -> int:
-        """Where the largest scores start."""
+        """Where the largest scores start, and at the end the sums."""
         return self.ready_at + CONSUMERS * 16
-
-    @property
-    def totals_at(self) -> int:
-        """Where the consumers exchange sums: over the weights of the second one."""
-        return self.weights_at + self.weights_bytes
 
     @property
     def shared_bytes(self) -> int:
@@ -125,14 +113,12 @@ class Shape(NamedTuple):
         return self.tops_at + CONSUMERS * ROWS * 4
 
 
-WIDE = Shape(lazy=True)
-NARROW = Shape(ctas=1, lazy=True, persistent=True)  # two CTAs' windows together are longer than each
-SHAPES = (WIDE, NARROW, WIDE._replace(masked=True))
+WIDE = Shape(shared=False)
+NARROW = Shape(shared=False, ctas=1, chunk=2)  # two CTAs' windows together are longer than each
+SHAPES = (WIDE, NARROW)
 _NARROW_WINDOW = 512
 
 
-def shape_for(window: int | None, *, masked: bool = False) -> Shape:
+def shape_for(window: int | None) -> Shape:
     """The kernel for a window."""
-    if masked:
-        return WIDE._replace(masked=True)
     return NARROW if window is not None and window <= _NARROW_WINDOW else WIDE

@@ -35,10 +35,10 @@ def multi_cta_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, softmax_scale=softmax_scale, causal=causal, window=window
     )
     masked = mask is not None
-    wide = shape_512.shape_for(window, masked=masked) if q.shape[2] == shape_512.DIM else None
+    wide = shape_512.shape_for(window) if q.shape[2] == shape_512.DIM else None
     shape = shape_of(q.shape[2], v.shape[2], dtype_name(q), masked=masked) if wide is None else wide
     head = {"head_dim": q.shape[2], "v_dim": v.shape[2]}
-    if (reasons := limits.supports({"dtype": dtype_name(q), **head})) or shape is None:
+    if (reasons := limits.supports({"dtype": dtype_name(q), "masked": masked, **head})) or shape is None:
         raise ArgumentError("multi_cta_attention", "; ".join(reasons), "what this kernel supports")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.numel():
@@ -50,8 +50,8 @@ def multi_cta_attention(
         return out
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count
     if isinstance(shape, shape_512.Shape):
-        given = (q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, out)
-        arguments = launch_512.attend(*given, softmax_scale=softmax_scale, causal=causal, window=window, sms=sms)
+        given = (q, k, v, cu_seqlens_q, cu_seqlens_k, sink, out)
+        arguments = launch_512.attend(*given, softmax_scale=softmax_scale, causal=causal, window=window)
         launch_512.attend_kernel(shape)(*arguments)
         return out
     arguments = launch.attend(
