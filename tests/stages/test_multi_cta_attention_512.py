@@ -38,7 +38,6 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "more-queries-than-keys": {"lq": [9, 3], "lk": [4, 0], "heads": 16, "kv_heads": 1, "sink": True},
     "one-tile-one-query": {"lq": [1], "lk": [64], "heads": 64, "kv_heads": 1},
     "group-of-7": {"lq": [25], "lk": [60], "heads": 14, "kv_heads": 2},
-    "wide-scores": {"lq": [40], "lk": [200], "gain": 30.0, "heads": 2},
     "forty-sequences": {"lq": [i % 3 for i in range(40)], "lk": [7 * i % 11 for i in range(40)], "sink": True},
 }
 

@@ -24,10 +24,12 @@ class Boxes:
         self.info, self.dtype, self.rows, self.blocks, self.ctas = info, dtype, rows, blocks, ctas
 
     def __extract_mlir_values__(self) -> list[Any]:
-        return self.info.__extract_mlir_values__()
+        values: list[Any] = self.info.__extract_mlir_values__()
+        return values
 
     def __extract_mlir_attributes__(self) -> list[Any]:
-        return self.info.__extract_mlir_attributes__()
+        attributes: list[Any] = self.info.__extract_mlir_attributes__()
+        return attributes
 
     def __new_from_mlir_values__(self, values: list[Any]) -> Boxes:
         return Boxes(self.info.__new_from_mlir_values__(values), self.dtype, self.rows, self.blocks, self.ctas)

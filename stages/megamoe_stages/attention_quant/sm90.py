@@ -14,6 +14,7 @@ from megamoe.cute.host import check_readable, dtype_name
 from megamoe.errors import ArgumentError
 from megamoe_stages.attention_quant import contract, kernel, limits
 from megamoe_stages.attention_quant.contract import QuantizedAttention
+from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE
 from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape, shape_for
 
 
@@ -62,7 +63,7 @@ def attention_quant(
         scale_layout=scale_layout,
     )
     queries, heads, head_dim = q.shape
-    facts = {
+    facts: dict[str, str | int | float | bool | None] = {
         "dtype": dtype_name(q),
         "head_dim": head_dim,
         "v_dim": v.shape[2],
@@ -96,6 +97,8 @@ def attention_quant(
         return QuantizedAttention(out, lse)
     if k.shape[0] == 0:  # there is no tensor map of nothing
         k = v = k.new_zeros((1, *k.shape[1:]))
+    if softmax_scale < 0:
+        q, softmax_scale = -q, -softmax_scale  # the kernel takes the largest product for the largest score
     launcher(scale_layout == "128x4", shape_for(window))(
         q,
         k,
@@ -111,7 +114,7 @@ def attention_quant(
         out.scales.view(torch.uint8),
         out.global_scale_dec,
         lse.view(-1),
-        softmax_scale,
+        max(softmax_scale, LEAST_SCALE),
         int(causal),
         0 if window is None else window,
         int(sink is not None),

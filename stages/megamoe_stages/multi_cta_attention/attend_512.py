@@ -16,6 +16,7 @@ from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 from megamoe.cute import arith, attention_mma, bf16, multicast, ring, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
+from megamoe.cute.softmax import fma
 from megamoe.cute.warp import sum_of_four
 from megamoe_stages.multi_cta_attention.produce_512 import advance
 from megamoe_stages.multi_cta_attention.rows_512 import Rows, Work, lanes
@@ -45,15 +46,16 @@ class Consumer:
     Attributes:
         base: Of the shared memory.
         number: 0 or 1.
+        factor: Makes scores in base 2 of products; positive.
         cursor: (2,) Int32: slot and parity of its ring.
         acc: (HALF / 2,) fp32, as `wgmma.mma`.
-        stat: (4,) fp32: largest scores of a thread's two rows, their sums.
+        stat: (4,) fp32: largest products of a thread's two rows, their sums.
         weights: (tile / 4,) words: of the tile whose values come next.
         scale: (2,) fp32: by what the sums shrink before that.
     """
 
-    def __init__(self, base: Int32, number: Int32, shape: Shape) -> None:
-        self.base, self.number = base, number
+    def __init__(self, base: Int32, number: Int32, factor: Float32, shape: Shape) -> None:
+        self.base, self.number, self.factor = base, number, factor
         self.cursor = cute.make_rmem_tensor((2,), Int32)
         self.acc = cute.make_rmem_tensor((_COUNT,), Float32)
         self.stat = cute.make_rmem_tensor((4,), Float32)
@@ -67,17 +69,15 @@ class Consumer:
 
 
 @cute.jit
-def attend(
-    me: Constexpr[Consumer], factor: Float32, rows: Constexpr[Rows], work: Constexpr[Work], shape: Constexpr[Shape]
-) -> None:
-    """All tiles; `factor` makes scores of products."""
+def attend(me: Constexpr[Consumer], rows: Constexpr[Rows], work: Constexpr[Work], shape: Constexpr[Shape]) -> None:
+    """All tiles."""
     if (me.number == 0) & (work.tiles > 0):
-        take_turn(me, Int32(0), factor, rows, work, False, False, shape)
+        take_turn(me, Int32(0), rows, work, False, False, shape)
     if (me.number == 1) & (work.tiles > 1):
-        take_turn(me, Int32(1), factor, rows, work, False, True, shape)
+        take_turn(me, Int32(1), rows, work, False, True, shape)
     own = (work.tiles - me.number + 1) // 2
     for turn in cutlass.range(own - 1, unroll=1):
-        take_turn(me, me.number + 2 + 2 * turn, factor, rows, work, True, True, shape)
+        take_turn(me, me.number + 2 + 2 * turn, rows, work, True, True, shape)
     if own > 0:
         finish_own(me, me.number + 2 * (own - 1), shape)
     last = me.number + 2 * own - 1  # of the other consumer, behind this one's last
@@ -92,7 +92,6 @@ def attend(
 def take_turn(
     me: Constexpr[Consumer],
     tile: Int32,
-    factor: Float32,
     rows: Constexpr[Rows],
     work: Constexpr[Work],
     owns: Constexpr[bool],
@@ -104,7 +103,6 @@ def take_turn(
     Args:
         me: This consumer.
         tile: Its next tile.
-        factor: Makes scores of products.
         rows: Of the CTA.
         work: Of the cluster.
         owns: Add the values of its tile before.
@@ -140,7 +138,7 @@ def take_turn(
         sums, others, running = start_other(me, sums, tile - 1, shape)
     scores = attention_mma.wait(scores, running)
     release(held, shape)
-    softmax(me, scores, tile, factor, rows, work, shape)
+    softmax(me, scores, tile, rows, work, shape)
     publish(me, tile, shape)
     if cutlass.const_expr(follows):
         sums = attention_mma.wait(sums)
@@ -276,7 +274,6 @@ def softmax(
     me: Constexpr[Consumer],
     scores: Constexpr[list[Float32]],
     tile: Int32,
-    factor: Float32,
     rows: Constexpr[Rows],
     work: Constexpr[Work],
     shape: Constexpr[Shape],
@@ -285,7 +282,7 @@ def softmax(
     target = Target.SM90
     x = cute.make_rmem_tensor((shape.tile // 2,), Float32)
     for i, score in enumerate(scores):
-        x[i] = arith.mul(score, factor, target)
+        x[i] = score
     start = work.first + tile * shape.tile
     begin, _ = rows.seen(cutlass.min(rows.first + (ROWS - 1), rows.count - 1))
     _, end = rows.seen(cutlass.min(rows.first, rows.count - 1))
@@ -297,10 +294,10 @@ def softmax(
         for i in own:
             top = arith.maximum(top, x[i], target)
         top = attention_mma.max_of_four(top)
-        zero = finite(top)
-        me.scale[half] = exp2(me.stat[half] - zero)
+        minus = arith.mul(finite(top), -me.factor, target)
+        me.scale[half] = exp2(fma(me.stat[half], me.factor, minus))
         total = me.stat[2 + half] * me.scale[half]
-        p = [exp2(x[i] - zero) for i in own]
+        p = [exp2(fma(x[i], me.factor, minus)) for i in own]
         for value in p:
             total = total + value
         for i in cutlass.range_constexpr(shape.tile // 8):
@@ -357,7 +354,8 @@ def follow(me: Consumer, tile: Int32, shape: Shape) -> list[Float32]:
     for half in range(2):
         at = me.base + shape.tops_at + (other * ROWS + wide * 16 + g + 8 * half) * 4
         top = arith.number(Uint32(ring.load4(at)))
-        shrink.append(exp2(me.stat[half] - finite(top)))
+        minus = arith.mul(finite(top), -me.factor, Target.SM90)
+        shrink.append(exp2(fma(me.stat[half], me.factor, minus)))
         me.stat[half], me.stat[2 + half] = top, me.stat[2 + half] * shrink[half]
     return shrink
 

@@ -62,9 +62,6 @@ CASES: dict[str, Case] = {
     ),
     "d512": Case(make, {"lq": [9, 3], "lk": [50, 3], "kv_heads": 1, "head_dim": 512, "sink": True}),
     "d512-window": Case(make, {"lq": [30], "lk": [50], "heads": 2, "kv_heads": 1, "head_dim": 512, "window": 9}),
-    "d512-mask": Case(
-        make, {"lq": [9], "lk": [50], "kv_heads": 1, "head_dim": 512, "mask": 0.4, "causal": False, "sink": True}
-    ),
     "d512-more-queries-than-keys": Case(make, {"lq": [9, 3], "lk": [4, 0], "head_dim": 512, "sink": True}),
     "one-of-each": Case(make, {"lq": [1], "lk": [1]}),
     "decode-like": Case(make, {"lq": [1, 1, 1], "lk": [700, 1, 33], "sink": True}),

@@ -239,8 +239,8 @@ def share_work(
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         load_queries(given.q, base, rows)
-        me = attend_512.Consumer(base, thread // GROUP - 1, shape)
-        attend_512.attend(me, given.factor, rows, work, shape)
+        me = attend_512.Consumer(base, thread // GROUP - 1, given.factor, shape)
+        attend_512.attend(me, rows, work, shape)
         result_512.finish_rows(me, rows, given.lse, given.sink, given.has_sink)
         finish(me, rows)
     if cutlass.const_expr(shape.ctas > 1):

@@ -11,6 +11,7 @@ from megamoe.cute import compiler
 from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.contract import AttentionOutput
+from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE
 from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape
 
 
@@ -28,6 +29,8 @@ def attend(
     window: int | None,
 ) -> tuple[object, ...]:
     """The arguments of a kernel; nothing is empty."""
+    if softmax_scale < 0:
+        q, softmax_scale = -q, -softmax_scale  # the kernel takes the largest product for the largest score
     return (
         q,
         k,
@@ -37,7 +40,7 @@ def attend(
         out.lse.view(-1) if sink is None else sink,
         out.out,
         out.lse.view(-1),
-        softmax_scale,
+        max(softmax_scale, LEAST_SCALE),
         int(causal),
         0 if window is None else window,
         int(sink is not None),

@@ -30,9 +30,9 @@ def finish_rows(
         row = rows.first + wide * _WARP_ROWS + g + 8 * half
         inside = row < rows.count
         query, head = rows.split(arith.select(inside, row, Int32(0)))
-        top, total = me.stat[half], me.stat[2 + half]
+        top, total = arith.mul(finite(me.stat[half]), me.factor, Target.SM90), me.stat[2 + half]
         sink = sinks[arith.select(has_sink != 0, head, Int32(0))]
-        extra = exp2(sink * Float32(_LOG2E) - finite(top))
+        extra = exp2(sink * Float32(_LOG2E) - top)
         whole = total + arith.select(has_sink != 0, extra, Float32(0.0))
         some = total > Float32(0.0)
         scale.append(arith.select(some, Float32(1.0) / whole, Float32(0.0)))
