@@ -41,7 +41,7 @@ def make(
 
 
 def _case(**params: Any) -> Case:
-    return Case(make, params)
+    return Case(make, params, bounds=attention.D512 if params["head_dim"] == 512 else {})
 
 
 _V4: dict[str, Any] = {

@@ -10,6 +10,7 @@ import torch
 from megamoe.testing.cases import Bound, Case
 
 _FP32 = {"out": Bound(4e-7, "fp32 sums in another order"), "lse": Bound(3e-7, "fp32 sums in another order")}
+D512 = {"lse": Bound(6e-7, "tensor cores cut off what they add, 32 times in a score of 512 dims; seen 4.5e-7")}
 _FP16 = {"out": Bound(7e-4, "probabilities and output are rounded to fp16")}
 
 
@@ -58,11 +59,14 @@ CASES: dict[str, Case] = {
     "d512-sink-window": Case(
         make,
         {"lq": [160], "lk": [200], "heads": 8, "kv_heads": 1, "head_dim": 512, "sink": True, "window": 128},
+        bounds=D512,
         bench=True,
     ),
-    "d512": Case(make, {"lq": [9, 3], "lk": [50, 3], "kv_heads": 1, "head_dim": 512, "sink": True}),
-    "d512-window": Case(make, {"lq": [30], "lk": [50], "heads": 2, "kv_heads": 1, "head_dim": 512, "window": 9}),
-    "d512-more-queries-than-keys": Case(make, {"lq": [9, 3], "lk": [4, 0], "head_dim": 512, "sink": True}),
+    "d512": Case(make, {"lq": [9, 3], "lk": [50, 3], "kv_heads": 1, "head_dim": 512, "sink": True}, bounds=D512),
+    "d512-window": Case(
+        make, {"lq": [30], "lk": [50], "heads": 2, "kv_heads": 1, "head_dim": 512, "window": 9}, bounds=D512
+    ),
+    "d512-more-queries-than-keys": Case(make, {"lq": [9, 3], "lk": [4, 0], "head_dim": 512, "sink": True}, bounds=D512),
     "one-of-each": Case(make, {"lq": [1], "lk": [1]}),
     "decode-like": Case(make, {"lq": [1, 1, 1], "lk": [700, 1, 33], "sink": True}),
     "varlen": Case(make, {"lq": [5, 0, 127, 1], "lk": [9, 4, 127, 300], "sink": True, "window": 50}),
