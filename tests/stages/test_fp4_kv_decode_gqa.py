@@ -15,7 +15,7 @@ from megamoe.testing.guards import clone, same_bytes
 from megamoe_stages.fp4_kv_decode import append, contract, gqa_kernel, gqa_launch, launch
 from megamoe_stages.fp4_kv_decode.cases import CASES, make
 from megamoe_stages.fp4_kv_decode.contract import DecodeOutput
-from megamoe_stages.fp4_kv_decode.gqa_shape import SHAPES, Shape
+from megamoe_stages.fp4_kv_decode.gqa_shape import SHAPES, Shape, shape_of
 from megamoe_stages.fp4_kv_decode.reference import fp4_kv_decode as reference
 
 ON_HOST = (
@@ -74,9 +74,7 @@ def emulated(a: dict[str, Any], policy: str = "eager", seed: int = 0, sms: int =
         ptxemu.run(artifact, *arguments, policy=policy, seed=seed).raise_for_findings()
     out = contract.fake(q, k_codes, a["k_scales"], table, a["lengths"], a["k_scale"], v_codes, softmax_scale=1.0)
     out.out.fill_(torch.nan), out.lse.fill_(torch.nan)
-    shape = gqa_launch.shape_of(
-        q.shape[3], v_codes.shape[3] * 2, q.shape[1] * q.shape[2] // kv_heads, page
-    )
+    shape = shape_of(q.shape[3], v_codes.shape[3] * 2, q.shape[1] * q.shape[2] // kv_heads, page)
     assert shape is not None
     arguments = gqa_launch.attend(
         q,

@@ -1,11 +1,11 @@
-"""A warp and a tile of 32 tokens: tokens are the rows of the products, queries times heads their columns.
+"""A warp and a tile of 64 tokens: tokens are the rows of the products, queries times heads their columns.
 
 Scores are K Q^T: every word of a key, eight values, becomes the left operand of two products in the lane that read it. Sums
 are V^T P^T: the words of two tokens are interleaved, so that a register has two tokens of one dimension. Each value
 is decoded once, in registers. The weights, placed as sums of scores, turn into right operands by a transposition of 8x8.
 
-Row r of product j is token `token_of(r)` + 8j: within a row's four lanes, and for the four tokens of a lane, they are
-spread over all banks. A lane is (g, t) = (lane // 4, lane % 4). Scores are in base 2.
+Products j = 0 to 3 have 16 tokens each: 2j and 2j + 1 take turns in 32 of them, so that what the lanes of a warp read at a
+time lies in different banks (values: in pairs). A lane is (g, t) = (lane // 4, lane % 4). Scores are in base 2.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, f16
+from megamoe.cute import arith, attention_mma, f16, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
-from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, HALF, TILE, Shape
+from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, STEP, STEPS, TILE, WARP, Shape
 
+INFINITY = float("inf")
 LOWEST = -3.0e38  # finite, so that no difference of two is NaN
 _SLACK = 8.0  # weights grow to 2^8 before the sums are brought to a larger score; fp16 holds 2^15
-_PRODUCTS = TILE // HALF
 
 
 class Limits(NamedTuple):
@@ -50,48 +50,44 @@ def lanes() -> tuple[Int32, Int32]:
 
 
 def token_of(pair: Int32, odd: Int32 | int) -> Int32:
-    """The token of row 2 * pair + odd, pair from 0 to 3; row 8 more is 4 tokens more."""
-    return pair // 2 * HALF + ((pair % 2) ^ odd) + 2 * odd
+    """The token of row 2 * pair + odd of the first product, pair from 0 to 3."""
+    return pair // 2 * STEP + ((pair % 2) ^ odd) + 2 * odd
 
 
-def key_words(stage: Uint32, j: int, shape: Shape) -> list[list[list[Uint32]]]:
-    """Codes of this lane's blocks of its two tokens: token, block, word."""
+def behind(j: int, h: int) -> int:
+    """By how many tokens row r + 8h of product j is behind row r of the first."""
+    return j // 2 * 2 * STEP + j % 2 * 8 + 4 * h
+
+
+def load_keys(slot: Uint32, j: int, shape: Shape) -> tuple[list[list[Uint32]], list[list[Uint32]]]:
+    """Codes and scale bytes of this lane's blocks of its two tokens."""
     g, t = lanes()
-    at = stage + token_of(g // 2, g % 2) * shape.key_codes + t * (8 * shape.key_blocks)
-    tokens = []
-    wide = 4 if shape.key_blocks % 2 == 0 else 2
+    token = token_of(g // 2, g % 2)
+    code_bytes, scale_bytes = shape.key_bytes
+    codes_at = slot + token * code_bytes + t * (8 * shape.key_blocks)
+    scales_at = slot + TILE * code_bytes + token * scale_bytes + t * shape.key_blocks
+    wide, pair = (4, 2) if shape.key_blocks % 2 == 0 else (2, 1)
+    codes, scales = [], []
     for h in range(2):
-        there = at + (4 * h + 8 * j) * shape.key_codes
-        words = [w for i in range(0, 2 * shape.key_blocks, wide) for w in f16.load_words(there + 4 * i, wide)]
-        tokens.append([words[2 * i : 2 * i + 2] for i in range(shape.key_blocks)])
-    return tokens
-
-
-def key_scales(stage: Uint32, j: int, shape: Shape) -> list[list[Uint32]]:
-    """Their scales, two fp16 a word: token, pair of blocks."""
-    g, t = lanes()
-    at = stage + shape.regions[1] + token_of(g // 2, g % 2) * shape.key_scales + t * shape.key_blocks
-    wide = 2 if shape.key_blocks % 2 == 0 else 1
-    return [
-        [
-            f16.scale_pair(f16.load_bytes(at + (4 * h + 8 * j) * shape.key_scales + i, wide))
-            for i in range(0, shape.key_blocks, wide)
-        ]
-        for h in range(2)
-    ]
+        at = codes_at + behind(j, h) * code_bytes
+        codes.append([w for i in range(0, 2 * shape.key_blocks, wide) for w in f16.load_words(at + 4 * i, wide)])
+        at = scales_at + behind(j, h) * scale_bytes
+        scales.append([f16.load_bytes(at + i, pair) for i in range(0, shape.key_blocks, pair)])
+    return codes, scales
 
 
 def scores(
-    words: list[list[list[Uint32]]], scales: list[list[Uint32]], queries: cute.Tensor, shape: Shape
+    codes: list[list[Uint32]], scales: list[list[Uint32]], queries: cute.Tensor, shape: Shape
 ) -> list[list[Float32]]:
     """One product's tokens against all columns: column block, four values."""
     wide = 2 if shape.key_blocks % 2 == 0 else 1
     sums = [[Float32(0.0)] * 4 for _ in range(shape.column_blocks)]
+    pairs = [[f16.scale_pair(s) for s in scales[h]] for h in range(2)]
     for block in range(shape.key_blocks):
         part = (0x1010, 0x3232)[block % wide]
-        factors = [arith.permute(scales[h][block // wide], Uint32(0), part, Target.SM90) for h in range(2)]
+        factors = [arith.permute(pairs[h][block // wide], Uint32(0), part, Target.SM90) for h in range(2)]
         for word in range(2):
-            rows = [[f16.widen(half) for half in f16.spread(words[h][block][word])] for h in range(2)]
+            rows = [[f16.widen(half) for half in f16.spread(codes[h][2 * block + word])] for h in range(2)]
             for step in range(2):
                 a = [f16.multiply(rows[h][step][i], factors[h]) for i in range(2) for h in range(2)]
                 for n in range(shape.column_blocks):
@@ -100,28 +96,21 @@ def scores(
     return sums
 
 
-def value_words(stage: Uint32, j: int, shape: Shape) -> list[list[Uint32]]:
-    """Codes of this lane's dimensions of its four tokens, those of rows 2t, 2t + 1, 2t + 8, 2t + 9: token, word."""
+def load_values(slot: Uint32, j: int, shape: Shape) -> tuple[list[list[Uint32]], list[Uint32]]:
+    """Codes and scale bytes of this lane's dimensions of its four tokens, rows 2t, 2t + 1, 2t + 8, 2t + 9."""
     g, t = lanes()
-    tokens = []
+    code_bytes, scale_bytes = shape.value_bytes
+    codes_at = slot + g * (4 * shape.value_words)
+    scales_at = slot + TILE * code_bytes + g * shape.value_words // 2
+    codes, scales = [], []
     for h in range(2):
         for odd in range(2):
-            token = token_of(t, odd) + 4 * h + 8 * j
-            at = stage + shape.regions[2] + token * shape.value_codes + t // 2 * shape.padding
-            tokens.append(f16.load_words(at + g * (4 * shape.value_words), shape.value_words))
-    return tokens
-
-
-def value_scales(stage: Uint32, j: int, shape: Shape) -> list[Uint32]:
-    """Their scales as bytes, of one or two blocks."""
-    g, t = lanes()
-    at = stage + shape.regions[3] + g * shape.value_words // 2
-    count = max(1, shape.value_words // 2)
-    return [
-        f16.load_bytes(at + (token_of(t, odd) + 4 * h + 8 * j) * shape.value_scales, count)
-        for h in range(2)
-        for odd in range(2)
-    ]
+            token = token_of(t, odd)
+            at = codes_at + token * code_bytes + behind(j, h) * code_bytes
+            codes.append(f16.load_words(at, shape.value_words))
+            at = scales_at + token * scale_bytes + behind(j, h) * scale_bytes
+            scales.append(f16.load_bytes(at, max(1, shape.value_words // 2)))
+    return codes, scales
 
 
 def add_values(
@@ -154,37 +143,54 @@ def add_values(
                         acc[at + k] = sums[k]
 
 
+def exists(pages: Uint32, j: int, half: Int32, shift: Int32) -> cutlass.Boolean:
+    """Whether the 16 tokens of a lane in product j lie on a page; `pages` has bit 2i for run i of the tile."""
+    place = (j // 2 * 2 + half) >> shift
+    return (pages >> Uint32(2 * place) & 1) != 0
+
+
 @cute.jit
-def hide(x: cute.Tensor, tile: Int32, exist: Uint32, factor: cute.Tensor, limits: Constexpr[Limits], shape: Constexpr[Shape]) -> None:
+def hide(
+    x: cute.Tensor,
+    tile: Int32,
+    pages: Uint32,
+    shift: Int32,
+    factor: cute.Tensor,
+    limits: Constexpr[Limits],
+    shape: Constexpr[Shape],
+) -> None:
     """Scores of what a column does not see become -inf, once multiplied."""
     g, t = lanes()
     first = tile * TILE + token_of(g // 2, g % 2)
-    there = (exist >> Uint32(g // 4) & 1) != 0
     for n in cutlass.range_constexpr(shape.column_blocks):
         for c in cutlass.range_constexpr(2):
             last = limits.position + (n * COLUMNS + 2 * t + c) // limits.group
-            none = arith.select(factor[2 * n + c] > Float32(0.0), Float32(-cutlass.Float32.inf), Float32(cutlass.Float32.inf))
-            for j in cutlass.range_constexpr(_PRODUCTS):
+            none = arith.select(factor[2 * n + c] > Float32(0.0), Float32(-INFINITY), Float32(INFINITY))
+            for j in cutlass.range_constexpr(STEPS):
                 for h in cutlass.range_constexpr(2):
-                    token = first + 4 * h + 8 * j
-                    seen = there & (token <= last) & (token < limits.end)
+                    token = first + behind(j, h)
+                    seen = exists(pages, j, g // 4, shift) & (token <= last) & (token < limits.end)
                     seen = seen & ((limits.window == 0) | (token > last - limits.window))
                     at = (j * shape.column_blocks + n) * 4 + 2 * h + c
                     x[at] = arith.select(seen, x[at], none)
 
 
 @cute.jit
-def clear(scales: cute.Tensor, tile: Int32, exist: Uint32, limits: Constexpr[Limits]) -> None:
-    """Scales of values that nobody sees, which may be NaN, become 0."""
-    _, t = lanes()
-    there = (exist >> Uint32(t // 2) & 1) != 0
-    for j in cutlass.range_constexpr(_PRODUCTS):
-        for h in cutlass.range_constexpr(2):
-            for odd in cutlass.range_constexpr(2):
-                token = tile * TILE + token_of(t, odd) + 4 * h + 8 * j
-                seen = there & (token >= limits.start) & (token < limits.end)
-                at = 4 * j + 2 * h + odd
-                scales[at] = arith.select(seen, scales[at], Uint32(0))
+def clear(
+    slot: Uint32, tile: Int32, pages: Uint32, shift: Int32, limits: Constexpr[Limits], shape: Constexpr[Shape]
+) -> None:
+    """Scales of values that nobody sees, which may be NaN, become 0 in shared memory."""
+    lane = cute.arch.lane_idx()
+    for i in cutlass.range_constexpr(TILE // WARP):
+        token = i * WARP + lane
+        there = pages >> (token // STEP >> shift << 1).to(Uint32) & 1
+        place = tile * TILE + token
+        if (there == 0) | (place < limits.start) | (place >= limits.end):
+            at = slot + TILE * shape.value_bytes[0] + token * shape.value_bytes[1]
+            for k in cutlass.range_constexpr(shape.value_bytes[1] // 4):
+                ring.store4(Int32(at) + 4 * k, Uint32(0))
+    attention_mma.proxy_fence()  # the next copy to this place comes behind
+    cute.arch.sync_warp()
 
 
 @cute.jit
@@ -199,15 +205,17 @@ def weigh(
     """Scores to weights, in place. Only scores far above the largest so far make the sums follow."""
     target = Target.SM90
     count = shape.column_blocks
+    above = cute.make_rmem_tensor((4 * STEPS * count,), Float32)
     highest = Float32(LOWEST)
-    for at in cutlass.range_constexpr(4 * _PRODUCTS * count):
+    for at in cutlass.range_constexpr(4 * STEPS * count):
         column = at // 4 % count * 2 + at % 2
-        highest = arith.maximum(highest, x[at] * factor[column] - top[column], target)
+        above[at] = _minus(x[at], factor[column], top[column])
+        highest = arith.maximum(highest, above[at], target)
     if arith.any_lane(highest > Float32(_SLACK), target):
         for column in cutlass.range_constexpr(2 * count):
             n, c = column // 2, column % 2
             most = top[column]
-            for j in cutlass.range_constexpr(_PRODUCTS):
+            for j in cutlass.range_constexpr(STEPS):
                 for h in cutlass.range_constexpr(2):
                     most = arith.maximum(most, x[(j * count + n) * 4 + 2 * h + c] * factor[column], target)
             for step in (4, 8, 16):
@@ -219,10 +227,20 @@ def weigh(
                 for row in cutlass.range_constexpr(2):
                     at = (m * count + n) * 4 + 2 * row + c
                     acc[at] = acc[at] * scale
-    for at in cutlass.range_constexpr(4 * _PRODUCTS * count):
+        for at in cutlass.range_constexpr(4 * STEPS * count):
+            column = at // 4 % count * 2 + at % 2
+            above[at] = _minus(x[at], factor[column], top[column])
+    for at in cutlass.range_constexpr(4 * STEPS * count):
         column = at // 4 % count * 2 + at % 2
-        x[at] = exp2(x[at] * factor[column] - top[column])
+        x[at] = exp2(above[at])
         total[column] = total[column] + x[at]
+
+
+def _minus(x: Float32, factor: Float32, top: Float32) -> Float32:
+    """x * factor - top, rounded once."""
+    minus = arith.ptx(Float32, "neg.f32 $0, $1;", top)
+    out: Float32 = arith.ptx(Float32, "fma.rn.f32 $0, $1, $2, $3;", x, factor, minus)
+    return out
 
 
 def operands(x: cute.Tensor, j: int, shape: Shape) -> list[list[Uint32]]:

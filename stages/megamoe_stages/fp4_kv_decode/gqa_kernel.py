@@ -1,8 +1,8 @@
 """The decode kernel for grouped queries on sm_90a: bound by memory, FP4 goes straight from the cache to left operands.
 
-Each of eight warps takes every eighth tile of 32 tokens of its CTA's run, has its own ring of bulk copies and its own
-online softmax: while a run lasts no warp waits for another. Keys and values of a tile arrive separately, and
-their places are filled again as soon as their words are in registers.
+A CTA's warps take turns at the tiles of 64 tokens of its run. Each has its own ring of bulk copies and its own online
+softmax: while a run lasts no warp waits for another. Keys and values of a tile arrive one after the other in the ring, and
+a place is filled again as soon as its words are in registers.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, mak
 from megamoe.cute import arith, attention_mma, bf16, bulk, f16, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.warp import WARP
 from megamoe_stages.fp4_kv_decode import gqa_attend as attend
 from megamoe_stages.fp4_kv_decode import gqa_work as work
 from megamoe_stages.fp4_kv_decode.gqa_attend import LOWEST, Limits
 from megamoe_stages.fp4_kv_decode.gqa_result import Result, Segment, finish
-from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, HALF, TILE, WARPS, Shape
+from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, STEPS, TILE, WARP, Shape
 from megamoe_stages.fp4_kv_decode.gqa_work import Cache, Share
 
 _LARGEST = 14  # queries are brought below 2^15 by a power of two: what fp16 rounds is below 2^-39 of their largest
@@ -86,10 +85,9 @@ def launch(
         shape,
     ).launch(
         grid=[cute.size(parts, mode=[0]) // 2, 1, 1],
-        block=[WARPS * WARP, 1, 1],
+        block=[shape.warps * WARP, 1, 1],
         smem=shape.shared_bytes,
-        min_blocks_per_mp=shape.ctas_an_sm,
-        preferred_smem_carveout=100,  # percent; else the compiler would ask this machine's GPU
+        min_blocks_per_mp=1,
         stream=stream,
     )
 
@@ -130,113 +128,125 @@ def kernel(
     sides = tuple(ring.address(tensor.iterator) for tensor in (k_codes, k_scales, v_codes, v_scales))
     cache = Cache(sides, block_table, lengths, pages, page, kv_heads, queries, window)
     result = Result(out, lse, sink, has_sink, v_scale, parts, stats, arrived, queries, heads, group)
-    barriers = base + shape.barriers_at + wide * (shape.stages * 16)
-    rings = base + wide * (shape.stages * shape.stage_bytes)
+    ring_at = base + wide * (shape.slots * shape.slot_bytes)
+    barriers = base + shape.barriers_at + wide * (shape.slots * bulk.BARRIER_BYTES)
+    mine = work.copier(cache, shape)
+    shift = work.run_shift(cache)
     if lane == 0:
-        for_keys, for_values = work.arrivals(cache)
-        for stage in cutlass.range_constexpr(shape.stages):
-            ring.init(Int32(barriers) + stage * 16, for_keys)
-            ring.init(Int32(barriers) + stage * 16 + 8, for_values)
+        for slot in cutlass.range_constexpr(shape.slots):
+            ring.init(Int32(barriers) + slot * bulk.BARRIER_BYTES, Int32(2 * STEPS) >> shift)
         ring.init_fence()
     cute.arch.sync_warp()
 
-    share = Share(*work.cut(cache))
+    share = Share(*work.cut(cache, shape))
     tile, stop = share.start(cta), share.start(cta + 1)
     sequence, origin = work.find(tile, cache)
-    mine = work.copier(cache, shape)
     acc = cute.make_rmem_tensor((4 * shape.quads,), Float32)
     operands = cute.make_rmem_tensor((shape.column_blocks * shape.key_blocks * 8,), Uint32)
     factor = cute.make_rmem_tensor((2 * shape.column_blocks,), Float32)
     top = cute.make_rmem_tensor((2 * shape.column_blocks,), Float32)
     total = cute.make_rmem_tensor((2 * shape.column_blocks,), Float32)
-    x = cute.make_rmem_tensor((TILE // HALF * shape.column_blocks * 4,), Float32)
-    marks = cute.make_rmem_tensor((8,), Uint32)
-    stage, parity, exist, home = Int32(0), Int32(0), Uint32(0), Int32(0)
+    x = cute.make_rmem_tensor((STEPS * shape.column_blocks * 4,), Float32)
+    slot, parity, pages_ahead, row, home = Int32(0), Int32(0), Uint32(0), Int32(0), Int32(0)
     length = Int32(0)
     if tile < stop:
         length = lengths[sequence]
-        exist, home = start_copies(tile, stop, sequence, origin, length, stage, exist, rings, barriers, cache, mine, shape)
+        pages_ahead, row, home = start_copies(
+            tile, stop, sequence, origin, length, slot, ring_at, barriers, cache, mine, shape
+        )
     while tile < stop:
         count = work.tiles_of(length, cache)  # of the problem
         kv_head = (tile - origin) // count
         problem_start = origin + kv_head * count
-        done = tile - problem_start
-        here = cutlass.min(count - done, stop - tile)
+        here = cutlass.min(problem_start + count, stop) - tile
         start = work.first_token(length, cache)
-        first = start // TILE + done + wide
-        own = (here - wide + (WARPS - 1)) // WARPS
+        first = start // TILE + tile - problem_start + wide
+        own = (here - wide + (shape.warps - 1)) // shape.warps
         limits = Limits(start, work.held(length, cache), length - queries, window, group)
+        inner_start = arith.select(window != 0, cutlass.max(length - window, 0) + (TILE - 1), Int32(0)) // TILE
+        inner_end = cutlass.min(limits.position + 1, limits.end) // TILE
         load_queries(q, operands, factor, sequence, kv_head, unit * k_scale[()], result, shape)
         for i in cutlass.range_constexpr(4 * shape.quads):
             acc[i] = Float32(0.0)
         for i in cutlass.range_constexpr(2 * shape.column_blocks):
             top[i], total[i] = Float32(LOWEST), Float32(0.0)
         for i in cutlass.range(own, unroll=1):
-            now = first + i * WARPS
-            slot, barrier = rings + stage * shape.stage_bytes, barriers + stage * 16
-            ahead = now + shape.stages * WARPS
-            further = arith.select(i + shape.stages < own, Int32(1), Int32(0))
-            source = work.source_of(ahead, home, kv_head, cache, mine)
-            seen = exist >> (2 * shape.stages - 2) & 3  # which halves of this tile lie on pages
-            inner = (now * TILE >= limits.start) & ((now + 1) * TILE - 1 <= limits.position) & (seen == 3)
-            inner = inner & ((now + 1) * TILE <= limits.end)
-            inner = inner & ((window == 0) | (now * TILE > length - 1 - window))
+            now = first + i * shape.warps
+            pages_here = pages_ahead >> (8 * shape.ahead) & 0xFF
+            inner = (now >= inner_start) & (now < inner_end) & (pages_here == every_page(shift))
 
+            at, barrier = ring_at + slot * shape.slot_bytes, barriers + slot * bulk.BARRIER_BYTES
             bulk.barrier_wait(barrier, parity)
-            words = [attend.key_words(slot, j, shape) for j in range(TILE // HALF)]
-            scales = [attend.key_scales(slot, j, shape) for j in range(TILE // HALF)]
-            cute.arch.sync_warp()
-            work.copy_if(further, mine.keys, source, slot, barrier, mine)
-            for j in cutlass.range_constexpr(TILE // HALF):
-                sums = attend.scores(words[j], scales[j], operands, shape)
+            ready = attend.load_keys(at, 0, shape)
+            for j in cutlass.range_constexpr(STEPS):
+                codes, scales = ready
+                if cutlass.const_expr(j + 1 < STEPS):
+                    ready = attend.load_keys(at, j + 1, shape)
+                if cutlass.const_expr(j + 2 == STEPS):
+                    cute.arch.sync_warp()
+                    work.copy_values(row, i + shape.ahead < own, at, barrier, mine, shape)
+                sums = attend.scores(codes, scales, operands, shape)
                 for n in cutlass.range_constexpr(shape.column_blocks):
                     for k in cutlass.range_constexpr(4):
                         x[(j * shape.column_blocks + n) * 4 + k] = sums[n][k]
+            slot, parity = advance(slot, parity, shape)
             if not inner:
-                attend.hide(x, now, seen, factor, limits, shape)
+                attend.hide(x, now, pages_here, shift, factor, limits, shape)
             attend.weigh(x, acc, top, total, factor, shape)
-            weights = [attend.operands(x, j, shape) for j in range(TILE // HALF)]
+            weights = [attend.operands(x, j, shape) for j in range(STEPS)]
 
-            bulk.barrier_wait(barrier + 8, parity)
-            words = [attend.value_words(slot, j, shape) for j in range(TILE // HALF)]
-            for j in cutlass.range_constexpr(TILE // HALF):
-                for k, word in enumerate(attend.value_scales(slot, j, shape)):
-                    marks[4 * j + k] = word
-            cute.arch.sync_warp()
-            work.copy_if(further, mine.values, source, slot, barrier + 8, mine)
-            exist = exist << 2 | halves_of(home, cache)
-            home = work.home_of(ahead + WARPS, i + shape.stages + 1 < own, sequence, cache, mine.token)
+            at, barrier = ring_at + slot * shape.slot_bytes, barriers + slot * bulk.BARRIER_BYTES
+            ahead = now + (shape.ahead + 1) * shape.warps
+            bulk.barrier_wait(barrier, parity)
             if not inner:
-                attend.clear(marks, now, seen, limits)
-            for j in cutlass.range_constexpr(TILE // HALF):
-                attend.add_values(acc, words[j], [marks[4 * j + k] for k in range(4)], weights[j], shape)
-            parity = arith.select(stage == shape.stages - 1, parity ^ 1, parity)
-            stage = arith.select(stage == shape.stages - 1, Int32(0), stage + 1)
+                attend.clear(at, now, pages_here, shift, limits, shape)
+            ready = attend.load_values(at, 0, shape)
+            for j in cutlass.range_constexpr(STEPS):
+                codes, scales = ready
+                if cutlass.const_expr(j + 1 < STEPS):
+                    ready = attend.load_values(at, j + 1, shape)
+                if cutlass.const_expr(j + 2 == STEPS):
+                    cute.arch.sync_warp()
+                    row = work.row_of(ahead, home, kv_head, cache, mine)
+                    work.copy_keys(row, i + (shape.ahead + 1) < own, at, barrier, mine, shape)
+                    pages_ahead = pages_ahead << 8 | pages_of(home)
+                    home = work.home_of(
+                        ahead + shape.warps, i + (shape.ahead + 2) < own, sequence, cache, mine.token
+                    )
+                attend.add_values(acc, codes, scales, weights[j], shape)
+            slot, parity = advance(slot, parity, shape)
 
         first_cta = share.owner(problem_start)
         parts_here = share.owner(problem_start + count - 1) - first_cta + 1
         segment = Segment(sequence, kv_head, sequence * kv_heads + kv_head, first_cta, parts_here)
         part_slot = arith.select(first_cta == cta, Int32(1), Int32(0))
         tile = tile + here
-        if (tile - problem_start == count) & (kv_head == kv_heads - 1):
+        if (tile == problem_start + count) & (kv_head == kv_heads - 1):
             sequence = sequence + 1
             origin = tile
             if tile < stop:
                 length = lengths[sequence]
         if tile < stop:
-            exist, home = start_copies(
-                tile, stop, sequence, origin, length, stage, exist, rings, barriers, cache, mine, shape
+            pages_ahead, row, home = start_copies(
+                tile, stop, sequence, origin, length, slot, ring_at, barriers, cache, mine, shape
             )
         finish(acc, top, total, base, wide, segment, part_slot, result, shape)
 
 
-def halves_of(home: Int32, cache: Cache) -> Uint32:
-    """Which halves of a tile lie on pages, given the pages of what each lane copies: bit 0 the first, bit 1 the second."""
-    first, second = cute.arch.shuffle_sync(home, 0), cute.arch.shuffle_sync(home, 4)
-    whole = cache.page_size % TILE == 0
-    second = arith.select(whole, first, second)
-    low = arith.select(first >= 0, Uint32(1), Uint32(0))
-    return Uint32(low | arith.select(second >= 0, Uint32(2), Uint32(0)))
+def advance(slot: Int32, parity: Int32, shape: Shape) -> tuple[Int32, Int32]:
+    """The next slot of the ring, and the parity of its phase."""
+    last = slot == shape.slots - 1
+    return arith.select(last, Int32(0), slot + 1), arith.select(last, parity ^ 1, parity)
+
+
+def pages_of(home: Int32) -> Uint32:
+    """Which runs of a tile lie on pages, given the page of what each lane copies: bit 2i for run i."""
+    return Uint32(cute.arch.vote_ballot_sync(home >= 0)) & 0x55
+
+
+def every_page(shift: Int32) -> Uint32:
+    """All runs of a tile."""
+    return Uint32(0x55) >> Uint32(8 - (8 >> shift))
 
 
 @cute.jit
@@ -246,35 +256,38 @@ def start_copies(
     sequence: Int32,
     origin: Int32,
     length: Int32,
-    stage: Int32,
-    exist: Uint32,
-    rings: Uint32,
+    slot: Int32,
+    ring_at: Uint32,
     barriers: Uint32,
     cache: Constexpr[Cache],
     mine: Constexpr[work.Copier],
     shape: Constexpr[Shape],
-) -> tuple[Uint32, Int32]:
-    """Asks for the warp's first tiles of a segment; which halves of them exist, and the page of the one after them."""
+) -> tuple[Uint32, Int32, Int32]:
+    """Asks for what the ring holds of the warp's first tiles of a segment.
+
+    Returns:
+        Which of these tiles' runs lie on pages, 8 bits each; this lane's row of the last one; its page of the next one.
+    """
     thread, _, _ = cute.arch.thread_idx()
     wide = cute.arch.make_warp_uniform(thread // WARP)
     count = work.tiles_of(length, cache)
     kv_head = (tile - origin) // count
     done = tile - origin - kv_head * count
-    own = (cutlass.min(count - done, stop - tile) - wide + (WARPS - 1)) // WARPS
+    own = (cutlass.min(count - done, stop - tile) - wide + (shape.warps - 1)) // shape.warps
     first = work.first_token(length, cache) // TILE + done + wide
     homes = [
-        work.home_of(first + i * WARPS, i < own, sequence, cache, mine.token) for i in range(shape.stages + 1)
+        work.home_of(first + i * shape.warps, i < own, sequence, cache, mine.token) for i in range(shape.ahead + 2)
     ]
-    for i in cutlass.range_constexpr(shape.stages):
-        place = stage + i
-        place = arith.select(place >= shape.stages, place - shape.stages, place)
-        further = arith.select(i < own, Int32(1), Int32(0))
-        source = work.source_of(first + i * WARPS, homes[i], kv_head, cache, mine)
-        slot, barrier = rings + place * shape.stage_bytes, barriers + place * 16
-        barrier = barrier + arith.select(mine.values != 0, Int32(8), Int32(0))
-        work.copy_if(further, mine.keys | mine.values, source, slot, barrier, mine)
-        exist = exist << 2 | halves_of(homes[i], cache)
-    return exist, homes[shape.stages]
+    pages_ahead, row = Uint32(0), Int32(0)
+    for i in cutlass.range_constexpr(shape.ahead + 1):
+        row = work.row_of(first + i * shape.warps, homes[i], kv_head, cache, mine)
+        work.copy_keys(row, i < own, ring_at + slot * shape.slot_bytes, barriers + slot * 8, mine, shape)
+        slot, _ = advance(slot, slot, shape)
+        if cutlass.const_expr(i < shape.ahead):
+            work.copy_values(row, i < own, ring_at + slot * shape.slot_bytes, barriers + slot * 8, mine, shape)
+            slot, _ = advance(slot, slot, shape)
+        pages_ahead = pages_ahead << 8 | pages_of(homes[i])
+    return pages_ahead, row, homes[shape.ahead + 1]
 
 
 @cute.jit

@@ -1,4 +1,4 @@
-"""The host side of the decode kernel for grouped queries: whom it suits, and a launch."""
+"""The host side of the decode kernel for grouped queries: a launch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,8 @@ from megamoe.cute import compiler
 from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.fp4_kv_decode import gqa_kernel
 from megamoe_stages.fp4_kv_decode.contract import DecodeOutput
-from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, HALF, MOST_COLUMN_BLOCKS, SHAPES, TILE, WARPS, Shape
+from megamoe_stages.fp4_kv_decode.gqa_shape import SHAPES, TILE, Shape
 from megamoe_stages.fp4_kv_decode.launch import Side
-
-
-def shape_of(head_dim: int, v_dim: int, rows: int, page: int) -> Shape | None:
-    """The kernel for so many rows (queries times heads of a kv head); None where it does not suit.
-
-    With more rows than it takes at once the keys and values would be read several times.
-    """
-    shape = Shape(head_dim, v_dim, -(-rows // COLUMNS))
-    suits = 0 < rows <= MOST_COLUMN_BLOCKS * COLUMNS and page % HALF == 0
-    return shape if suits and shape in SHAPES else None
 
 
 def attend(
@@ -48,8 +38,8 @@ def attend(
     if window is not None:
         tokens = min(tokens, window + queries - 1 + TILE)
     problems = batch * kv_heads
-    wanted = problems * splits if splits else sms * shape.ctas_an_sm
-    ctas = min(wanted, -(-problems * -(-tokens // TILE) // WARPS) or 1, sms * shape.ctas_an_sm)
+    wanted = problems * splits if splits else sms
+    ctas = min(wanted, -(-problems * -(-tokens // TILE) // shape.warps), sms)
     return (
         q.view(-1, dim),
         keys.codes,

@@ -16,14 +16,11 @@ from megamoe.cute import arith, attention_mma, bf16, bulk, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe.cute.f16 import DECODED_UNIT
-from megamoe.cute.warp import WARP
-from megamoe_stages.fp4_kv_decode.gqa_attend import LOWEST, lanes
-from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, WARPS, Shape
+from megamoe_stages.fp4_kv_decode.gqa_attend import INFINITY, LOWEST, lanes
+from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, WARP, Shape
 
 _LN2 = math.log(2)
-_THREADS = WARPS * WARP
 _QUAD_BYTES = 16
-_ROUND_BYTES = WARP * _QUAD_BYTES  # of a group of four sums, of all lanes
 
 
 class Result(NamedTuple):
@@ -120,8 +117,8 @@ def finish(
             bulk.store4(at, [arith.bits(acc[4 * quad + k]) for k in range(4)])
         cute.arch.sync_threads()
         if wide < shape.out_quads:
-            for i in cutlass.range_constexpr((shape.out_quads + WARPS - 1) // WARPS):
-                own = wide + i * WARPS
+            for i in cutlass.range_constexpr((shape.out_quads + shape.warps - 1) // shape.warps):
+                own = wide + i * shape.warps
                 sums, tops, totals = join(base, own, turn * shape.out_quads + own, shape)
                 number = turn * shape.out_quads + own
                 if segment.parts == 1:
@@ -156,11 +153,11 @@ def join(
     lane = cute.arch.lane_idx()
     stats = base + shape.stats_at + columns_of(quad, shape) * 8
     tops = [Float32(LOWEST), Float32(LOWEST)]
-    for w in range(WARPS):
+    for w in range(shape.warps):
         more, _ = stats_of(stats + w * (shape.columns * 8))
         tops = [arith.maximum(a, b, Target.SM90) for a, b in zip(tops, more, strict=True)]
     sums, totals = [Float32(0.0)] * 4, [Float32(0.0)] * 2
-    for w in range(WARPS):
+    for w in range(shape.warps):
         top, total = stats_of(stats + w * (shape.columns * 8))
         weight = [exp2(a - b) for a, b in zip(top, tops, strict=True)]
         at = base + shape.out_at + ((w * shape.out_quads + own) * WARP + lane) * _QUAD_BYTES
@@ -200,7 +197,7 @@ def write(
             attention_mma.store4_global_if(at, pair, Int32(1))
             if (quad < shape.column_blocks) & (g == 0):
                 lse = (tops[c] + attention_mma.log2(totals[c])) * Float32(_LN2)
-                result.lse[place] = arith.select(some, lse, Float32(-cutlass.Float32.inf))
+                result.lse[place] = arith.select(some, lse, Float32(-INFINITY))
 
 
 @cute.jit
@@ -232,8 +229,8 @@ def merge(
 ) -> None:
     """Adds the parts of a problem up, in the order of the CTAs, and writes the result."""
     lane = cute.arch.lane_idx()
-    for i in cutlass.range_constexpr((shape.quads + WARPS - 1) // WARPS):
-        quad = wide + i * WARPS
+    for i in cutlass.range_constexpr((shape.quads + shape.warps - 1) // shape.warps):
+        quad = wide + i * shape.warps
         if quad < shape.quads:
             stats = ring.address(result.stats.iterator) + columns_of(quad, shape) * 8
             most = cute.make_rmem_tensor((2,), Float32)

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import cutlass
 from cutlass import Constexpr, Int32, Int64, Uint32, cute
+from cutlass._mlir.dialects import llvm
 
 from megamoe.cute import arith, bulk
-from megamoe.cute.warp import WARP
-from megamoe_stages.fp4_kv_decode.gqa_shape import HALF, TILE, WARPS, Shape
+from megamoe_stages.fp4_kv_decode.gqa_shape import STEP, TILE, WARP, Shape
 
 
 class Cache(NamedTuple):
@@ -60,25 +60,25 @@ class Share(NamedTuple):
 
 
 class Copier(NamedTuple):
-    """What a lane copies of every tile: a run of one side's bytes.
+    """What a lane copies of every tile: a run of tokens' codes or scales, of keys and of values.
 
     Attributes:
-        side: Its address.
-        token_bytes: Of it.
+        keys: Address of that side of the cache.
+        values: Likewise.
+        key_bytes: Of a token.
+        value_bytes: Of a token.
         token: Of the tile, where the run starts.
-        size: Bytes of the run.
-        place: Where in a stage it goes.
-        keys: Whether it copies keys.
-        values: Whether it copies values.
+        tokens: Of the run; 0 where the lane copies nothing.
+        second: Whether it copies scales.
     """
 
-    side: Int64
-    token_bytes: Int32
+    keys: Int64
+    values: Int64
+    key_bytes: Int32
+    value_bytes: Int32
     token: Int32
-    size: Int32
-    place: Int32
-    keys: Int32
-    values: Int32
+    tokens: Int32
+    second: Int32
 
 
 def first_token(length: Int32, cache: Cache) -> Int32:
@@ -99,7 +99,7 @@ def tiles_of(length: Int32, cache: Cache) -> Int32:
 
 
 @cute.jit
-def cut(cache: Constexpr[Cache]) -> tuple[Int32, Int32, Int32]:
+def cut(cache: Constexpr[Cache], shape: Constexpr[Shape]) -> tuple[Int32, Int32, Int32]:
     """What a `Share` is made of; every warp adds up all lengths. There are as many CTAs as keep all warps busy."""
     lane = cute.arch.lane_idx()
     batch = cute.size(cache.lengths)
@@ -111,7 +111,7 @@ def cut(cache: Constexpr[Cache]) -> tuple[Int32, Int32, Int32]:
     for step in (1, 2, 4, 8, 16):
         total = total + cute.arch.shuffle_sync_bfly(total, offset=step)
     total = total * cache.kv_heads
-    ctas = cutlass.min(cute.arch.grid_dim()[0], (total + (WARPS - 1)) // WARPS)
+    ctas = cutlass.min(cute.arch.grid_dim()[0], (total + (shape.warps - 1)) // shape.warps)
     tiles = total // ctas
     return ctas, tiles, total - tiles * ctas
 
@@ -141,37 +141,41 @@ def find(tile: Int32, cache: Constexpr[Cache]) -> tuple[Int32, Int32]:
     return sequence, start
 
 
-def copier(cache: Cache, shape: Shape) -> Copier:
-    """What this lane copies: pages of whole tiles need five runs a tile, others eight."""
-    lane = cute.arch.lane_idx()
-    whole = cache.page_size % TILE == 0
-    run = arith.select(lane < 3, lane, lane - 1)  # of whole tiles, lane 3 has the second half of the codes of values
-    kind = arith.select(whole, run, lane % 4)
-    half = arith.select(whole, arith.select(lane == 3, Int32(1), Int32(0)), lane // 4)
-    tokens = arith.select(whole & (kind != 2), Int32(TILE), Int32(HALF))
-    active = lane < arith.select(whole, Int32(5), Int32(8))
-    sizes = (shape.key_codes, shape.key_scales, shape.value_codes, shape.value_scales)
-    side, size, place = cache.sides[0], Int32(sizes[0]), Int32(shape.regions[0])
-    for i in range(1, 4):
-        side = Int64(arith.select(kind == i, cache.sides[i], side))
-        size = arith.select(kind == i, Int32(sizes[i]), size)
-        place = arith.select(kind == i, Int32(shape.regions[i]), place)
-    padding = arith.select((kind == 2) & (half == 1), Int32(shape.padding), Int32(0))
-    return Copier(
-        side=side,
-        token_bytes=size,
-        token=half * HALF,
-        size=tokens * size,
-        place=place + half * HALF * size + padding,
-        keys=arith.select(active & (kind < 2), Int32(1), Int32(0)),
-        values=arith.select(active & (kind >= 2), Int32(1), Int32(0)),
+def run_shift(cache: Cache) -> Int32:
+    """Tokens that lie together in every page and tile: 16 times 2 to this."""
+    page = cache.page_size
+    return Int32(arith.select(page % 64 == 0, Int32(2), arith.select(page % 32 == 0, Int32(1), Int32(0))))
+
+
+def _as_it_is(address: Int64) -> Int64:
+    """An address that the compiler reads as a whole: else it may choose between the places of kernel parameters."""
+    out = llvm.inline_asm(
+        Int64.mlir_type,
+        [address.ir_value()],
+        "mov.b64 $0, $1;",
+        "=l,l",
+        has_side_effects=False,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
     )
+    return Int64(out)
 
 
-def arrivals(cache: Cache) -> tuple[Int32, Int32]:
-    """Lanes that copy keys, and values."""
-    whole = cache.page_size % TILE == 0
-    return Int32(arith.select(whole, Int32(2), Int32(4))), Int32(arith.select(whole, Int32(3), Int32(4)))
+def copier(cache: Cache, shape: Shape) -> Copier:
+    """What this lane copies: an even one codes, the odd one behind it their scales."""
+    lane = cute.arch.lane_idx()
+    run = Int32(STEP) << run_shift(cache)
+    sides = [_as_it_is(side) for side in cache.sides]
+    second = lane % 2 == 1
+    return Copier(
+        keys=arith.select(second, sides[1], sides[0]),
+        values=arith.select(second, sides[3], sides[2]),
+        key_bytes=arith.select(second, Int32(shape.key_bytes[1]), Int32(shape.key_bytes[0])),
+        value_bytes=arith.select(second, Int32(shape.value_bytes[1]), Int32(shape.value_bytes[0])),
+        token=lane // 2 * run,
+        tokens=arith.select(lane // 2 * run < TILE, run, Int32(0)),
+        second=arith.select(second, Int32(1), Int32(0)),
+    )
 
 
 @cute.jit
@@ -184,16 +188,28 @@ def home_of(tile: Int32, inside: cutlass.Boolean, sequence: Int32, cache: Conste
     return home
 
 
-def source_of(tile: Int32, home: Int32, kv_head: Int32, cache: Cache, mine: Copier) -> Int64:
-    """Where this lane's run of a tile lies; a page that is not there is replaced by one that is, and not seen."""
+def row_of(tile: Int32, home: Int32, kv_head: Int32, cache: Cache, mine: Copier) -> Int32:
+    """The row of the cache where this lane's run of a tile starts; a page that is not there gives one that is."""
     _, within = divmod(tile * TILE + mine.token, cache.page)
-    row = (Int64(cutlass.max(home, 0)) * cache.kv_heads + kv_head) * cache.page_size + within
-    return mine.side + row * mine.token_bytes
+    return (cutlass.max(home, 0) * cache.kv_heads + kv_head) * cache.page_size + within
 
 
 @cute.jit
-def copy_if(there: Int32, wanted: Int32, source: Int64, stage: Uint32, barrier: Uint32, mine: Constexpr[Copier]) -> None:
-    """Starts this lane's copy if it is wanted and there is a tile."""
-    if (there != 0) & (wanted != 0):
-        bulk.barrier_expect(barrier, mine.size)
-        bulk.copy(stage + mine.place, source, mine.size, barrier, bulk.evict_first())
+def copy_keys(row: Int32, wanted: cutlass.Boolean, slot: Uint32, barrier: Uint32, mine: Constexpr[Copier], shape: Constexpr[Shape]) -> None:
+    """Starts this lane's copy of keys if there is such a tile."""
+    if wanted & (mine.tokens != 0):
+        _copy(mine.keys, row, mine.key_bytes, slot + mine.second * (TILE * shape.key_bytes[0]), barrier, mine)
+
+
+@cute.jit
+def copy_values(row: Int32, wanted: cutlass.Boolean, slot: Uint32, barrier: Uint32, mine: Constexpr[Copier], shape: Constexpr[Shape]) -> None:
+    """Starts this lane's copy of values if there is such a tile."""
+    if wanted & (mine.tokens != 0):
+        _copy(mine.values, row, mine.value_bytes, slot + mine.second * (TILE * shape.value_bytes[0]), barrier, mine)
+
+
+def _copy(side: Int64, row: Int32, token_bytes: Int32, place: Uint32, barrier: Uint32, mine: Copier) -> None:
+    size = mine.tokens * token_bytes
+    bulk.barrier_expect(barrier, size)
+    source = side + Int64(row) * Int64(token_bytes)
+    bulk.copy(place + mine.token * token_bytes, source, size, barrier, bulk.evict_first())
