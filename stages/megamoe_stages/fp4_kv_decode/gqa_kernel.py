@@ -1,8 +1,8 @@
 """The decode kernel for grouped queries on sm_90a: bound by memory, FP4 goes straight from the cache to left operands.
 
-A CTA's warps take turns at the tiles of 64 tokens of its run. Each has its own ring of bulk copies and its own online
-softmax: while a run lasts no warp waits for another. Keys and values of a tile arrive one after the other in the ring, and
-a place is filled again as soon as its words are in registers.
+Every warp has its own run of tiles of 64 tokens, its own ring of bulk copies and its own online softmax: no warp waits for
+another until the runs of its CTA are done. Keys and values of a tile arrive one after the other in the ring, and a
+place is filled again as soon as its words are in registers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.fp4_kv_decode import gqa_attend as attend
 from megamoe_stages.fp4_kv_decode import gqa_work as work
 from megamoe_stages.fp4_kv_decode.gqa_attend import LOWEST, Limits
-from megamoe_stages.fp4_kv_decode.gqa_result import Result, Segment, finish
+from megamoe_stages.fp4_kv_decode.gqa_result import Place, Result, finish, join_all
 from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, STEPS, TILE, WARP, Shape
 from megamoe_stages.fp4_kv_decode.gqa_work import Cache, Share
 
@@ -122,24 +122,24 @@ def kernel(
     """The kernel; see the module."""
     thread, _, _ = cute.arch.thread_idx()
     cta, _, _ = cute.arch.block_idx()
-    lane, wide = thread % WARP, cute.arch.make_warp_uniform(thread // WARP)
+    wide = cute.arch.make_warp_uniform(thread // WARP)
     base = bulk.shared_address(cute.arch.get_dyn_smem(Uint8, alignment=128))
     group = heads // kv_heads
     sides = tuple(ring.address(tensor.iterator) for tensor in (k_codes, k_scales, v_codes, v_scales))
     cache = Cache(sides, block_table, lengths, pages, page, kv_heads, queries, window)
     result = Result(out, lse, sink, has_sink, v_scale, parts, stats, arrived, queries, heads, group)
-    ring_at = base + wide * (shape.slots * shape.slot_bytes)
+    ring_at = base + wide * shape.ring_bytes
     barriers = base + shape.barriers_at + wide * (shape.slots * bulk.BARRIER_BYTES)
     mine = work.copier(cache, shape)
     shift = work.run_shift(cache)
-    if lane == 0:
-        for slot in cutlass.range_constexpr(shape.slots):
-            ring.init(Int32(barriers) + slot * bulk.BARRIER_BYTES, Int32(2 * STEPS) >> shift)
+    if thread == 0:
+        for number in cutlass.range(shape.warps * shape.slots, unroll=1):
+            ring.init(Int32(base) + shape.barriers_at + number * bulk.BARRIER_BYTES, Int32(2 * STEPS) >> shift)
         ring.init_fence()
-    cute.arch.sync_warp()
-
     share = Share(*work.cut(cache, shape))
-    tile, stop = share.start(cta), share.start(cta + 1)
+    begin = share.start(cta * shape.warps + wide)
+    stop = share.start(cta * shape.warps + wide + 1)
+    tile = begin
     sequence, origin = work.find(tile, cache)
     acc = cute.make_rmem_tensor((4 * shape.quads,), Float32)
     operands = cute.make_rmem_tensor((shape.column_blocks * shape.key_blocks * 8,), Uint32)
@@ -149,6 +149,7 @@ def kernel(
     x = cute.make_rmem_tensor((STEPS * shape.column_blocks * 4,), Float32)
     slot, parity, pages_ahead, row, home = Int32(0), Int32(0), Uint32(0), Int32(0), Int32(0)
     length = Int32(0)
+    cute.arch.sync_threads()
     if tile < stop:
         length = lengths[sequence]
         pages_ahead, row, home = start_copies(
@@ -158,10 +159,9 @@ def kernel(
         count = work.tiles_of(length, cache)  # of the problem
         kv_head = (tile - origin) // count
         problem_start = origin + kv_head * count
-        here = cutlass.min(problem_start + count, stop) - tile
+        own = cutlass.min(problem_start + count, stop) - tile
         start = work.first_token(length, cache)
-        first = start // TILE + tile - problem_start + wide
-        own = (here - wide + (shape.warps - 1)) // shape.warps
+        first = start // TILE + tile - problem_start
         limits = Limits(start, work.held(length, cache), length - queries, window, group)
         inner_start = arith.select(window != 0, cutlass.max(length - window, 0) + (TILE - 1), Int32(0)) // TILE
         inner_end = cutlass.min(limits.position + 1, limits.end) // TILE
@@ -171,7 +171,7 @@ def kernel(
         for i in cutlass.range_constexpr(2 * shape.column_blocks):
             top[i], total[i] = Float32(LOWEST), Float32(0.0)
         for i in cutlass.range(own, unroll=1):
-            now = first + i * shape.warps
+            now = first + i
             pages_here = pages_ahead >> (8 * shape.ahead) & 0xFF
             inner = (now >= inner_start) & (now < inner_end) & (pages_here == every_page(shift))
 
@@ -196,7 +196,7 @@ def kernel(
             weights = [attend.operands(x, j, shape) for j in range(STEPS)]
 
             at, barrier = ring_at + slot * shape.slot_bytes, barriers + slot * bulk.BARRIER_BYTES
-            ahead = now + (shape.ahead + 1) * shape.warps
+            ahead = now + (shape.ahead + 1)
             bulk.barrier_wait(barrier, parity)
             if not inner:
                 attend.clear(at, now, pages_here, shift, limits, shape)
@@ -210,18 +210,14 @@ def kernel(
                     row = work.row_of(ahead, home, kv_head, cache, mine)
                     work.copy_keys(row, i + (shape.ahead + 1) < own, at, barrier, mine, shape)
                     pages_ahead = pages_ahead << 8 | pages_of(home)
-                    home = work.home_of(
-                        ahead + shape.warps, i + (shape.ahead + 2) < own, sequence, cache, mine.token
-                    )
+                    home = work.home_of(ahead + 1, i + (shape.ahead + 2) < own, sequence, cache, mine.token)
                 attend.add_values(acc, codes, scales, weights[j], shape)
             slot, parity = advance(slot, parity, shape)
 
-        first_cta = share.owner(problem_start)
-        parts_here = share.owner(problem_start + count - 1) - first_cta + 1
-        segment = Segment(sequence, kv_head, sequence * kv_heads + kv_head, first_cta, parts_here)
-        part_slot = arith.select(first_cta == cta, Int32(1), Int32(0))
-        tile = tile + here
-        if (tile == problem_start + count) & (kv_head == kv_heads - 1):
+        place = Place(sequence, kv_head)
+        starts, ends = tile == problem_start, tile + own == problem_start + count
+        tile = tile + own
+        if ends & (kv_head == kv_heads - 1):
             sequence = sequence + 1
             origin = tile
             if tile < stop:
@@ -230,7 +226,9 @@ def kernel(
             pages_ahead, row, home = start_copies(
                 tile, stop, sequence, origin, length, slot, ring_at, barriers, cache, mine, shape
             )
-        finish(acc, top, total, base, wide, segment, part_slot, result, shape)
+        finish(acc, top, total, base, starts, ends, place, result, shape)
+    cute.arch.sync_threads()
+    join_all(base, share, cache, result, shape)
 
 
 def advance(slot: Int32, parity: Int32, shape: Shape) -> tuple[Int32, Int32]:
@@ -268,19 +266,15 @@ def start_copies(
     Returns:
         Which of these tiles' runs lie on pages, 8 bits each; this lane's row of the last one; its page of the next one.
     """
-    thread, _, _ = cute.arch.thread_idx()
-    wide = cute.arch.make_warp_uniform(thread // WARP)
     count = work.tiles_of(length, cache)
     kv_head = (tile - origin) // count
     done = tile - origin - kv_head * count
-    own = (cutlass.min(count - done, stop - tile) - wide + (shape.warps - 1)) // shape.warps
-    first = work.first_token(length, cache) // TILE + done + wide
-    homes = [
-        work.home_of(first + i * shape.warps, i < own, sequence, cache, mine.token) for i in range(shape.ahead + 2)
-    ]
+    own = cutlass.min(count - done, stop - tile)
+    first = work.first_token(length, cache) // TILE + done
+    homes = [work.home_of(first + i, i < own, sequence, cache, mine.token) for i in range(shape.ahead + 2)]
     pages_ahead, row = Uint32(0), Int32(0)
     for i in cutlass.range_constexpr(shape.ahead + 1):
-        row = work.row_of(first + i * shape.warps, homes[i], kv_head, cache, mine)
+        row = work.row_of(first + i, homes[i], kv_head, cache, mine)
         work.copy_keys(row, i < own, ring_at + slot * shape.slot_bytes, barriers + slot * 8, mine, shape)
         slot, _ = advance(slot, slot, shape)
         if cutlass.const_expr(i < shape.ahead):

@@ -1,12 +1,15 @@
-"""What becomes of the sums of the warps of a CTA: they are joined, and written as the result or as a part of it.
+"""What becomes of the sums of warps: of a problem that is a warp's own the result, of others a part that is joined in the end.
 
-A problem that several CTAs share is merged by the last of them to arrive, part by part in the order of the CTAs. A CTA
-has at most two parts: of the problem that it starts within, in slot 0, and of the one that goes on behind it, in slot 1.
+A warp shares at most two problems with others: the one that its run starts within, and the one that goes on behind it. Their
+sums wait in shared memory until all warps of the CTA are done. What a CTA then has of a problem that other CTAs have too is
+a part in global memory; the last of these CTAs to arrive merges the parts, in their order. A CTA has at most two: of the
+problem that it starts within, number 0, and of the one that goes on behind it, number 1.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cutlass
@@ -16,11 +19,14 @@ from megamoe.cute import arith, attention_mma, bf16, bulk, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe.cute.f16 import DECODED_UNIT
+from megamoe_stages.fp4_kv_decode import gqa_work as work
 from megamoe_stages.fp4_kv_decode.gqa_attend import INFINITY, LOWEST, lanes
 from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, WARP, Shape
+from megamoe_stages.fp4_kv_decode.gqa_work import Cache, Share
 
 _LN2 = math.log(2)
 _QUAD_BYTES = 16
+_ROUND_BYTES = WARP * _QUAD_BYTES  # of a group of four sums, of all lanes
 
 
 class Result(NamedTuple):
@@ -53,44 +59,11 @@ class Result(NamedTuple):
     group: Int32
 
 
-class Segment(NamedTuple):
-    """Whose sums they are.
-
-    Attributes:
-        sequence: Of the batch.
-        kv_head: Of the cache.
-        problem: Their number.
-        first_cta: The first one that has tiles of this problem.
-        parts: How many CTAs have.
-    """
+class Place(NamedTuple):
+    """Whose sums they are."""
 
     sequence: Int32
     kv_head: Int32
-    problem: Int32
-    first_cta: Int32
-    parts: Int32
-
-
-def put_stats(top: cute.Tensor, total: cute.Tensor, base: Uint32, wide: Int32, shape: Shape) -> None:
-    """Shows a warp's largest scores, and its sums over all lanes, to the CTA."""
-    g, t = lanes()
-    for column in range(2 * shape.column_blocks):
-        whole = total[column]
-        for step in (4, 8, 16):
-            whole = whole + cute.arch.shuffle_sync_bfly(whole, offset=step)
-        place = wide * shape.columns + column // 2 * COLUMNS + 2 * t + column % 2
-        _store8_if(base + shape.stats_at + place * 8, top[column], whole, arith.select(g == 0, Int32(1), Int32(0)))
-
-
-def _store8_if(at: Uint32, low: Float32, high: Float32, condition: Int32) -> None:
-    attention_mma.store4_if(Int32(at), low, condition)
-    attention_mma.store4_if(Int32(at) + 4, high, condition)
-
-
-def stats_of(at: Uint32) -> tuple[list[Float32], list[Float32]]:
-    """Largest scores and sums of two neighbouring columns."""
-    words = bulk.load4_floats(at)
-    return [words[0], words[2]], [words[1], words[3]]
 
 
 @cute.jit
@@ -99,44 +72,190 @@ def finish(
     top: cute.Tensor,
     total: cute.Tensor,
     base: Uint32,
-    wide: Int32,
-    segment: Constexpr[Segment],
-    slot: Int32,
+    starts: cutlass.Boolean,
+    ends: cutlass.Boolean,
+    place: Constexpr[Place],
     result: Constexpr[Result],
     shape: Constexpr[Shape],
 ) -> None:
-    """Joins the sums of all warps and writes them; all threads of the CTA. `slot` is that of its part."""
-    thread, _, _ = cute.arch.thread_idx()
-    lane = thread % WARP
+    """Writes a warp's sums of a problem: the result where it has all of it, else for `join_all`.
+
+    Args:
+        acc: Sums.
+        top: Largest scores.
+        total: This lane's sums of weights.
+        base: Of shared memory.
+        starts: The problem starts in the warp's run.
+        ends: It ends there.
+        place: Whose they are.
+        result: Where they go.
+        shape: The kernel's.
+    """
+    for column in cutlass.range_constexpr(2 * shape.column_blocks):
+        for step in (4, 8, 16):
+            total[column] = total[column] + cute.arch.shuffle_sync_bfly(total[column], offset=step)
+    if starts & ends:
+        for quad in cutlass.range_constexpr(shape.quads):
+            n = quad % shape.column_blocks
+            own = [[values[2 * n + c] for c in range(2)] for values in (top, total)]
+            write([acc[4 * quad + k] for k in range(4)], own[0], own[1], Int32(quad), place, result, shape)
+    else:
+        thread, _, _ = cute.arch.thread_idx()
+        g, t = lanes()
+        wide = thread // WARP
+        at = base + sums_of(wide, ends, shape) + thread % WARP * _QUAD_BYTES
+        for quad in cutlass.range_constexpr(shape.quads):
+            bulk.store4(at + quad * _ROUND_BYTES, [arith.bits(acc[4 * quad + k]) for k in range(4)])
+        if g == 0:
+            at = base + stats_of(wide, ends, shape) + t * 16
+            for n in cutlass.range_constexpr(shape.column_blocks):
+                words = [arith.bits(values[2 * n + c]) for c in range(2) for values in (top, total)]
+                bulk.store4(at + n * (COLUMNS * 8), words)
+
+
+def sums_of(wide: Int32, ends: cutlass.Boolean, shape: Shape) -> Int32:
+    """Where a warp's sums of a problem are that ends in its run, or else of its last one: its ring is free by then."""
+    return Int32(arith.select(ends, shape.sums_at + wide * shape.sums_bytes, wide * shape.ring_bytes))
+
+
+def stats_of(wide: Int32, ends: cutlass.Boolean, shape: Shape) -> Int32:
+    """Where its largest scores and sums of weights are."""
+    number = arith.select(ends, wide, wide + shape.warps)
+    return Int32(shape.stats_at + number * (shape.columns * 8))
+
+
+@cute.jit
+def join_all(
+    base: Uint32,
+    share: Constexpr[Share],
+    cache: Constexpr[Cache],
+    result: Constexpr[Result],
+    shape: Constexpr[Shape],
+) -> None:
+    """Goes through the problems of the CTA's run, joins what several warps have, and merges what several CTAs have."""
     cta, _, _ = cute.arch.block_idx()
-    put_stats(top, total, base, wide, shape)
-    for turn in cutlass.range_constexpr(shape.quads // shape.out_quads):
-        for i in cutlass.range_constexpr(shape.out_quads):
-            quad = turn * shape.out_quads + i
-            at = base + shape.out_at + ((wide * shape.out_quads + i) * WARP + lane) * _QUAD_BYTES
-            bulk.store4(at, [arith.bits(acc[4 * quad + k]) for k in range(4)])
-        cute.arch.sync_threads()
-        if wide < shape.out_quads:
-            for i in cutlass.range_constexpr((shape.out_quads + shape.warps - 1) // shape.warps):
-                own = wide + i * shape.warps
-                sums, tops, totals = join(base, own, turn * shape.out_quads + own, shape)
-                number = turn * shape.out_quads + own
-                if segment.parts == 1:
-                    write(sums, tops, totals, number, segment, result, shape)
-                else:
-                    write_part(sums, tops, totals, number, (cta * 2 + slot), result, shape)
-        cute.arch.sync_threads()
-    if segment.parts > 1:
+    begin, stop = share.start(cta * shape.warps), share.start(cta * shape.warps + shape.warps)
+    sequence, origin = work.find(begin, cache)
+    tile = begin
+    while tile < stop:
+        count = work.tiles_of(cache.lengths[sequence], cache)
+        kv_head = (tile - origin) // count
+        start = origin + kv_head * count
+        end = start + count
+        place = Place(sequence, kv_head)
+        first, last = share.owner(tile), share.owner(cutlass.min(end, stop) - 1)
+        if (first < last) | (start < begin) | (end > stop):
+            warps = (first - cta * shape.warps, last - cta * shape.warps)
+            ends = share.start(last + 1) >= end
+            join(base, warps[0], warps[1], ends, start >= begin, end <= stop, place, result, shape)
+            if (start < begin) | (end > stop):
+                parts = (share.owner(start) // shape.warps, share.owner(end - 1) // shape.warps)
+                arrive(base, sequence * cache.kv_heads + kv_head, parts[0], parts[1], place, result, shape)
+        tile = cutlass.min(end, stop)
+        if (tile == end) & (kv_head == cache.kv_heads - 1):
+            sequence = sequence + 1
+            origin = tile
+
+
+@cute.jit
+def join(
+    base: Uint32,
+    first: Int32,
+    last: Int32,
+    ends: cutlass.Boolean,
+    starts_here: cutlass.Boolean,
+    ends_here: cutlass.Boolean,
+    place: Constexpr[Place],
+    result: Constexpr[Result],
+    shape: Constexpr[Shape],
+) -> None:
+    """Adds up what warps `first` to `last` have of a problem, which ends in the run of the last or does not."""
+    thread, _, _ = cute.arch.thread_idx()
+    cta, _, _ = cute.arch.block_idx()
+    lane = thread % WARP
+    for i in cutlass.range_constexpr((shape.quads + shape.warps - 1) // shape.warps):
+        quad = thread // WARP + i * shape.warps
+        if quad < shape.quads:
+            whole = Sums.empty()
+            stats = base + columns_of(quad, shape) * 8
+            for w in cutlass.range(first, last + 1, unroll=1):
+                words = bulk.load4(stats + stats_of(w, (w == last) & ends, shape))
+                whole.raise_to(words)
+            for w in cutlass.range(first, last + 1, unroll=1):
+                words = bulk.load4(stats + stats_of(w, (w == last) & ends, shape))
+                at = base + sums_of(w, (w == last) & ends, shape) + lane * _QUAD_BYTES
+                whole.add(words, bulk.load4(at + quad * _ROUND_BYTES))
+            if starts_here & ends_here:
+                whole.write(quad, place, result, shape)
+            else:
+                number = arith.select(starts_here, Int32(1), Int32(0))
+                write_part(whole, quad, cta * 2 + number, result, shape)
+
+
+class Sums(NamedTuple):
+    """A group of four sums that is added up: two rows of two columns.
+
+    Attributes:
+        most: Largest scores of the columns.
+        totals: Sums of weights.
+        sums: Row by row.
+    """
+
+    most: cute.Tensor
+    totals: cute.Tensor
+    sums: cute.Tensor
+
+    @staticmethod
+    def empty() -> Sums:
+        """Nothing yet."""
+        made = Sums(*(cute.make_rmem_tensor((n,), Float32) for n in (2, 2, 4)))
+        for i in range(2):
+            made.most[i], made.totals[i] = Float32(LOWEST), Float32(0.0)
+        for i in range(4):
+            made.sums[i] = Float32(0.0)
+        return made
+
+    def raise_to(self, stats: Sequence[Uint32]) -> None:
+        """First, for all: their largest scores and sums of weights, column by column."""
+        for c in range(2):
+            self.most[c] = arith.maximum(self.most[c], arith.number(stats[2 * c]), Target.SM90)
+
+    def add(self, stats: Sequence[Uint32], values: Sequence[Uint32]) -> None:
+        """Then, for all: the same, and their sums."""
+        for c in range(2):
+            weight = exp2(arith.number(stats[2 * c]) - self.most[c])
+            self.totals[c] = self.totals[c] + arith.number(stats[2 * c + 1]) * weight
+            for i in (c, 2 + c):
+                self.sums[i] = self.sums[i] + arith.number(values[i]) * weight
+
+    def write(self, quad: Int32, place: Place, result: Result, shape: Shape) -> None:
+        """Writes the result."""
+        own = [[tensor[i] for i in range(n)] for tensor, n in zip(self, (2, 2, 4), strict=True)]
+        write(own[2], own[0], own[1], quad, place, result, shape)
+
+
+@cute.jit
+def arrive(
+    base: Uint32,
+    problem: Int32,
+    first: Int32,
+    last: Int32,
+    place: Constexpr[Place],
+    result: Constexpr[Result],
+    shape: Constexpr[Shape],
+) -> None:
+    """Says that this CTA's part of a problem is written; the last of CTAs `first` to `last` to say so merges the parts."""
+    thread, _, _ = cute.arch.thread_idx()
+    cute.arch.fence_acq_rel_gpu()
+    cute.arch.sync_threads()
+    if thread == 0:
+        at = ring.address(result.arrived.iterator) + Int64(problem) * 4
+        ring.store4(Int32(base) + shape.flag_at, attention_mma.add_global(at, Int32(1)))
+    cute.arch.sync_threads()
+    if ring.load4(Int32(base) + shape.flag_at) == last - first:
         cute.arch.fence_acq_rel_gpu()
-        cute.arch.sync_threads()
-        if thread == 0:
-            place = ring.address(result.arrived.iterator) + Int64(segment.problem) * 4
-            ring.store4(Int32(base) + shape.flag_at, attention_mma.add_global(place, Int32(1)))
-        cute.arch.sync_threads()
-        if ring.load4(Int32(base) + shape.flag_at) == segment.parts - 1:
-            cute.arch.fence_acq_rel_gpu()
-            merge(wide, segment, result, shape)
-        cute.arch.sync_threads()
+        merge(first, last, place, result, shape)
+    cute.arch.sync_threads()
 
 
 def columns_of(quad: Int32, shape: Shape) -> Int32:
@@ -146,34 +265,12 @@ def columns_of(quad: Int32, shape: Shape) -> Int32:
 
 
 @cute.jit
-def join(
-    base: Uint32, own: Int32, quad: Int32, shape: Constexpr[Shape]
-) -> tuple[list[Float32], list[Float32], list[Float32]]:
-    """A group of four sums, largest scores and totals of its two columns, over all warps."""
-    lane = cute.arch.lane_idx()
-    stats = base + shape.stats_at + columns_of(quad, shape) * 8
-    tops = [Float32(LOWEST), Float32(LOWEST)]
-    for w in range(shape.warps):
-        more, _ = stats_of(stats + w * (shape.columns * 8))
-        tops = [arith.maximum(a, b, Target.SM90) for a, b in zip(tops, more, strict=True)]
-    sums, totals = [Float32(0.0)] * 4, [Float32(0.0)] * 2
-    for w in range(shape.warps):
-        top, total = stats_of(stats + w * (shape.columns * 8))
-        weight = [exp2(a - b) for a, b in zip(top, tops, strict=True)]
-        at = base + shape.out_at + ((w * shape.out_quads + own) * WARP + lane) * _QUAD_BYTES
-        values = bulk.load4_floats(at)
-        sums = [sums[k] + values[k] * weight[k % 2] for k in range(4)]
-        totals = [totals[c] + total[c] * weight[c] for c in range(2)]
-    return sums, tops, totals
-
-
-@cute.jit
 def write(
     sums: Constexpr[list[Float32]],
     tops: Constexpr[list[Float32]],
     totals: Constexpr[list[Float32]],
     quad: Int32,
-    segment: Constexpr[Segment],
+    place: Constexpr[Place],
     result: Constexpr[Result],
     shape: Constexpr[Shape],
 ) -> None:
@@ -183,8 +280,8 @@ def write(
         column = columns_of(quad, shape) + c
         if column < result.group * result.queries:
             query = column // result.group
-            head = segment.kv_head * result.group + column - query * result.group
-            place = (segment.sequence * result.queries + query) * result.heads + head
+            head = place.kv_head * result.group + column - query * result.group
+            row = (place.sequence * result.queries + query) * result.heads + head
             sink = Float32(0.0)
             if result.has_sink != 0:
                 sink = exp2(result.sink[head] * Float32(1 / _LN2) - tops[c])
@@ -193,72 +290,45 @@ def write(
             scale = arith.select(some, scale, Float32(0.0))
             dim = g * (shape.v_dim // COLUMNS) + quad // shape.column_blocks * 2
             pair = bf16.pack(sums[c] * scale, sums[2 + c] * scale, Target.SM90)
-            at = ring.address(result.out.iterator) + (Int64(place) * shape.v_dim + dim) * 2
+            at = ring.address(result.out.iterator) + (Int64(row) * shape.v_dim + dim) * 2
             attention_mma.store4_global_if(at, pair, Int32(1))
             if (quad < shape.column_blocks) & (g == 0):
                 lse = (tops[c] + attention_mma.log2(totals[c])) * Float32(_LN2)
-                result.lse[place] = arith.select(some, lse, Float32(-INFINITY))
+                result.lse[row] = arith.select(some, lse, Float32(-INFINITY))
 
 
 @cute.jit
 def write_part(
-    sums: Constexpr[list[Float32]],
-    tops: Constexpr[list[Float32]],
-    totals: Constexpr[list[Float32]],
-    quad: Int32,
-    part: Int32,
-    result: Constexpr[Result],
-    shape: Constexpr[Shape],
+    whole: Constexpr[Sums], quad: Int32, part: Int32, result: Constexpr[Result], shape: Constexpr[Shape]
 ) -> None:
-    """Writes a group of four sums of a part, and with the first ones its largest scores and totals."""
+    """Writes a group of four sums of a part, and with the first ones its largest scores and sums of weights."""
     g, _ = lanes()
     lane = cute.arch.lane_idx()
     at = ring.address(result.parts.iterator) + Int64(part) * (shape.part_floats * 4)
-    bulk.store_global4(at + (quad * WARP + lane) * _QUAD_BYTES, [arith.bits(x) for x in sums])
+    bulk.store_global4(at + (quad * WARP + lane) * _QUAD_BYTES, [arith.bits(whole.sums[k]) for k in range(4)])
     if (quad < shape.column_blocks) & (g == 0):
         at = ring.address(result.stats.iterator) + (Int64(part) * shape.columns + columns_of(quad, shape)) * 8
-        bulk.store_global4(at, [arith.bits(x) for c in range(2) for x in (tops[c], totals[c])])
+        bulk.store_global4(at, [arith.bits(x[c]) for c in range(2) for x in (whole.most, whole.totals)])
 
 
 @cute.jit
 def merge(
-    wide: Int32,
-    segment: Constexpr[Segment],
-    result: Constexpr[Result],
-    shape: Constexpr[Shape],
+    first: Int32, last: Int32, place: Constexpr[Place], result: Constexpr[Result], shape: Constexpr[Shape]
 ) -> None:
-    """Adds the parts of a problem up, in the order of the CTAs, and writes the result."""
-    lane = cute.arch.lane_idx()
+    """Adds up what CTAs `first` to `last` have of a problem, and writes the result."""
+    thread, _, _ = cute.arch.thread_idx()
+    lane = thread % WARP
     for i in cutlass.range_constexpr((shape.quads + shape.warps - 1) // shape.warps):
-        quad = wide + i * shape.warps
+        quad = thread // WARP + i * shape.warps
         if quad < shape.quads:
+            whole = Sums.empty()
             stats = ring.address(result.stats.iterator) + columns_of(quad, shape) * 8
-            most = cute.make_rmem_tensor((2,), Float32)
-            sums = cute.make_rmem_tensor((6,), Float32)
-            for c in cutlass.range_constexpr(2):
-                most[c] = Float32(LOWEST)
-            for k in cutlass.range_constexpr(6):
-                sums[k] = Float32(0.0)
-            for number in cutlass.range(segment.parts, unroll=4):
-                at = Int64(part_of(segment, number)) * (shape.columns * 8)
-                words = attention_mma.load16_global(stats + at)
-                for c in cutlass.range_constexpr(2):
-                    most[c] = arith.maximum(most[c], arith.number(words[2 * c]), Target.SM90)
-            for number in cutlass.range(segment.parts, unroll=4):
-                part = Int64(part_of(segment, number))
+            sums = ring.address(result.parts.iterator) + (quad * WARP + lane) * _QUAD_BYTES
+            for cta in cutlass.range(first, last + 1, unroll=4):
+                part = Int64(cta * 2 + arith.select(cta == first, Int32(1), Int32(0)))
+                whole.raise_to(attention_mma.load16_global(stats + part * (shape.columns * 8)))
+            for cta in cutlass.range(first, last + 1, unroll=4):
+                part = Int64(cta * 2 + arith.select(cta == first, Int32(1), Int32(0)))
                 words = attention_mma.load16_global(stats + part * (shape.columns * 8))
-                at = ring.address(result.parts.iterator) + part * (shape.part_floats * 4)
-                values = attention_mma.load16_global(at + (quad * WARP + lane) * _QUAD_BYTES)
-                for c in cutlass.range_constexpr(2):
-                    weight = exp2(arith.number(words[2 * c]) - most[c])
-                    sums[4 + c] = sums[4 + c] + arith.number(words[2 * c + 1]) * weight
-                    for row in cutlass.range_constexpr(2):
-                        sums[2 * row + c] = sums[2 * row + c] + arith.number(values[2 * row + c]) * weight
-            own = [sums[k] for k in range(4)]
-            write(own, [most[c] for c in range(2)], [sums[4 + c] for c in range(2)], quad, segment, result, shape)
-
-
-def part_of(segment: Segment, number: Int32) -> Int32:
-    """Where a part of a problem lies: the first CTA's in slot 1, the others' in slot 0."""
-    slot = arith.select(number == 0, Int32(1), Int32(0))
-    return Int32((segment.first_cta + number) * 2 + slot)
+                whole.add(words, attention_mma.load16_global(sums + part * (shape.part_floats * 4)))
+            whole.write(quad, place, result, shape)

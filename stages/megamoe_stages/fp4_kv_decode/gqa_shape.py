@@ -10,7 +10,6 @@ STEPS = TILE // STEP
 COLUMNS = 8  # queries times heads of one product
 WARP = 32
 _SHARED_BYTES = 226 * 1024  # of a CTA, a little less than it may have
-_ROUND_BYTES = 512  # four fp32 of each lane
 _MOST_SLOTS = 7
 
 
@@ -67,7 +66,7 @@ class Shape(NamedTuple):
     @property
     def slots(self) -> int:
         """Of each warp's ring, an odd number: keys and values take turns in each."""
-        most = (_SHARED_BYTES - self.small_bytes - self.warps * _ROUND_BYTES) // (self.slot_bytes * self.warps)
+        most = (_SHARED_BYTES - self.small_bytes - self.warps * self.sums_bytes) // (self.slot_bytes * self.warps)
         return min(_MOST_SLOTS, most - 1 + most % 2)
 
     @property
@@ -76,30 +75,34 @@ class Shape(NamedTuple):
         return self.slots // 2
 
     @property
-    def out_at(self) -> int:
-        """Where the sums of all warps are joined."""
-        return self.slots * self.slot_bytes * self.warps
+    def ring_bytes(self) -> int:
+        """Of each warp; in the end it holds the sums of the warp's last problem."""
+        return self.slots * self.slot_bytes
 
     @property
-    def out_quads(self) -> int:
-        """Of each warp, that are joined at a time."""
-        room = (_SHARED_BYTES - self.small_bytes - self.out_at) // (self.warps * _ROUND_BYTES)
-        return min(self.quads, 1 << room.bit_length() - 1)
+    def sums_bytes(self) -> int:
+        """Of a warp."""
+        return self.quads * WARP * 16
+
+    @property
+    def sums_at(self) -> int:
+        """Where the sums of the warps' first problems start."""
+        return self.ring_bytes * self.warps
 
     @property
     def small_bytes(self) -> int:
-        """Largest scores and sums of all warps, mbarriers, a flag."""
-        return self.warps * (self.columns * 8 + _MOST_SLOTS * 8) + 16
+        """Largest scores and sums of two problems of all warps, mbarriers, a flag."""
+        return self.warps * (2 * self.columns * 8 + _MOST_SLOTS * 8) + 16
 
     @property
     def stats_at(self) -> int:
-        """Where the largest scores and sums start: 8 bytes a column, of all warps."""
-        return self.out_at + self.out_quads * self.warps * _ROUND_BYTES
+        """Where the largest scores and sums start: 8 bytes a column, of all warps' first problems, then last ones."""
+        return self.sums_at + self.sums_bytes * self.warps
 
     @property
     def barriers_at(self) -> int:
         """Where the mbarriers start: one a slot, of all warps."""
-        return self.stats_at + self.warps * self.columns * 8
+        return self.stats_at + 2 * self.warps * self.columns * 8
 
     @property
     def flag_at(self) -> int:
@@ -123,8 +126,8 @@ SHAPES = (
     Shape(128, 128, 1, 12),
     Shape(128, 128, 2, 8),
     Shape(192, 128, 1, 8),
-    Shape(192, 128, 2, 8),
-    Shape(256, 256, 1, 8),
+    Shape(192, 128, 2, 6),
+    Shape(256, 256, 1, 6),
 )
 
 

@@ -1,7 +1,7 @@
-"""Who decodes what: the tiles of all sequences and kv heads in a line, in equal shares, cut from the lengths on the device.
+"""Who decodes what: the tiles of all sequences and kv heads in a line, in equal runs, cut from the lengths on the device.
 
 A problem is a sequence and a kv head; it has at least one tile, so that somebody writes its result. The problems lie in
-a line, sequence by sequence, and every CTA takes an equal run of their tiles. What a CTA has of one problem is a segment.
+a line, sequence by sequence, and every warp of every CTA takes an equal run of their tiles, one after the other.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ class Cache(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How the line is cut: among `ctas`, of which the first `longer` have one tile more than `tiles`."""
+    """How the line is cut: among `warps`, of which the first `longer` have one tile more than `tiles`."""
 
-    ctas: Int32
+    warps: Int32
     tiles: Int32
     longer: Int32
 
-    def start(self, cta: Int32) -> Int32:
-        """First tile of a CTA; the end of the line for one that gets none."""
-        cta = cutlass.min(cta, self.ctas)
-        return cta * self.tiles + cutlass.min(cta, self.longer)
+    def start(self, warp: Int32) -> Int32:
+        """First tile of a warp, counted through all CTAs; the end of the line for one that gets none."""
+        warp = cutlass.min(warp, self.warps)
+        return warp * self.tiles + cutlass.min(warp, self.longer)
 
     def owner(self, tile: Int32) -> Int32:
-        """The CTA that has a tile."""
+        """The warp that has a tile."""
         edge = self.longer * (self.tiles + 1)
-        behind = self.longer + (tile - edge) // cutlass.max(self.tiles, 1)
+        behind = self.longer + (tile - edge) // self.tiles
         return Int32(arith.select(tile < edge, tile // (self.tiles + 1), behind))
 
 
@@ -100,7 +100,7 @@ def tiles_of(length: Int32, cache: Cache) -> Int32:
 
 @cute.jit
 def cut(cache: Constexpr[Cache], shape: Constexpr[Shape]) -> tuple[Int32, Int32, Int32]:
-    """What a `Share` is made of; every warp adds up all lengths. There are as many CTAs as keep all warps busy."""
+    """What a `Share` is made of; every warp adds up all lengths."""
     lane = cute.arch.lane_idx()
     batch = cute.size(cache.lengths)
     total = Int32(0)
@@ -111,9 +111,9 @@ def cut(cache: Constexpr[Cache], shape: Constexpr[Shape]) -> tuple[Int32, Int32,
     for step in (1, 2, 4, 8, 16):
         total = total + cute.arch.shuffle_sync_bfly(total, offset=step)
     total = total * cache.kv_heads
-    ctas = cutlass.min(cute.arch.grid_dim()[0], (total + (shape.warps - 1)) // shape.warps)
-    tiles = total // ctas
-    return ctas, tiles, total - tiles * ctas
+    warps = cutlass.min(cute.arch.grid_dim()[0] * shape.warps, total)
+    tiles = total // warps
+    return warps, tiles, total - tiles * warps
 
 
 @cute.jit
