@@ -92,7 +92,9 @@ def emulated(a: dict[str, Any], policy: str = "eager", seed: int = 0, sms: int =
         sms=sms,
         shape=shape,
     )
-    ptxemu.run(compiler.compile_kernel(gqa_kernel.spec(shape)), *arguments, policy=policy, seed=seed).raise_for_findings()
+    ptxemu.run(
+        compiler.compile_kernel(gqa_kernel.spec(shape)), *arguments, policy=policy, seed=seed
+    ).raise_for_findings()
     return out
 
 

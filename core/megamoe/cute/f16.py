@@ -1,8 +1,8 @@
 """NVFP4 to fp16 operands of tensor cores, from codes in their plain order and raw E4M3 scales, in registers.
 
-The bits of an E2M1 magnitude in an fp16, two below the top of its exponent, are its value * 2^-14 (0.5 is a subnormal). The
-product with any E4M3 scale is a multiple of 2^-24, fp16's smallest number, with at most 6 significant bits: exact, so
-one instruction converts two scales and one product decodes two values. The missing 2^14 is the epilogue's.
+The bits of an E2M1 magnitude, its last one the first of an fp16's fraction, are its value * 2^-14 (0.5 is a subnormal).
+The product with any E4M3 scale is a multiple of 2^-24, fp16's smallest number, with at most 6 significant bits: exact,
+so one instruction converts two scales and one product decodes two values. The missing 2^14 is the epilogue's.
 """
 
 from __future__ import annotations

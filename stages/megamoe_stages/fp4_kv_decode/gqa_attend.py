@@ -1,11 +1,12 @@
 """A warp and a tile of 64 tokens: tokens are the rows of the products, queries times heads their columns.
 
-Scores are K Q^T: every word of a key, eight values, becomes the left operand of two products in the lane that read it. Sums
-are V^T P^T: the words of two tokens are interleaved, so that a register has two tokens of one dimension. Each value
-is decoded once, in registers. The weights, placed as sums of scores, turn into right operands by a transposition of 8x8.
+Scores are K Q^T: every word of a key, eight values, becomes the left operand of two products in the lane that read it.
+Sums are V^T P^T: the words of two tokens are interleaved, so that a register has two tokens of one dimension. Each
+value is decoded once, in registers. The weights, placed as sums are, turn into right operands by transposing 8x8.
 
-Products j = 0 to 3 have 16 tokens each: 2j and 2j + 1 take turns in 32 of them, so that what the lanes of a warp read at a
-time lies in different banks (values: in pairs). A lane is (g, t) = (lane // 4, lane % 4). Scores are in base 2.
+Products j = 0 to 3 have 16 tokens each, two and two of them in turn from the same 32, so that what the lanes of a warp
+read at a time lies in different banks (values: in two rounds). A lane is (g, t) = (lane // 4, lane % 4). Scores are in
+base 2.
 """
 
 from __future__ import annotations
@@ -247,9 +248,6 @@ def operands(x: cute.Tensor, j: int, shape: Shape) -> list[list[Uint32]]:
     """The weights of one product's tokens as right operands, of each column block."""
     count = shape.column_blocks
     return [
-        [
-            f16.transpose(f16.pack(x[(j * count + n) * 4 + 2 * h], x[(j * count + n) * 4 + 2 * h + 1]))
-            for h in range(2)
-        ]
+        [f16.transpose(f16.pack(x[(j * count + n) * 4 + 2 * h], x[(j * count + n) * 4 + 2 * h + 1])) for h in range(2)]
         for n in range(count)
     ]

@@ -1,7 +1,7 @@
 """The decode kernel for grouped queries on sm_90a: bound by memory, FP4 goes straight from the cache to left operands.
 
-Every warp has its own run of tiles of 64 tokens, its own ring of bulk copies and its own online softmax: no warp waits for
-another until the runs of its CTA are done. Keys and values of a tile arrive one after the other in the ring, and a
+Every warp has its own run of tiles of 64 tokens, its own ring of bulk copies and its own online softmax: no warp waits
+for another until the runs of its CTA are done. Keys and values of a tile arrive one after the other in the ring, and a
 place is filled again as soon as its words are in registers.
 """
 
@@ -14,7 +14,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, attention_mma, bf16, bulk, f16, ring
+from megamoe.cute import arith, bf16, bulk, f16, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.fp4_kv_decode import gqa_attend as attend

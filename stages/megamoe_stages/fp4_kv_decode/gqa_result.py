@@ -1,9 +1,9 @@
-"""What becomes of the sums of warps: of a problem that is a warp's own the result, of others a part that is joined in the end.
+"""What becomes of the sums of warps: results of problems that are a warp's own, parts that are joined in the end.
 
-A warp shares at most two problems with others: the one that its run starts within, and the one that goes on behind it. Their
-sums wait in shared memory until all warps of the CTA are done. What a CTA then has of a problem that other CTAs have too is
-a part in global memory; the last of these CTAs to arrive merges the parts, in their order. A CTA has at most two: of the
-problem that it starts within, number 0, and of the one that goes on behind it, number 1.
+A warp shares at most two problems with others: the one that its run starts within, and the one that goes on behind it.
+Their sums wait in shared memory until all warps of the CTA are done. What a CTA then has of a problem that other CTAs
+have too is a part in global memory; the last of these CTAs to arrive merges the parts, in their order. A CTA has at
+most two: of the problem that it starts within, number 0, and of the one that goes on behind it, number 1.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def arrive(
     result: Constexpr[Result],
     shape: Constexpr[Shape],
 ) -> None:
-    """Says that this CTA's part of a problem is written; the last of CTAs `first` to `last` to say so merges the parts."""
+    """Says that this CTA's part is written; the last of CTAs `first` to `last` to say so merges the parts."""
     thread, _, _ = cute.arch.thread_idx()
     cute.arch.fence_acq_rel_gpu()
     cute.arch.sync_threads()

@@ -1,4 +1,4 @@
-"""Who decodes what: the tiles of all sequences and kv heads in a line, in equal runs, cut from the lengths on the device.
+"""Who decodes what: the tiles of all sequences and kv heads in a line, cut into equal runs from lengths on the device.
 
 A problem is a sequence and a kv head; it has at least one tile, so that somebody writes its result. The problems lie in
 a line, sequence by sequence, and every warp of every CTA takes an equal run of their tiles, one after the other.
@@ -195,14 +195,18 @@ def row_of(tile: Int32, home: Int32, kv_head: Int32, cache: Cache, mine: Copier)
 
 
 @cute.jit
-def copy_keys(row: Int32, wanted: cutlass.Boolean, slot: Uint32, barrier: Uint32, mine: Constexpr[Copier], shape: Constexpr[Shape]) -> None:
+def copy_keys(
+    row: Int32, wanted: cutlass.Boolean, slot: Uint32, barrier: Uint32, mine: Constexpr[Copier], shape: Constexpr[Shape]
+) -> None:
     """Starts this lane's copy of keys if there is such a tile."""
     if wanted & (mine.tokens != 0):
         _copy(mine.keys, row, mine.key_bytes, slot + mine.second * (TILE * shape.key_bytes[0]), barrier, mine)
 
 
 @cute.jit
-def copy_values(row: Int32, wanted: cutlass.Boolean, slot: Uint32, barrier: Uint32, mine: Constexpr[Copier], shape: Constexpr[Shape]) -> None:
+def copy_values(
+    row: Int32, wanted: cutlass.Boolean, slot: Uint32, barrier: Uint32, mine: Constexpr[Copier], shape: Constexpr[Shape]
+) -> None:
     """Starts this lane's copy of values if there is such a tile."""
     if wanted & (mine.tokens != 0):
         _copy(mine.values, row, mine.value_bytes, slot + mine.second * (TILE * shape.value_bytes[0]), barrier, mine)
