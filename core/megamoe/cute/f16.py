@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cutlass import Float32, Int32, Numeric, Uint32
+from cutlass import Float32, Int32, Int64, Numeric, Uint32
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 
@@ -106,6 +106,16 @@ def load_bytes(at: Int32, count: int) -> Uint32:
     """1 or 2 bytes of shared memory, zeros above them."""
     text = f"ld.shared.u{8 * count} $0, [$1];"
     return Uint32(_asm(text, "=r,r,~{memory}", Uint32.mlir_type, at))
+
+
+def load_address(at: Int32) -> Int64:
+    """8 bytes of shared memory."""
+    return Int64(_asm("ld.shared.b64 $0, [$1];", "=l,r,~{memory}", Int64.mlir_type, at))
+
+
+def store_address(at: Int32, value: Int64) -> None:
+    """8 bytes to shared memory."""
+    _asm("st.shared.b64 [$0], $1;", "r,l,~{memory}", None, at, value)
 
 
 def _asm(text: str, constraints: str, result: Any, *operands: Numeric) -> Any:

@@ -1,8 +1,9 @@
 """The decode kernel for grouped queries on sm_90a: bound by memory, FP4 goes straight from the cache to left operands.
 
 Every warp has its own run of tiles of 64 tokens, its own ring of bulk copies and its own online softmax: no warp waits
-for another until the runs of its CTA are done. Keys and values of a tile arrive one after the other in the ring, and a
-place is filled again as soon as its words are in registers.
+for another until the runs of its CTA are done. There is room for the keys of one tile and the values of one, and it is filled
+again as soon as their words are in registers: the keys of the next tile are on their way while the values of this one are
+added, and the other way round.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def launch(
         block=[shape.warps * WARP, 1, 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,
+        use_pdl=True,
         stream=stream,
     )
 
@@ -129,112 +131,113 @@ def kernel(
     cache = Cache(sides, block_table, lengths, pages, page, kv_heads, queries, window)
     result = Result(out, lse, sink, has_sink, v_scale, parts, stats, arrived, queries, heads, group)
     ring_at = base + wide * shape.ring_bytes
-    barriers = base + shape.barriers_at + wide * (shape.slots * bulk.BARRIER_BYTES)
-    mine = work.copier(cache, shape)
+    barriers = base + shape.barriers_at + wide * (2 * bulk.BARRIER_BYTES)
     shift = work.run_shift(cache)
     if thread == 0:
-        for number in cutlass.range(shape.warps * shape.slots, unroll=1):
+        for number in cutlass.range(2 * shape.warps, unroll=1):
             ring.init(Int32(base) + shape.barriers_at + number * bulk.BARRIER_BYTES, Int32(2 * STEPS) >> shift)
         ring.init_fence()
+        work.put_sides(base, cache, shape)
+    cute.arch.griddepcontrol_launch_dependents()
+    cute.arch.griddepcontrol_wait()  # what stands above overlaps with the end of the kernel before
     share = Share(*work.cut(cache, shape))
     begin = share.start(cta * shape.warps + wide)
     stop = share.start(cta * shape.warps + wide + 1)
     tile = begin
     sequence, origin = work.find(tile, cache)
+    if thread == 0:
+        bulk.store4(base + shape.share_at, [Uint32(word) for word in (*share, sequence)])
+        ring.store4(Int32(base) + shape.share_at + 16, origin)
     acc = cute.make_rmem_tensor((4 * shape.quads,), Float32)
     operands = cute.make_rmem_tensor((shape.column_blocks * shape.key_blocks * 8,), Uint32)
     factor = cute.make_rmem_tensor((2 * shape.column_blocks,), Float32)
     top = cute.make_rmem_tensor((2 * shape.column_blocks,), Float32)
     total = cute.make_rmem_tensor((2 * shape.column_blocks,), Float32)
     x = cute.make_rmem_tensor((STEPS * shape.column_blocks * 4,), Float32)
-    slot, parity, pages_ahead, row, home = Int32(0), Int32(0), Uint32(0), Int32(0), Int32(0)
-    length = Int32(0)
+    parity, pages, row, home, length = Int32(0), Uint32(0), Int32(0), Int32(0), Int32(0)
     cute.arch.sync_threads()
     if tile < stop:
         length = lengths[sequence]
-        pages_ahead, row, home = start_copies(
-            tile, stop, sequence, origin, length, slot, ring_at, barriers, cache, mine, shape
-        )
+        pages, home = start_copies(tile, stop, sequence, origin, length, base, ring_at, barriers, cache, shape)
     while tile < stop:
         count = work.tiles_of(length, cache)  # of the problem
         kv_head = (tile - origin) // count
         problem_start = origin + kv_head * count
         own = cutlass.min(problem_start + count, stop) - tile
-        start = work.first_token(length, cache)
-        first = start // TILE + tile - problem_start
-        limits = Limits(start, work.held(length, cache), length - queries, window, group)
+        first = work.first_token(length, cache) // TILE + tile - problem_start
         inner_start = arith.select(window != 0, cutlass.max(length - window, 0) + (TILE - 1), Int32(0)) // TILE
-        inner_end = cutlass.min(limits.position + 1, limits.end) // TILE
+        inner_end = cutlass.min(length - queries + 1, work.held(length, cache)) // TILE
+        state = base + shape.state_at + wide * 32
+        starts = arith.select(tile == problem_start, Int32(1), Int32(0))
+        ends = arith.select(tile + own == problem_start + count, Int32(1), Int32(0))
+        bulk.store4(state, [Uint32(word) for word in (tile + own, stop, origin, length)])
+        bulk.store4(state + 16, [Uint32(word) for word in (sequence, kv_head, starts, ends)])
+        cute.arch.sync_warp()
         load_queries(q, operands, factor, sequence, kv_head, unit * k_scale[()], result, shape)
         for i in cutlass.range_constexpr(4 * shape.quads):
             acc[i] = Float32(0.0)
         for i in cutlass.range_constexpr(2 * shape.column_blocks):
             top[i], total[i] = Float32(LOWEST), Float32(0.0)
-        for i in cutlass.range(own, unroll=1):
-            now = first + i
-            pages_here = pages_ahead >> (8 * shape.ahead) & 0xFF
-            inner = (now >= inner_start) & (now < inner_end) & (pages_here == every_page(shift))
-
-            at, barrier = ring_at + slot * shape.slot_bytes, barriers + slot * bulk.BARRIER_BYTES
-            bulk.barrier_wait(barrier, parity)
-            ready = attend.load_keys(at, 0, shape)
+        for now in cutlass.range(first, first + own, unroll=1):
+            inner = (now >= inner_start) & (now < inner_end) & (pages == every_page(shift))
+            more = now + 1 < first + own
+            bulk.barrier_wait(barriers, parity)
             for j in cutlass.range_constexpr(STEPS):
-                codes, scales = ready
-                if cutlass.const_expr(j + 1 < STEPS):
-                    ready = attend.load_keys(at, j + 1, shape)
-                if cutlass.const_expr(j + 2 == STEPS):
+                codes, scales = attend.load_keys(ring_at, j, shape)
+                if cutlass.const_expr(j + 1 == STEPS):
                     cute.arch.sync_warp()
-                    work.copy_values(row, i + shape.ahead < own, at, barrier, mine, shape)
+                    mine = work.copier(base, cache, shape)
+                    row = work.row_of(now + 1, home, kv_head, cache, mine)
+                    work.copy_if(more, row, 0, ring_at, barriers, mine, shape)
                 sums = attend.scores(codes, scales, operands, shape)
                 for n in cutlass.range_constexpr(shape.column_blocks):
                     for k in cutlass.range_constexpr(4):
                         x[(j * shape.column_blocks + n) * 4 + k] = sums[n][k]
-            slot, parity = advance(slot, parity, shape)
             if not inner:
-                attend.hide(x, now, pages_here, shift, factor, limits, shape)
+                attend.hide(x, now, pages, shift, factor, limits_of(length_of(state), cache, group), shape)
             attend.weigh(x, acc, top, total, factor, shape)
             weights = [attend.operands(x, j, shape) for j in range(STEPS)]
 
-            at, barrier = ring_at + slot * shape.slot_bytes, barriers + slot * bulk.BARRIER_BYTES
-            ahead = now + (shape.ahead + 1)
-            bulk.barrier_wait(barrier, parity)
+            values_at = ring_at + shape.values_at
+            bulk.barrier_wait(barriers + bulk.BARRIER_BYTES, parity)
             if not inner:
-                attend.clear(at, now, pages_here, shift, limits, shape)
-            ready = attend.load_values(at, 0, shape)
+                attend.clear(values_at, now, pages, shift, limits_of(length_of(state), cache, group), shape)
             for j in cutlass.range_constexpr(STEPS):
-                codes, scales = ready
-                if cutlass.const_expr(j + 1 < STEPS):
-                    ready = attend.load_values(at, j + 1, shape)
-                if cutlass.const_expr(j + 2 == STEPS):
+                codes, scales = attend.load_values(values_at, j, shape)
+                if cutlass.const_expr(j + 1 == STEPS):
                     cute.arch.sync_warp()
-                    row = work.row_of(ahead, home, kv_head, cache, mine)
-                    work.copy_keys(row, i + (shape.ahead + 1) < own, at, barrier, mine, shape)
-                    pages_ahead = pages_ahead << 8 | pages_of(home)
-                    home = work.home_of(ahead + 1, i + (shape.ahead + 2) < own, sequence, cache, mine.token)
+                    mine = work.copier(base, cache, shape)
+                    work.copy_if(more, row, 1, values_at, barriers + bulk.BARRIER_BYTES, mine, shape)
+                    pages = pages_of(home)
+                    home = work.home_of(now + 2, now + 2 < first + own, sequence, cache, mine.token)
                 attend.add_values(acc, codes, scales, weights[j], shape)
-            slot, parity = advance(slot, parity, shape)
+            parity = parity ^ 1
 
+        tile, stop, origin, length = (Int32(word) for word in bulk.load4(state))
+        sequence, kv_head, starts, ends = (Int32(word) for word in bulk.load4(state + 16))
         place = Place(sequence, kv_head)
-        starts, ends = tile == problem_start, tile + own == problem_start + count
-        tile = tile + own
-        if ends & (kv_head == kv_heads - 1):
+        if (ends != 0) & (kv_head == kv_heads - 1):
             sequence = sequence + 1
             origin = tile
             if tile < stop:
                 length = lengths[sequence]
         if tile < stop:
-            pages_ahead, row, home = start_copies(
-                tile, stop, sequence, origin, length, slot, ring_at, barriers, cache, mine, shape
-            )
-        finish(acc, top, total, base, starts, ends, place, result, shape)
+            pages, home = start_copies(tile, stop, sequence, origin, length, base, ring_at, barriers, cache, shape)
+        finish(acc, top, total, base, starts != 0, ends != 0, place, result, shape)
     cute.arch.sync_threads()
-    join_all(base, share, cache, result, shape)
+    join_all(base, cache, result, shape)
 
 
-def advance(slot: Int32, parity: Int32, shape: Shape) -> tuple[Int32, Int32]:
-    """The next slot of the ring, and the parity of its phase."""
-    last = slot == shape.slots - 1
-    return arith.select(last, Int32(0), slot + 1), arith.select(last, parity ^ 1, parity)
+def length_of(state: Uint32) -> Int32:
+    """The length among what waits in shared memory."""
+    return Int32(bulk.load4(state)[3])
+
+
+def limits_of(length: Int32, cache: Cache, group: Int32) -> Limits:
+    """What the queries of a sequence see; only tiles at its edges need it, so nothing of it waits in registers."""
+    return Limits(
+        work.first_token(length, cache), work.held(length, cache), length - cache.queries, cache.window, group
+    )
 
 
 def pages_of(home: Int32) -> Uint32:
@@ -254,34 +257,29 @@ def start_copies(
     sequence: Int32,
     origin: Int32,
     length: Int32,
-    slot: Int32,
+    base: Uint32,
     ring_at: Uint32,
     barriers: Uint32,
     cache: Constexpr[Cache],
-    mine: Constexpr[work.Copier],
     shape: Constexpr[Shape],
-) -> tuple[Uint32, Int32, Int32]:
-    """Asks for what the ring holds of the warp's first tiles of a segment.
+) -> tuple[Uint32, Int32]:
+    """Asks for the first tile of a warp's run of a problem.
 
     Returns:
-        Which of these tiles' runs lie on pages, 8 bits each; this lane's row of the last one; its page of the next one.
+        Which of its runs of tokens lie on pages; this lane's page of the tile behind it.
     """
+    mine = work.copier(base, cache, shape)
     count = work.tiles_of(length, cache)
     kv_head = (tile - origin) // count
     done = tile - origin - kv_head * count
     own = cutlass.min(count - done, stop - tile)
     first = work.first_token(length, cache) // TILE + done
-    homes = [work.home_of(first + i, i < own, sequence, cache, mine.token) for i in range(shape.ahead + 2)]
-    pages_ahead, row = Uint32(0), Int32(0)
-    for i in cutlass.range_constexpr(shape.ahead + 1):
-        row = work.row_of(first + i, homes[i], kv_head, cache, mine)
-        work.copy_keys(row, i < own, ring_at + slot * shape.slot_bytes, barriers + slot * 8, mine, shape)
-        slot, _ = advance(slot, slot, shape)
-        if cutlass.const_expr(i < shape.ahead):
-            work.copy_values(row, i < own, ring_at + slot * shape.slot_bytes, barriers + slot * 8, mine, shape)
-            slot, _ = advance(slot, slot, shape)
-        pages_ahead = pages_ahead << 8 | pages_of(homes[i])
-    return pages_ahead, row, homes[shape.ahead + 1]
+    homes = [work.home_of(first + i, i < own, sequence, cache, mine.token) for i in range(2)]
+    row = work.row_of(first, homes[0], kv_head, cache, mine)
+    always = cutlass.Boolean(True)
+    work.copy_if(always, row, 0, ring_at, barriers, mine, shape)
+    work.copy_if(always, row, 1, ring_at + shape.values_at, barriers + bulk.BARRIER_BYTES, mine, shape)
+    return pages_of(homes[0]), homes[1]
 
 
 @cute.jit

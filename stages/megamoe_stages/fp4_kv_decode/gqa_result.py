@@ -15,7 +15,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, bf16, bulk, ring
+from megamoe.cute import arith, attention_mma, bf16, bulk, ring, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe.cute.f16 import DECODED_UNIT
@@ -100,7 +100,7 @@ def finish(
             own = [[values[2 * n + c] for c in range(2)] for values in (top, total)]
             write([acc[4 * quad + k] for k in range(4)], own[0], own[1], Int32(quad), place, result, shape)
     else:
-        thread, _, _ = cute.arch.thread_idx()
+        thread = warp.thread()
         g, t = lanes()
         wide = thread // WARP
         at = base + sums_of(wide, ends, shape) + thread % WARP * _QUAD_BYTES
@@ -127,16 +127,20 @@ def stats_of(wide: Int32, ends: cutlass.Boolean, shape: Shape) -> Int32:
 @cute.jit
 def join_all(
     base: Uint32,
-    share: Constexpr[Share],
     cache: Constexpr[Cache],
     result: Constexpr[Result],
     shape: Constexpr[Shape],
 ) -> None:
-    """Goes through the problems of the CTA's run, joins what several warps have, and merges what several CTAs have."""
+    """Goes through the problems of the CTA's run and joins what several warps have; then merges what several CTAs have."""
+    thread = warp.thread()
     cta, _, _ = cute.arch.block_idx()
+    *numbers, sequence = (Int32(word) for word in bulk.load4(base + shape.share_at))
+    share, origin = Share(*numbers), ring.load4(Int32(base) + shape.share_at + 16)
     begin, stop = share.start(cta * shape.warps), share.start(cta * shape.warps + shape.warps)
-    sequence, origin = work.find(begin, cache)
     tile = begin
+    shared = [cute.make_rmem_tensor((4,), Int32) for _ in range(2)]  # sequence, kv head, first and last CTA of parts
+    for i in cutlass.range_constexpr(2):
+        shared[i].fill(Int32(-1))
     while tile < stop:
         count = work.tiles_of(cache.lengths[sequence], cache)
         kv_head = (tile - origin) // count
@@ -149,12 +153,29 @@ def join_all(
             ends = share.start(last + 1) >= end
             join(base, warps[0], warps[1], ends, start >= begin, end <= stop, place, result, shape)
             if (start < begin) | (end > stop):
-                parts = (share.owner(start) // shape.warps, share.owner(end - 1) // shape.warps)
-                arrive(base, sequence * cache.kv_heads + kv_head, parts[0], parts[1], place, result, shape)
+                words = (sequence, kv_head, share.owner(start) // shape.warps, share.owner(end - 1) // shape.warps)
+                number = arith.select(start < begin, Int32(0), Int32(1))
+                for k, word in enumerate(words):
+                    for i in cutlass.range_constexpr(2):
+                        shared[i][k] = arith.select(number == i, word, shared[i][k])
         tile = cutlass.min(end, stop)
         if (tile == end) & (kv_head == cache.kv_heads - 1):
             sequence = sequence + 1
             origin = tile
+    if (shared[0][0] >= 0) | (shared[1][0] >= 0):
+        cute.arch.fence_acq_rel_gpu()
+        cute.arch.sync_threads()
+        for number in cutlass.range_constexpr(2):
+            if thread == number * WARP:
+                whole = Int32(0)
+                if shared[number][0] >= 0:
+                    problem = shared[number][0] * cache.kv_heads + shared[number][1]
+                    at = ring.address(result.arrived.iterator) + Int64(problem) * 4
+                    arrived = attention_mma.add_global(at, Int32(1))
+                    whole = arith.select(arrived == shared[number][3] - shared[number][2], Int32(1), Int32(0))
+                ring.store4(Int32(base) + shape.flags_at + 4 * number, whole)
+        cute.arch.sync_threads()
+        merge(base, shared, result, shape)
 
 
 @cute.jit
@@ -170,7 +191,7 @@ def join(
     shape: Constexpr[Shape],
 ) -> None:
     """Adds up what warps `first` to `last` have of a problem, which ends in the run of the last or does not."""
-    thread, _, _ = cute.arch.thread_idx()
+    thread = warp.thread()
     cta, _, _ = cute.arch.block_idx()
     lane = thread % WARP
     for i in cutlass.range_constexpr((shape.quads + shape.warps - 1) // shape.warps):
@@ -178,10 +199,7 @@ def join(
         if quad < shape.quads:
             whole = Sums.empty()
             stats = base + columns_of(quad, shape) * 8
-            for w in cutlass.range(first, last + 1, unroll=1):
-                words = bulk.load4(stats + stats_of(w, (w == last) & ends, shape))
-                whole.raise_to(words)
-            for w in cutlass.range(first, last + 1, unroll=1):
+            for w in cutlass.range(first, last + 1, unroll=4):
                 words = bulk.load4(stats + stats_of(w, (w == last) & ends, shape))
                 at = base + sums_of(w, (w == last) & ends, shape) + lane * _QUAD_BYTES
                 whole.add(words, bulk.load4(at + quad * _ROUND_BYTES))
@@ -215,47 +233,21 @@ class Sums(NamedTuple):
             made.sums[i] = Float32(0.0)
         return made
 
-    def raise_to(self, stats: Sequence[Uint32]) -> None:
-        """First, for all: their largest scores and sums of weights, column by column."""
-        for c in range(2):
-            self.most[c] = arith.maximum(self.most[c], arith.number(stats[2 * c]), Target.SM90)
-
     def add(self, stats: Sequence[Uint32], values: Sequence[Uint32]) -> None:
-        """Then, for all: the same, and their sums."""
+        """Adds more: largest scores and sums of weights, column by column, and sums."""
         for c in range(2):
-            weight = exp2(arith.number(stats[2 * c]) - self.most[c])
-            self.totals[c] = self.totals[c] + arith.number(stats[2 * c + 1]) * weight
+            top = arith.number(stats[2 * c])
+            most = arith.maximum(self.most[c], top, Target.SM90)
+            old, new = exp2(self.most[c] - most), exp2(top - most)
+            self.most[c] = most
+            self.totals[c] = self.totals[c] * old + arith.number(stats[2 * c + 1]) * new
             for i in (c, 2 + c):
-                self.sums[i] = self.sums[i] + arith.number(values[i]) * weight
+                self.sums[i] = self.sums[i] * old + arith.number(values[i]) * new
 
     def write(self, quad: Int32, place: Place, result: Result, shape: Shape) -> None:
         """Writes the result."""
         own = [[tensor[i] for i in range(n)] for tensor, n in zip(self, (2, 2, 4), strict=True)]
         write(own[2], own[0], own[1], quad, place, result, shape)
-
-
-@cute.jit
-def arrive(
-    base: Uint32,
-    problem: Int32,
-    first: Int32,
-    last: Int32,
-    place: Constexpr[Place],
-    result: Constexpr[Result],
-    shape: Constexpr[Shape],
-) -> None:
-    """Says that this CTA's part is written; the last of CTAs `first` to `last` to say so merges the parts."""
-    thread, _, _ = cute.arch.thread_idx()
-    cute.arch.fence_acq_rel_gpu()
-    cute.arch.sync_threads()
-    if thread == 0:
-        at = ring.address(result.arrived.iterator) + Int64(problem) * 4
-        ring.store4(Int32(base) + shape.flag_at, attention_mma.add_global(at, Int32(1)))
-    cute.arch.sync_threads()
-    if ring.load4(Int32(base) + shape.flag_at) == last - first:
-        cute.arch.fence_acq_rel_gpu()
-        merge(first, last, place, result, shape)
-    cute.arch.sync_threads()
 
 
 def columns_of(quad: Int32, shape: Shape) -> Int32:
@@ -313,22 +305,27 @@ def write_part(
 
 @cute.jit
 def merge(
-    first: Int32, last: Int32, place: Constexpr[Place], result: Constexpr[Result], shape: Constexpr[Shape]
+    base: Uint32,
+    shared: Constexpr[list[cute.Tensor]],
+    result: Constexpr[Result],
+    shape: Constexpr[Shape],
 ) -> None:
-    """Adds up what CTAs `first` to `last` have of a problem, and writes the result."""
-    thread, _, _ = cute.arch.thread_idx()
+    """Adds up the parts of the problems of which this CTA was the last to have its own ready, and writes the results."""
+    thread = warp.thread()
     lane = thread % WARP
-    for i in cutlass.range_constexpr((shape.quads + shape.warps - 1) // shape.warps):
-        quad = thread // WARP + i * shape.warps
-        if quad < shape.quads:
+    cute.arch.fence_acq_rel_gpu()
+    for i in cutlass.range_constexpr((2 * shape.quads + shape.warps - 1) // shape.warps):
+        item = thread // WARP + i * shape.warps
+        second = item >= shape.quads
+        quad = item - arith.select(second, Int32(shape.quads), Int32(0))
+        words = [arith.select(second, shared[1][k], shared[0][k]) for k in range(4)]
+        flag = ring.load4(Int32(base) + shape.flags_at + arith.select(second, Int32(4), Int32(0)))
+        if (quad < shape.quads) & (flag != 0):
             whole = Sums.empty()
             stats = ring.address(result.stats.iterator) + columns_of(quad, shape) * 8
             sums = ring.address(result.parts.iterator) + (quad * WARP + lane) * _QUAD_BYTES
-            for cta in cutlass.range(first, last + 1, unroll=4):
-                part = Int64(cta * 2 + arith.select(cta == first, Int32(1), Int32(0)))
-                whole.raise_to(attention_mma.load16_global(stats + part * (shape.columns * 8)))
-            for cta in cutlass.range(first, last + 1, unroll=4):
-                part = Int64(cta * 2 + arith.select(cta == first, Int32(1), Int32(0)))
-                words = attention_mma.load16_global(stats + part * (shape.columns * 8))
-                whole.add(words, attention_mma.load16_global(sums + part * (shape.part_floats * 4)))
-            whole.write(quad, place, result, shape)
+            for cta in cutlass.range(words[2], words[3] + 1, unroll=8):
+                part = Int64(cta * 2 + arith.select(cta == words[2], Int32(1), Int32(0)))
+                values = attention_mma.load16_global(sums + part * (shape.part_floats * 4))
+                whole.add(attention_mma.load16_global(stats + part * (shape.columns * 8)), values)
+            whole.write(quad, Place(words[0], words[1]), result, shape)

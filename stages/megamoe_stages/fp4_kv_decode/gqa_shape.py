@@ -9,8 +9,7 @@ STEP = 16  # tokens of one product, and the least page
 STEPS = TILE // STEP
 COLUMNS = 8  # queries times heads of one product
 WARP = 32
-_SHARED_BYTES = 226 * 1024  # of a CTA, a little less than it may have
-_MOST_SLOTS = 7
+SHARED_BYTES = 227 * 1024  # that a CTA may have
 
 
 class Shape(NamedTuple):
@@ -59,25 +58,14 @@ class Shape(NamedTuple):
         return self.v_dim // 2, self.v_dim // 16
 
     @property
-    def slot_bytes(self) -> int:
-        """The keys or the values of a tile, scales behind the codes."""
-        return TILE * max(sum(self.key_bytes), sum(self.value_bytes))
-
-    @property
-    def slots(self) -> int:
-        """Of each warp's ring, an odd number: keys and values take turns in each."""
-        most = (_SHARED_BYTES - self.small_bytes - self.warps * self.sums_bytes) // (self.slot_bytes * self.warps)
-        return min(_MOST_SLOTS, most - 1 + most % 2)
-
-    @property
-    def ahead(self) -> int:
-        """By how many tiles the values that are asked for are ahead of the keys that are done; keys by one more."""
-        return self.slots // 2
+    def values_at(self) -> int:
+        """Where in a warp's ring the values of a tile start, behind its keys."""
+        return TILE * sum(self.key_bytes)
 
     @property
     def ring_bytes(self) -> int:
-        """Of each warp; in the end it holds the sums of the warp's last problem."""
-        return self.slots * self.slot_bytes
+        """A tile's keys and values, of each warp; in the end it holds the sums of the warp's last problem."""
+        return self.values_at + TILE * sum(self.value_bytes)
 
     @property
     def sums_bytes(self) -> int:
@@ -90,29 +78,39 @@ class Shape(NamedTuple):
         return self.ring_bytes * self.warps
 
     @property
-    def small_bytes(self) -> int:
-        """Largest scores and sums of two problems of all warps, mbarriers, a flag."""
-        return self.warps * (2 * self.columns * 8 + _MOST_SLOTS * 8) + 16
-
-    @property
     def stats_at(self) -> int:
         """Where the largest scores and sums start: 8 bytes a column, of all warps' first problems, then last ones."""
         return self.sums_at + self.sums_bytes * self.warps
 
     @property
     def barriers_at(self) -> int:
-        """Where the mbarriers start: one a slot, of all warps."""
+        """Where the mbarriers start: of keys and of values, of all warps."""
         return self.stats_at + 2 * self.warps * self.columns * 8
 
     @property
-    def flag_at(self) -> int:
-        """Where it is said whether this CTA merges."""
-        return self.barriers_at + self.warps * self.slots * 8
+    def flags_at(self) -> int:
+        """Where it is said which of its two shared problems this CTA merges."""
+        return self.barriers_at + self.warps * 16
+
+    @property
+    def sides_at(self) -> int:
+        """Where the addresses of the cache start: of codes, then of scales, 8 bytes for keys and 8 for values."""
+        return self.flags_at + 16
+
+    @property
+    def state_at(self) -> int:
+        """Where what only matters between problems starts: 32 bytes of each warp, 32 of the CTA."""
+        return self.sides_at + 32
+
+    @property
+    def share_at(self) -> int:
+        """Where it is said how the line is cut, and where the CTA's run starts."""
+        return self.state_at + self.warps * 32
 
     @property
     def shared_bytes(self) -> int:
         """Of a CTA."""
-        return self.flag_at + 16
+        return self.share_at + 32
 
     @property
     def part_floats(self) -> int:
@@ -121,13 +119,13 @@ class Shape(NamedTuple):
 
 
 SHAPES = (
-    Shape(64, 64, 1, 12),
-    Shape(64, 64, 2, 12),
-    Shape(128, 128, 1, 12),
+    Shape(64, 64, 1, 16),
+    Shape(64, 64, 2, 8),
+    Shape(128, 128, 1, 16),
     Shape(128, 128, 2, 8),
-    Shape(192, 128, 1, 8),
-    Shape(192, 128, 2, 6),
-    Shape(256, 256, 1, 6),
+    Shape(192, 128, 1, 12),
+    Shape(192, 128, 2, 8),
+    Shape(256, 256, 1, 8),
 )
 
 

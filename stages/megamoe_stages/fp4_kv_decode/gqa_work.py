@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import cutlass
 from cutlass import Constexpr, Int32, Int64, Uint32, cute
-from cutlass._mlir.dialects import llvm
 
-from megamoe.cute import arith, bulk
+from megamoe.cute import arith, bulk, f16, warp
 from megamoe_stages.fp4_kv_decode.gqa_shape import STEP, TILE, WARP, Shape
 
 
@@ -63,22 +62,16 @@ class Copier(NamedTuple):
     """What a lane copies of every tile: a run of tokens' codes or scales, of keys and of values.
 
     Attributes:
-        keys: Address of that side of the cache.
-        values: Likewise.
-        key_bytes: Of a token.
-        value_bytes: Of a token.
+        sides: Where in shared memory the addresses of its side of the cache are.
+        second: Whether it copies scales.
         token: Of the tile, where the run starts.
         tokens: Of the run; 0 where the lane copies nothing.
-        second: Whether it copies scales.
     """
 
-    keys: Int64
-    values: Int64
-    key_bytes: Int32
-    value_bytes: Int32
+    sides: Uint32
+    second: Int32
     token: Int32
     tokens: Int32
-    second: Int32
 
 
 def first_token(length: Int32, cache: Cache) -> Int32:
@@ -147,34 +140,22 @@ def run_shift(cache: Cache) -> Int32:
     return Int32(arith.select(page % 64 == 0, Int32(2), arith.select(page % 32 == 0, Int32(1), Int32(0))))
 
 
-def _as_it_is(address: Int64) -> Int64:
-    """An address that the compiler reads as a whole: else it may choose between the places of kernel parameters."""
-    out = llvm.inline_asm(
-        Int64.mlir_type,
-        [address.ir_value()],
-        "mov.b64 $0, $1;",
-        "=l,l",
-        has_side_effects=False,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    return Int64(out)
+@cute.jit
+def put_sides(base: Uint32, cache: Constexpr[Cache], shape: Constexpr[Shape]) -> None:
+    """Leaves the addresses of the cache in shared memory, one thread: in the loop they would cost registers."""
+    for i, side in enumerate((cache.sides[0], cache.sides[2], cache.sides[1], cache.sides[3])):
+        f16.store_address(Int32(base) + shape.sides_at + 8 * i, side)
 
 
-def copier(cache: Cache, shape: Shape) -> Copier:
-    """What this lane copies: an even one codes, the odd one behind it their scales."""
-    lane = cute.arch.lane_idx()
+def copier(base: Uint32, cache: Cache, shape: Shape) -> Copier:
+    """What this lane copies: an even one codes, the odd one behind it their scales. To be asked anew where needed."""
+    lane = warp.thread() % WARP
     run = Int32(STEP) << run_shift(cache)
-    sides = [_as_it_is(side) for side in cache.sides]
-    second = lane % 2 == 1
     return Copier(
-        keys=arith.select(second, sides[1], sides[0]),
-        values=arith.select(second, sides[3], sides[2]),
-        key_bytes=arith.select(second, Int32(shape.key_bytes[1]), Int32(shape.key_bytes[0])),
-        value_bytes=arith.select(second, Int32(shape.value_bytes[1]), Int32(shape.value_bytes[0])),
+        sides=base + shape.sides_at + lane % 2 * 16,
+        second=lane % 2,
         token=lane // 2 * run,
         tokens=arith.select(lane // 2 * run < TILE, run, Int32(0)),
-        second=arith.select(second, Int32(1), Int32(0)),
     )
 
 
@@ -195,25 +176,21 @@ def row_of(tile: Int32, home: Int32, kv_head: Int32, cache: Cache, mine: Copier)
 
 
 @cute.jit
-def copy_keys(
-    row: Int32, wanted: cutlass.Boolean, slot: Uint32, barrier: Uint32, mine: Constexpr[Copier], shape: Constexpr[Shape]
+def copy_if(
+    wanted: cutlass.Boolean,
+    row: Int32,
+    which: Constexpr[int],
+    place: Uint32,
+    barrier: Uint32,
+    mine: Constexpr[Copier],
+    shape: Constexpr[Shape],
 ) -> None:
-    """Starts this lane's copy of keys if there is such a tile."""
+    """Starts this lane's copy of a tile's keys (`which` = 0) or values (1) if there is such a tile."""
     if wanted & (mine.tokens != 0):
-        _copy(mine.keys, row, mine.key_bytes, slot + mine.second * (TILE * shape.key_bytes[0]), barrier, mine)
-
-
-@cute.jit
-def copy_values(
-    row: Int32, wanted: cutlass.Boolean, slot: Uint32, barrier: Uint32, mine: Constexpr[Copier], shape: Constexpr[Shape]
-) -> None:
-    """Starts this lane's copy of values if there is such a tile."""
-    if wanted & (mine.tokens != 0):
-        _copy(mine.values, row, mine.value_bytes, slot + mine.second * (TILE * shape.value_bytes[0]), barrier, mine)
-
-
-def _copy(side: Int64, row: Int32, token_bytes: Int32, place: Uint32, barrier: Uint32, mine: Copier) -> None:
-    size = mine.tokens * token_bytes
-    bulk.barrier_expect(barrier, size)
-    source = side + Int64(row) * Int64(token_bytes)
-    bulk.copy(place + mine.token * token_bytes, source, size, barrier, bulk.evict_first())
+        codes, scales = (shape.key_bytes, shape.value_bytes)[which]
+        token_bytes = arith.select(mine.second != 0, Int32(scales), Int32(codes))
+        source = f16.load_address(Int32(mine.sides) + 8 * which) + Int64(row) * Int64(token_bytes)
+        size = mine.tokens * token_bytes
+        bulk.barrier_expect(barrier, size)
+        place = place + mine.second * (TILE * codes) + mine.token * token_bytes
+        bulk.copy(place, source, size, barrier, bulk.evict_first())
