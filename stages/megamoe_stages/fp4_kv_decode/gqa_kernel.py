@@ -19,6 +19,7 @@ from megamoe.cute import arith, bf16, bulk, f16, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.fp4_kv_decode import gqa_attend as attend
+from megamoe_stages.fp4_kv_decode import gqa_result as result_of
 from megamoe_stages.fp4_kv_decode import gqa_work as work
 from megamoe_stages.fp4_kv_decode.gqa_attend import LOWEST, Limits
 from megamoe_stages.fp4_kv_decode.gqa_result import Place, Result, finish, join_all
@@ -140,24 +141,23 @@ def kernel(
         work.put_sides(base, cache, shape)
     cute.arch.griddepcontrol_launch_dependents()
     cute.arch.griddepcontrol_wait()  # what stands above overlaps with the end of the kernel before
-    share = Share(*work.cut(cache, shape))
-    begin = share.start(cta * shape.warps + wide)
+    *numbers, own_length = work.cut(cache, shape)
+    share = Share(*numbers)
+    tile = share.start(cta * shape.warps + wide)
     stop = share.start(cta * shape.warps + wide + 1)
-    tile = begin
-    sequence, origin = work.find(tile, cache)
+    sequence, origin, length = work.find(tile, own_length, cache)
     if thread == 0:
-        bulk.store4(base + shape.share_at, [Uint32(word) for word in (*share, sequence)])
-        ring.store4(Int32(base) + shape.share_at + 16, origin)
+        bulk.store4(base + shape.share_at, [Uint32(word) for word in (*share, Int32(0))])
+    result_of.no_record(base, shape)
     acc = cute.make_rmem_tensor((4 * shape.quads,), Float32)
     operands = cute.make_rmem_tensor((shape.column_blocks * shape.key_blocks * 8,), Uint32)
     factor = cute.make_rmem_tensor((2 * shape.column_blocks,), Float32)
     top = cute.make_rmem_tensor((2 * shape.column_blocks,), Float32)
     total = cute.make_rmem_tensor((2 * shape.column_blocks,), Float32)
     x = cute.make_rmem_tensor((STEPS * shape.column_blocks * 4,), Float32)
-    parity, pages, row, home, length = Int32(0), Uint32(0), Int32(0), Int32(0), Int32(0)
+    parity, pages, row, home = Int32(0), Uint32(0), Int32(0), Int32(0)
     cute.arch.sync_threads()
     if tile < stop:
-        length = lengths[sequence]
         pages, home = start_copies(tile, stop, sequence, origin, length, base, ring_at, barriers, cache, shape)
     while tile < stop:
         count = work.tiles_of(length, cache)  # of the problem
@@ -172,6 +172,8 @@ def kernel(
         ends = arith.select(tile + own == problem_start + count, Int32(1), Int32(0))
         bulk.store4(state, [Uint32(word) for word in (tile + own, stop, origin, length)])
         bulk.store4(state + 16, [Uint32(word) for word in (sequence, kv_head, starts, ends)])
+        if (starts == 0) | (ends == 0):
+            result_of.put_record(base, Place(sequence, kv_head), problem_start, count, starts, ends, shape)
         cute.arch.sync_warp()
         load_queries(q, operands, factor, sequence, kv_head, unit * k_scale[()], result, shape)
         for i in cutlass.range_constexpr(4 * shape.quads):
@@ -225,7 +227,7 @@ def kernel(
             pages, home = start_copies(tile, stop, sequence, origin, length, base, ring_at, barriers, cache, shape)
         finish(acc, top, total, base, starts != 0, ends != 0, place, result, shape)
     cute.arch.sync_threads()
-    join_all(base, cache, result, shape)
+    join_all(base, kv_heads, result, shape)
 
 
 def length_of(state: Uint32) -> Int32:

@@ -22,7 +22,7 @@ from megamoe.cute.f16 import DECODED_UNIT
 from megamoe_stages.fp4_kv_decode import gqa_work as work
 from megamoe_stages.fp4_kv_decode.gqa_attend import INFINITY, LOWEST, lanes
 from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, WARP, Shape
-from megamoe_stages.fp4_kv_decode.gqa_work import Cache, Share
+from megamoe_stages.fp4_kv_decode.gqa_work import Share
 
 _LN2 = math.log(2)
 _QUAD_BYTES = 16
@@ -124,90 +124,125 @@ def stats_of(wide: Int32, ends: cutlass.Boolean, shape: Shape) -> Int32:
     return Int32(shape.stats_at + number * (shape.columns * 8))
 
 
+def record_of(wide: Int32, ends: cutlass.Boolean, shape: Shape) -> Int32:
+    """Where it is said whose sums they are: sequence, kv head * 2 + starts, first and last CTA that have some."""
+    return Int32(shape.records_at + arith.select(ends, wide, wide + shape.warps) * 16)
+
+
+def no_record(base: Uint32, shape: Shape) -> None:
+    """Nothing of this warp waits to be joined yet."""
+    none = [Uint32(0xFFFFFFFF)] * 4
+    for ends in (True, False):
+        bulk.store4(base + record_of(warp.thread() // WARP, cutlass.Boolean(ends), shape), none)
+
+
 @cute.jit
-def join_all(
+def put_record(
     base: Uint32,
-    cache: Constexpr[Cache],
-    result: Constexpr[Result],
+    place: Constexpr[Place],
+    first_tile: Int32,
+    tiles: Int32,
+    starts: Int32,
+    ends: Int32,
     shape: Constexpr[Shape],
 ) -> None:
-    """Goes through the problems of the CTA's run and joins what several warps have; then merges what several CTAs have."""
+    """Sums of a problem, from `first_tile` on in the line, will wait to be joined."""
+    share = Share(*(Int32(word) for word in bulk.load4(base + shape.share_at)[:3]))
+    ctas = [share.owner(tile) // shape.warps for tile in (first_tile, first_tile + tiles - 1)]
+    words = (place.sequence, place.kv_head * 2 + starts, *ctas)
+    at = record_of(warp.thread() // WARP, ends != 0, shape)
+    bulk.store4(base + at, [Uint32(word) for word in words])
+
+
+@cute.jit
+def join_all(base: Uint32, kv_heads: Int32, result: Constexpr[Result], shape: Constexpr[Shape]) -> None:
+    """Joins what several warps of the CTA have of a problem, then merges what several CTAs have.
+
+    The warps' runs follow each other in the line, so a problem's sums are those of the warp where it starts, or of the first one,
+    and of the warps behind it up to the first where a problem ends that did not start there, or the last one.
+    """
     thread = warp.thread()
     cta, _, _ = cute.arch.block_idx()
-    *numbers, sequence = (Int32(word) for word in bulk.load4(base + shape.share_at))
-    share, origin = Share(*numbers), ring.load4(Int32(base) + shape.share_at + 16)
-    begin, stop = share.start(cta * shape.warps), share.start(cta * shape.warps + shape.warps)
-    tile = begin
-    shared = [cute.make_rmem_tensor((4,), Int32) for _ in range(2)]  # sequence, kv head, first and last CTA of parts
-    for i in cutlass.range_constexpr(2):
-        shared[i].fill(Int32(-1))
-    while tile < stop:
-        count = work.tiles_of(cache.lengths[sequence], cache)
-        kv_head = (tile - origin) // count
-        start = origin + kv_head * count
-        end = start + count
-        place = Place(sequence, kv_head)
-        first, last = share.owner(tile), share.owner(cutlass.min(end, stop) - 1)
-        if (first < last) | (start < begin) | (end > stop):
-            warps = (first - cta * shape.warps, last - cta * shape.warps)
-            ends = share.start(last + 1) >= end
-            join(base, warps[0], warps[1], ends, start >= begin, end <= stop, place, result, shape)
-            if (start < begin) | (end > stop):
-                words = (sequence, kv_head, share.owner(start) // shape.warps, share.owner(end - 1) // shape.warps)
-                number = arith.select(start < begin, Int32(0), Int32(1))
-                for k, word in enumerate(words):
-                    for i in cutlass.range_constexpr(2):
-                        shared[i][k] = arith.select(number == i, word, shared[i][k])
-        tile = cutlass.min(end, stop)
-        if (tile == end) & (kv_head == cache.kv_heads - 1):
-            sequence = sequence + 1
-            origin = tile
-    if (shared[0][0] >= 0) | (shared[1][0] >= 0):
+    lane = thread % WARP
+    first, last = [Uint32(0xFFFFFFFF)] * 2, [Uint32(0xFFFFFFFF)] * 2
+    if lane < shape.warps:
+        first = bulk.load4(base + record_of(lane, cutlass.Boolean(True), shape))[:2]
+        last = bulk.load4(base + record_of(lane, cutlass.Boolean(False), shape))[:2]
+    none = Uint32(0xFFFFFFFF)
+    ending = Uint32(cute.arch.vote_ballot_sync(first[0] != none))
+    going = Uint32(cute.arch.vote_ballot_sync(last[0] != none))
+    starting = Uint32(cute.arch.vote_ballot_sync((last[0] != none) & ((last[1] & 1) != 0)))
+    head = ((ending | (going & ~starting)) & 1) != 0  # the first problem started in a CTA before
+    leaders = starting
+    before = head
+    turn, tail = Int32(0), Int32(-1)
+    while before | (leaders != 0):
+        leader = arith.select(before, Int32(0), work.lowest(leaders))
+        behind = arith.select(before, ending, ending & (Uint32(0xFFFFFFFE) << leader.to(Uint32)))
+        ends = behind != 0
+        end = arith.select(ends, work.lowest(behind), work.highest(going))
+        alone = ~before & ends
+        for i in cutlass.range_constexpr((shape.quads + shape.warps - 1) // shape.warps):
+            quad = thread // WARP - turn
+            quad = arith.select(quad < 0, quad + shape.warps, quad) + i * shape.warps
+            if quad < shape.quads:
+                place, whole = join(base, leader, end, ends, quad, shape)
+                if alone:
+                    whole.write(quad, place, result, shape)
+                else:
+                    whole.write_part(quad, cta * 2 + arith.select(before, Int32(0), Int32(1)), result, shape)
+        tail = arith.select(~before & ~ends, leader, tail)
+        leaders = arith.select(before, leaders, leaders & (leaders - 1))
+        before = cutlass.Boolean(False)
+        turn = turn + shape.quads % shape.warps
+        turn = arith.select(turn >= shape.warps, turn - shape.warps, turn)
+    if head | (tail >= 0):
+        records = [
+            arith.select(head, record_of(Int32(0), (ending & 1) != 0, shape), Int32(0)),
+            arith.select(tail >= 0, record_of(cutlass.max(tail, 0), cutlass.Boolean(False), shape), Int32(0)),
+        ]
         cute.arch.fence_acq_rel_gpu()
         cute.arch.sync_threads()
         for number in cutlass.range_constexpr(2):
             if thread == number * WARP:
                 whole = Int32(0)
-                if shared[number][0] >= 0:
-                    problem = shared[number][0] * cache.kv_heads + shared[number][1]
+                if records[number] != 0:
+                    words = [Int32(word) for word in bulk.load4(base + records[number])]
+                    problem = words[0] * kv_heads + words[1] // 2
                     at = ring.address(result.arrived.iterator) + Int64(problem) * 4
                     arrived = attention_mma.add_global(at, Int32(1))
-                    whole = arith.select(arrived == shared[number][3] - shared[number][2], Int32(1), Int32(0))
+                    whole = arith.select(arrived == words[3] - words[2], Int32(1), Int32(0))
                 ring.store4(Int32(base) + shape.flags_at + 4 * number, whole)
         cute.arch.sync_threads()
-        merge(base, shared, result, shape)
+        merge(base, records, result, shape)
+
+
+def join(
+    base: Uint32, leader: Int32, end: Int32, ends: cutlass.Boolean, quad: Int32, shape: Shape
+) -> tuple[Place, Sums]:
+    """Adds up a group of sums of warps `leader` to `end`; the problem ends in that warp's run or goes on behind it."""
+    lane = warp.thread() % WARP
+    record = bulk.load4(base + record_of(leader, ends & (leader == end), shape))
+    whole = Sums.empty()
+    stats = base + columns_of(quad, shape) * 8
+    _join(whole, base, stats, base + lane * _QUAD_BYTES + quad * _ROUND_BYTES, leader, end, ends, shape)
+    return Place(Int32(record[0]), Int32(record[1] >> 1)), whole
 
 
 @cute.jit
-def join(
+def _join(
+    whole: Constexpr[Sums],
     base: Uint32,
-    first: Int32,
-    last: Int32,
+    stats: Uint32,
+    sums: Uint32,
+    leader: Int32,
+    end: Int32,
     ends: cutlass.Boolean,
-    starts_here: cutlass.Boolean,
-    ends_here: cutlass.Boolean,
-    place: Constexpr[Place],
-    result: Constexpr[Result],
     shape: Constexpr[Shape],
 ) -> None:
-    """Adds up what warps `first` to `last` have of a problem, which ends in the run of the last or does not."""
-    thread = warp.thread()
-    cta, _, _ = cute.arch.block_idx()
-    lane = thread % WARP
-    for i in cutlass.range_constexpr((shape.quads + shape.warps - 1) // shape.warps):
-        quad = thread // WARP + i * shape.warps
-        if quad < shape.quads:
-            whole = Sums.empty()
-            stats = base + columns_of(quad, shape) * 8
-            for w in cutlass.range(first, last + 1, unroll=4):
-                words = bulk.load4(stats + stats_of(w, (w == last) & ends, shape))
-                at = base + sums_of(w, (w == last) & ends, shape) + lane * _QUAD_BYTES
-                whole.add(words, bulk.load4(at + quad * _ROUND_BYTES))
-            if starts_here & ends_here:
-                whole.write(quad, place, result, shape)
-            else:
-                number = arith.select(starts_here, Int32(1), Int32(0))
-                write_part(whole, quad, cta * 2 + number, result, shape)
+    for w in cutlass.range(leader, end + 1, unroll=4):
+        here = ends & (w == end)
+        whole.add(bulk.load4(stats + stats_of(w, here, shape)), bulk.load4(sums + sums_of(w, here, shape)))
 
 
 class Sums(NamedTuple):
@@ -248,6 +283,12 @@ class Sums(NamedTuple):
         """Writes the result."""
         own = [[tensor[i] for i in range(n)] for tensor, n in zip(self, (2, 2, 4), strict=True)]
         write(own[2], own[0], own[1], quad, place, result, shape)
+
+    def write_part(self, quad: Int32, part: Int32, result: Result, shape: Shape) -> None:
+        """Writes a part."""
+        words = [arith.bits(self.sums[k]) for k in range(4)]
+        stats = [arith.bits(x[c]) for c in range(2) for x in (self.most, self.totals)]
+        write_part(words, stats, quad, part, result, shape)
 
 
 def columns_of(quad: Int32, shape: Shape) -> Int32:
@@ -291,24 +332,26 @@ def write(
 
 @cute.jit
 def write_part(
-    whole: Constexpr[Sums], quad: Int32, part: Int32, result: Constexpr[Result], shape: Constexpr[Shape]
+    sums: Constexpr[list[Uint32]],
+    stats: Constexpr[list[Uint32]],
+    quad: Int32,
+    part: Int32,
+    result: Constexpr[Result],
+    shape: Constexpr[Shape],
 ) -> None:
     """Writes a group of four sums of a part, and with the first ones its largest scores and sums of weights."""
     g, _ = lanes()
-    lane = cute.arch.lane_idx()
+    lane = warp.thread() % WARP
     at = ring.address(result.parts.iterator) + Int64(part) * (shape.part_floats * 4)
-    bulk.store_global4(at + (quad * WARP + lane) * _QUAD_BYTES, [arith.bits(whole.sums[k]) for k in range(4)])
+    bulk.store_global4(at + (quad * WARP + lane) * _QUAD_BYTES, sums)
     if (quad < shape.column_blocks) & (g == 0):
         at = ring.address(result.stats.iterator) + (Int64(part) * shape.columns + columns_of(quad, shape)) * 8
-        bulk.store_global4(at, [arith.bits(x[c]) for c in range(2) for x in (whole.most, whole.totals)])
+        bulk.store_global4(at, stats)
 
 
 @cute.jit
 def merge(
-    base: Uint32,
-    shared: Constexpr[list[cute.Tensor]],
-    result: Constexpr[Result],
-    shape: Constexpr[Shape],
+    base: Uint32, records: Constexpr[list[Int32]], result: Constexpr[Result], shape: Constexpr[Shape]
 ) -> None:
     """Adds up the parts of the problems of which this CTA was the last to have its own ready, and writes the results."""
     thread = warp.thread()
@@ -318,9 +361,9 @@ def merge(
         item = thread // WARP + i * shape.warps
         second = item >= shape.quads
         quad = item - arith.select(second, Int32(shape.quads), Int32(0))
-        words = [arith.select(second, shared[1][k], shared[0][k]) for k in range(4)]
         flag = ring.load4(Int32(base) + shape.flags_at + arith.select(second, Int32(4), Int32(0)))
         if (quad < shape.quads) & (flag != 0):
+            words = [Int32(word) for word in bulk.load4(base + arith.select(second, records[1], records[0]))]
             whole = Sums.empty()
             stats = ring.address(result.stats.iterator) + columns_of(quad, shape) * 8
             sums = ring.address(result.parts.iterator) + (quad * WARP + lane) * _QUAD_BYTES
@@ -328,4 +371,4 @@ def merge(
                 part = Int64(cta * 2 + arith.select(cta == words[2], Int32(1), Int32(0)))
                 values = attention_mma.load16_global(sums + part * (shape.part_floats * 4))
                 whole.add(attention_mma.load16_global(stats + part * (shape.columns * 8)), values)
-            whole.write(quad, Place(words[0], words[1]), result, shape)
+            whole.write(quad, Place(words[0], words[1] // 2), result, shape)

@@ -99,18 +99,23 @@ class Shape(NamedTuple):
 
     @property
     def state_at(self) -> int:
-        """Where what only matters between problems starts: 32 bytes of each warp, 32 of the CTA."""
+        """Where what only matters between problems starts: 32 bytes of each warp."""
         return self.sides_at + 32
 
     @property
-    def share_at(self) -> int:
-        """Where it is said how the line is cut, and where the CTA's run starts."""
+    def records_at(self) -> int:
+        """Where it is said whose sums wait to be joined: 16 bytes of all warps' first problems, then of the last ones."""
         return self.state_at + self.warps * 32
+
+    @property
+    def share_at(self) -> int:
+        """Where it is said how the line is cut."""
+        return self.records_at + self.warps * 32
 
     @property
     def shared_bytes(self) -> int:
         """Of a CTA."""
-        return self.share_at + 32
+        return self.share_at + 16
 
     @property
     def part_floats(self) -> int:

@@ -54,8 +54,10 @@ class Share(NamedTuple):
     def owner(self, tile: Int32) -> Int32:
         """The warp that has a tile."""
         edge = self.longer * (self.tiles + 1)
-        behind = self.longer + (tile - edge) // self.tiles
-        return Int32(arith.select(tile < edge, tile // (self.tiles + 1), behind))
+        early = tile < edge
+        place = arith.select(early, tile, tile - edge)
+        size = arith.select(early, self.tiles + 1, cutlass.max(self.tiles, 1))
+        return place // size + arith.select(early, Int32(0), self.longer)
 
 
 class Copier(NamedTuple):
@@ -92,12 +94,15 @@ def tiles_of(length: Int32, cache: Cache) -> Int32:
 
 
 @cute.jit
-def cut(cache: Constexpr[Cache], shape: Constexpr[Shape]) -> tuple[Int32, Int32, Int32]:
-    """What a `Share` is made of; every warp adds up all lengths."""
+def cut(cache: Constexpr[Cache], shape: Constexpr[Shape]) -> tuple[Int32, Int32, Int32, Int32]:
+    """What a `Share` is made of, and the length of the sequence of this lane's number; a warp adds up all lengths."""
     lane = cute.arch.lane_idx()
     batch = cute.size(cache.lengths)
-    total = Int32(0)
-    for chunk in cutlass.range((batch + (WARP - 1)) // WARP, unroll=1):
+    total, own = Int32(0), Int32(0)
+    if lane < batch:
+        own = cache.lengths[lane]
+        total = tiles_of(own, cache)
+    for chunk in cutlass.range(1, (batch + (WARP - 1)) // WARP, unroll=1):
         mine = chunk * WARP + lane
         if mine < batch:
             total = total + tiles_of(cache.lengths[mine], cache)
@@ -106,32 +111,45 @@ def cut(cache: Constexpr[Cache], shape: Constexpr[Shape]) -> tuple[Int32, Int32,
     total = total * cache.kv_heads
     warps = cutlass.min(cute.arch.grid_dim()[0] * shape.warps, total)
     tiles = total // warps
-    return warps, tiles, total - tiles * warps
+    return warps, tiles, total - tiles * warps, own
 
 
 @cute.jit
-def find(tile: Int32, cache: Constexpr[Cache]) -> tuple[Int32, Int32]:
-    """The sequence that a tile belongs to, and the first tile of that."""
+def find(tile: Int32, own: Int32, cache: Constexpr[Cache]) -> tuple[Int32, Int32, Int32]:
+    """The sequence that a tile belongs to, the first tile of that, and its length; `own` is from `cut`."""
     lane = cute.arch.lane_idx()
     batch = cute.size(cache.lengths)
-    before, sequence, start = Int32(0), Int32(0), Int32(0)
+    before, sequence, start, length = Int32(0), Int32(0), Int32(0), Int32(0)
     for chunk in cutlass.range((batch + (WARP - 1)) // WARP, unroll=1):
         mine = chunk * WARP + lane
         count = Int32(0)
         if mine < batch:
-            count = tiles_of(cache.lengths[mine], cache) * cache.kv_heads
+            if chunk > 0:
+                own = cache.lengths[mine]
+            count = tiles_of(own, cache) * cache.kv_heads
         through = count
         for step in (1, 2, 4, 8, 16):
             below = cute.arch.shuffle_sync_up(through, step)
             through = through + arith.select(lane >= step, below, Int32(0))
-        own = before + through - count
-        here = Uint32(cute.arch.vote_ballot_sync((tile >= own) & (tile < own + count)))
+        first = before + through - count
+        here = Uint32(cute.arch.vote_ballot_sync((tile >= first) & (tile < first + count)))
         if here != 0:
-            place = Int32(arith.ptx(Uint32, "{.reg .b32 r; brev.b32 r, $1; clz.b32 $0, r;}", here))
+            place = lowest(here)
             sequence = chunk * WARP + place
-            start = cute.arch.shuffle_sync(own, place)
+            start = cute.arch.shuffle_sync(first, place)
+            length = cute.arch.shuffle_sync(own, place)
         before = before + cute.arch.shuffle_sync(through, WARP - 1)
-    return sequence, start
+    return sequence, start, length
+
+
+def lowest(mask: Uint32) -> Int32:
+    """The number of the lowest bit that is set, -1 for none."""
+    return Int32(arith.ptx(Uint32, "{.reg .b32 x; neg.s32 x, $1; and.b32 x, x, $1; bfind.u32 $0, x;}", mask))
+
+
+def highest(mask: Uint32) -> Int32:
+    """The number of the highest bit that is set, -1 for none."""
+    return Int32(arith.ptx(Uint32, "bfind.u32 $0, $1;", mask))
 
 
 def run_shift(cache: Cache) -> Int32:
