@@ -53,6 +53,7 @@ def launch(
     heads: Int32,
     kv_heads: Int32,
     page: Int32,
+    count: Int32,  # pages of the cache
     window: Int32,  # 0 for none
     has_sink: Int32,
     stream: CUstream,
@@ -81,6 +82,7 @@ def launch(
         heads,
         kv_heads,
         page,
+        count,
         pages,
         window,
         has_sink,
@@ -117,6 +119,7 @@ def kernel(
     heads: Int32,
     kv_heads: Int32,
     page: Int32,
+    count: Int32,
     pages: cute.FastDivmodDivisorV2,
     window: Int32,
     has_sink: Int32,
@@ -129,7 +132,7 @@ def kernel(
     base = bulk.shared_address(cute.arch.get_dyn_smem(Uint8, alignment=128))
     group = heads // kv_heads
     sides = tuple(ring.address(tensor.iterator) for tensor in (k_codes, k_scales, v_codes, v_scales))
-    cache = Cache(sides, block_table, lengths, pages, page, kv_heads, queries, window)
+    cache = Cache(sides, block_table, lengths, pages, page, count, kv_heads, queries, window)
     result = Result(out, lse, sink, has_sink, v_scale, parts, stats, arrived, queries, heads, group)
     ring_at = base + wide * shape.ring_bytes
     barriers = base + shape.barriers_at + wide * (2 * bulk.BARRIER_BYTES)
@@ -160,20 +163,20 @@ def kernel(
     if tile < stop:
         pages, home = start_copies(tile, stop, sequence, origin, length, base, ring_at, barriers, cache, shape)
     while tile < stop:
-        count = work.tiles_of(length, cache)  # of the problem
-        kv_head = (tile - origin) // count
-        problem_start = origin + kv_head * count
-        own = cutlass.min(problem_start + count, stop) - tile
+        tiles = work.tiles_of(length, cache)  # of the problem
+        kv_head = (tile - origin) // tiles
+        problem_start = origin + kv_head * tiles
+        own = cutlass.min(problem_start + tiles, stop) - tile
         first = work.first_token(length, cache) // TILE + tile - problem_start
         inner_start = arith.select(window != 0, cutlass.max(length - window, 0) + (TILE - 1), Int32(0)) // TILE
         inner_end = cutlass.min(length - queries + 1, work.held(length, cache)) // TILE
         state = base + shape.state_at + wide * 32
         starts = arith.select(tile == problem_start, Int32(1), Int32(0))
-        ends = arith.select(tile + own == problem_start + count, Int32(1), Int32(0))
+        ends = arith.select(tile + own == problem_start + tiles, Int32(1), Int32(0))
         bulk.store4(state, [Uint32(word) for word in (tile + own, stop, origin, length)])
         bulk.store4(state + 16, [Uint32(word) for word in (sequence, kv_head, starts, ends)])
         if (starts == 0) | (ends == 0):
-            result_of.put_record(base, Place(sequence, kv_head), problem_start, count, starts, ends, shape)
+            result_of.put_record(base, Place(sequence, kv_head), problem_start, tiles, starts, ends, shape)
         cute.arch.sync_warp()
         load_queries(q, operands, factor, sequence, kv_head, unit * k_scale[()], result, shape)
         for i in cutlass.range_constexpr(4 * shape.quads):
@@ -210,7 +213,7 @@ def kernel(
                     cute.arch.sync_warp()
                     mine = work.copier(base, cache, shape)
                     work.copy_if(more, row, 1, values_at, barriers + bulk.BARRIER_BYTES, mine, shape)
-                    pages = pages_of(home)
+                    pages = pages_of(home, shift)
                     home = work.home_of(now + 2, now + 2 < first + own, sequence, cache, mine.token)
                 attend.add_values(acc, codes, scales, weights[j], shape)
             parity = parity ^ 1
@@ -242,9 +245,9 @@ def limits_of(length: Int32, cache: Cache, group: Int32) -> Limits:
     )
 
 
-def pages_of(home: Int32) -> Uint32:
+def pages_of(home: Int32, shift: Int32) -> Uint32:
     """Which runs of a tile lie on pages, given the page of what each lane copies: bit 2i for run i."""
-    return Uint32(cute.arch.vote_ballot_sync(home >= 0)) & 0x55
+    return Uint32(cute.arch.vote_ballot_sync(home >= 0)) & every_page(shift)
 
 
 def every_page(shift: Int32) -> Uint32:
@@ -281,7 +284,7 @@ def start_copies(
     always = cutlass.Boolean(True)
     work.copy_if(always, row, 0, ring_at, barriers, mine, shape)
     work.copy_if(always, row, 1, ring_at + shape.values_at, barriers + bulk.BARRIER_BYTES, mine, shape)
-    return pages_of(homes[0]), homes[1]
+    return pages_of(homes[0], work.run_shift(cache)), homes[1]
 
 
 @cute.jit
@@ -355,7 +358,7 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
             matrix(Float32, 2 * shape.columns, 16),
             vector(Int32),
             Float32(0),
-            *(Int32(0) for _ in range(6)),
+            *(Int32(0) for _ in range(7)),
             make_fake_stream(use_tvm_ffi_env_stream=True),
             shape,
         )

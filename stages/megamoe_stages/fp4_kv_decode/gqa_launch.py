@@ -61,6 +61,7 @@ def attend(
         heads,
         kv_heads,
         page,
+        keys.codes.shape[0] // (kv_heads * page),
         0 if window is None else window,
         int(sink is not None),
     )

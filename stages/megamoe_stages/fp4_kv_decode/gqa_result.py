@@ -350,9 +350,7 @@ def write_part(
 
 
 @cute.jit
-def merge(
-    base: Uint32, records: Constexpr[list[Int32]], result: Constexpr[Result], shape: Constexpr[Shape]
-) -> None:
+def merge(base: Uint32, records: Constexpr[list[Int32]], result: Constexpr[Result], shape: Constexpr[Shape]) -> None:
     """Adds up the parts of the problems of which this CTA was the last to have its own ready, and writes the results."""
     thread = warp.thread()
     lane = thread % WARP

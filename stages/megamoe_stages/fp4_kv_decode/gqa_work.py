@@ -24,6 +24,7 @@ class Cache(NamedTuple):
         lengths: (batch,) int32.
         page: Divides by the tokens of a page.
         page_size: Tokens of a page, a multiple of 16.
+        pages: Of the cache; other numbers in the table are no pages.
         kv_heads: Of the cache.
         queries: Of each sequence.
         window: Tokens that a query sees; 0 for all before it.
@@ -34,6 +35,7 @@ class Cache(NamedTuple):
     lengths: cute.Tensor
     page: cute.FastDivmodDivisorV2
     page_size: Int32
+    pages: Int32
     kv_heads: Int32
     queries: Int32
     window: Int32
@@ -184,6 +186,7 @@ def home_of(tile: Int32, inside: cutlass.Boolean, sequence: Int32, cache: Conste
     home = Int32(-1)
     if inside & (number < cute.size(cache.block_table, mode=[1])):
         home = cache.block_table[sequence, number]
+        home = arith.select(home < cache.pages, home, Int32(-1))
     return home
 
 
