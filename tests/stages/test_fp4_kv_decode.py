@@ -57,6 +57,12 @@ def appended(a: dict[str, Any]) -> dict[str, Any]:
     return a
 
 
+def entry(a: dict[str, Any], b: int, t: int) -> tuple[int, int] | None:
+    """Page and slot of entry t of the second cache, None where it does not exist."""
+    names = {"k_codes": "extra_codes", "block_table": "extra_table", "lengths": "extra_lengths"}
+    return slot({name: a[other] for name, other in names.items()}, b, t)
+
+
 def token(a: dict[str, Any], side: str, at: tuple[int, int]) -> Tensor:
     """float64 (kv_heads, D) of one slot."""
     code = a[f"{side}_codes"][at[0], :, at[1]].long()
@@ -83,9 +89,16 @@ def oracle(a: dict[str, Any]) -> tuple[Tensor, Tensor]:
             seen = [t for t in homes if t <= at and (a["window"] is None or t > at - a["window"])]
             if a.get("indices") is not None:
                 seen = [t for t in a["indices"][b, i].tolist() if t in homes]
-            if not seen:
+            chosen = [(k[t], v[t]) for t in seen]
+            if "extra_codes" in a:
+                picked = range(int(a["extra_lengths"][b]))
+                if "extra_indices" in a:
+                    picked = a["extra_indices"][b, i].tolist()
+                found = [at for t in picked if (at := entry(a, b, t)) is not None]
+                chosen += [(token(a, "extra", at), token(a, "extra", at)) for at in found]
+            if not chosen:
                 continue
-            keys, values = (torch.stack([x[t] for t in seen]).repeat_interleave(group, 1) for x in (k, v))
+            keys, values = (torch.stack(side).repeat_interleave(group, 1) for side in zip(*chosen, strict=True))
             e = (torch.einsum("hd,khd->hk", q[b, i], keys) * a["softmax_scale"]).exp()
             lse[b, i] = e.sum(1).log()
             bottom = e.sum(1) + (a["sink"].double().exp() if "sink" in a else 0)
@@ -168,7 +181,8 @@ def test_splits_change_nothing_but_rounding(splits: int, monkeypatch: pytest.Mon
 
 def test_fallback_reads_no_more_than_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     args = inputs("queries-8-window")
-    keys = fallback._keys(args["block_table"], args["lengths"], None, 8, 16, 10)
+    cache = fallback.Cache(args["k_codes"], args["k_scales"], args["k_scale"])
+    keys = fallback._keys(cache, args["block_table"], args["lengths"], None, 8, 10)
     assert keys.slot.shape == (3, 10 + 8 - 1)
 
 

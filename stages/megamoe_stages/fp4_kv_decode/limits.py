@@ -12,6 +12,8 @@ def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
     reasons = []
     if facts.get("dtype", "bfloat16") != "bfloat16":
         reasons.append(f"{facts['dtype']} queries: the kernel takes bfloat16")
+    if facts.get("extra"):
+        reasons.append("a second cache")
     if "head_dim" in facts:
         shared = bool(facts.get("shared"))
         wanted = Shape(int(facts["head_dim"] or 0), int(facts.get("v_dim") or facts["head_dim"] or 0), shared)

@@ -28,6 +28,12 @@ def fp4_kv_decode(
     v_new: Tensor | None = None,
     sink: Tensor | None = None,
     indices: Tensor | None = None,
+    extra_codes: Tensor | None = None,
+    extra_scales: E4M3Tensor | None = None,
+    extra_table: Tensor | None = None,
+    extra_lengths: Tensor | None = None,
+    extra_scale: Tensor | None = None,
+    extra_indices: Tensor | None = None,
     *,
     softmax_scale: float,
     window: int | None = None,
@@ -52,6 +58,12 @@ def fp4_kv_decode(
         v_new,
         sink,
         indices,
+        extra_codes,
+        extra_scales,
+        extra_table,
+        extra_lengths,
+        extra_scale,
+        extra_indices,
         softmax_scale=softmax_scale,
         window=window,
         splits=splits,
@@ -60,7 +72,7 @@ def fp4_kv_decode(
     if v_codes is not None and v_scales is not None and v_scale is not None:
         values = launch.Side(v_codes, v_scales, v_scale)
     shape = Shape(q.shape[3], values.codes.shape[1] * 2, shared=v_codes is None)
-    facts = {"dtype": str(q.dtype).removeprefix("torch."), **shape._asdict()}
+    facts = {"dtype": str(q.dtype).removeprefix("torch."), "extra": extra_codes is not None, **shape._asdict()}
     if reasons := limits.supports(facts):
         raise ArgumentError("fp4_kv_decode", "; ".join(reasons), "what this kernel supports")
     caches = {"k_codes": k_codes, "k_scales": k_scales, "v_codes": v_codes, "v_scales": v_scales}
