@@ -34,7 +34,8 @@ class Rows(NamedTuple):
         group: Heads that share a kv head.
         position: Token that query 0 is at.
         window: Tokens that a query sees; 0 for all before it.
-        indexed: Every query sees all tokens of the tiles.
+        indexed: Every query sees all tokens of the first cache's tiles.
+        near: Tiles of the CTA that are of the first cache.
         query: Row of q, in queries, of query 0.
         heads: Of q.
         head: First of the CTA's.
@@ -46,6 +47,7 @@ class Rows(NamedTuple):
     position: Int32
     window: Int32
     indexed: Int32
+    near: Int32
     query: Int32
     heads: Int32
     head: Int32
@@ -68,13 +70,35 @@ def below(count: Int32) -> Uint32:
     return arith.ptx(Uint32, "{.reg .b32 x; shl.b32 x, 1, $1; add.s32 $0, x, -1;}", bounded)  # 1 << 32 is 0 here
 
 
-def row_masks(row: Int32, start: Int32, exist: list[Uint32], rows: Rows) -> list[Uint32]:
+def row_masks(row: Int32, start: Int32, every: Boolean, exist: list[Uint32], rows: Rows) -> list[Uint32]:
     """Which tokens of a tile a row of the CTA sees, 32 a word, from this lane's first column on."""
     _, t, _ = lanes()
     last = rows.position + (rows.first + row) // rows.group - start  # in the tile
-    end = arith.select(rows.indexed != 0, Int32(TILE), last + 1)
-    begin = arith.select((rows.indexed != 0) | (rows.window == 0), Int32(0), last - rows.window + 1)
+    end = arith.select(every, Int32(TILE), last + 1)
+    begin = arith.select(every | (rows.window == 0), Int32(0), last - rows.window + 1)
     return [(exist[i] & below(end - 32 * i) & ~below(begin - 32 * i)) >> Uint32(2 * t) for i in range(2)]
+
+
+class Scales(NamedTuple):
+    """What the products and weights of a tile are multiplied by.
+
+    Attributes:
+        scores: Makes scores, in base 2, of the first cache's products.
+        extra_scores: The same for the second one's.
+        extra_weights: Its decode scale over the first one's, by which the output is multiplied in the end.
+    """
+
+    scores: Float32
+    extra_scores: Float32
+    extra_weights: Float32
+
+    def of(self, tile: Int32, rows: Rows, shape: Shape) -> tuple[Float32, Float32 | None]:
+        """Of a tile: for its scores and, where they may not be 1, for its weights."""
+        if not shape.extra:
+            return self.scores, None
+        near = tile < rows.near
+        scores = arith.select(near, self.scores, self.extra_scores)
+        return scores, arith.select(near, Float32(1.0), self.extra_weights)
 
 
 @cute.jit
@@ -85,21 +109,21 @@ def attend(
     consumer: Int32,
     tiles: Int32,
     first: Int32,
-    factor: Float32,
+    scales: Constexpr[Scales],
     rows: Constexpr[Rows],
     shape: Constexpr[Shape],
 ) -> None:
-    """All tiles that a consumer attends to; `factor` makes scores of products, `first` is the first token."""
+    """All tiles that a consumer attends to; `first` is the first token."""
     for i, zero in enumerate(wgmma.zeros(shape.out_columns // 2)):
         acc[i] = zero
     for i in cutlass.range_constexpr(2):
         stat[i], stat[2 + i] = Float32(NONE), Float32(0.0)
     if cutlass.const_expr(shape.split_columns):
-        attend_together(acc, stat, base, consumer, tiles, first, factor, rows, shape)
+        attend_together(acc, stat, base, consumer, tiles, first, scales, rows, shape)
     else:
         for turn in cutlass.range((tiles - consumer + 1) // 2, unroll=1):
             tile = consumer + 2 * turn
-            attend_alone(acc, stat, base, consumer, tile, first, factor, rows, shape)
+            attend_alone(acc, stat, base, consumer, tile, first, scales, rows, shape)
     for i in cutlass.range_constexpr(2):
         stat[2 + i] = sum_of_four(stat[2 + i], Target.SM90)
     if cutlass.const_expr(shape.split_columns):
@@ -114,7 +138,7 @@ def attend_alone(
     consumer: Int32,
     tile: Int32,
     first: Int32,
-    factor: Float32,
+    scales: Constexpr[Scales],
     rows: Constexpr[Rows],
     shape: Constexpr[Shape],
 ) -> None:
@@ -122,7 +146,8 @@ def attend_alone(
     count = shape.out_columns // 2
     scores = start_scores(base, tile, shape)
     masks = masks_of(base, tile, first, rows, shape)
-    weights, scale = softmax(attention_mma.wait(scores), masks, stat, factor, rows)
+    factors = scales.of(tile, rows, shape)
+    weights, scale = softmax(attention_mma.wait(scores), masks, stat, factors, rows)
     if cutlass.const_expr(shape.split_columns):
         publish(weights, stat, base, tile, shape)
     ready = attention_mma.fence([acc[i] * scale[i // 2 % 2] for i in range(count)] + weights)
@@ -140,14 +165,14 @@ def attend_together(
     consumer: Int32,
     tiles: Int32,
     first: Int32,
-    factor: Float32,
+    scales: Constexpr[Scales],
     rows: Constexpr[Rows],
     shape: Constexpr[Shape],
 ) -> None:
     """All tiles, each consumer half of the columns and the scores of every other tile."""
     count = shape.out_columns // 2
     if (consumer == 0) & (tiles > 0):
-        attend_alone(acc, stat, base, consumer, Int32(0), first, factor, rows, shape)
+        attend_alone(acc, stat, base, consumer, Int32(0), first, scales, rows, shape)
     skipped = 1 - consumer
     pairs = cutlass.max(tiles - skipped, 0) // 2
     for pair in cutlass.range(pairs, unroll=1):
@@ -158,7 +183,8 @@ def attend_together(
         sums = attention_mma.fence([acc[i] * scale[i // 2 % 2] for i in range(count)])
         sums = start_other_sums(sums, base, consumer, other, shape)
         masks = masks_of(base, own, first, rows, shape)
-        weights, scale = softmax(attention_mma.wait(scores, 1), masks, stat, factor, rows)  # while the sums are made
+        factors = scales.of(own, rows, shape)
+        weights, scale = softmax(attention_mma.wait(scores, 1), masks, stat, factors, rows)  # while the sums are made
         publish(weights, stat, base, own, shape)
         sums = attention_mma.wait(sums)
         release(base, other, shape)
@@ -228,7 +254,10 @@ def masks_of(base: Int32, tile: Int32, first: Int32, rows: Rows, shape: Shape) -
     g, _, wide = lanes()
     at = base + shape.masks_at + tile % shape.buffers * 8
     exist = [Uint32(ring.load4(at + 4 * i)) for i in range(2)]
-    return [row_masks(wide * 16 + g + 8 * i, first + tile * TILE, exist, rows) for i in range(2)]
+    every = rows.indexed != 0
+    if shape.extra:
+        every = every | (tile >= rows.near)
+    return [row_masks(wide * 16 + g + 8 * i, first + tile * TILE, every, exist, rows) for i in range(2)]
 
 
 @cute.jit
@@ -285,7 +314,11 @@ def finite(top: Float32) -> Float32:
 
 
 def softmax(
-    scores: list[Float32], masks: list[list[Uint32]], stat: cute.Tensor, factor: Float32, rows: Rows
+    scores: list[Float32],
+    masks: list[list[Uint32]],
+    stat: cute.Tensor,
+    factors: tuple[Float32, Float32 | None],
+    rows: Rows,
 ) -> tuple[list[Uint32], list[Float32]]:
     """Weights of a tile as left operands of four products, and by what the sums so far shrink; updates `stat`."""
     weights = cute.make_rmem_tensor((TILE // 4,), Uint32)
@@ -294,7 +327,7 @@ def softmax(
     valid = rows.count - rows.first - wide * 16
     for half in range(2):
         own = [scores[i + j] for i in range(2 * half, len(scores), 4) for j in range(2)]
-        softmax_of_row(weights, scale, stat, own, masks[half], factor, valid > 8 * half, half)
+        softmax_of_row(weights, scale, stat, own, masks[half], factors, valid > 8 * half, half)
     return [weights[i] for i in range(TILE // 4)], [scale[i] for i in range(2)]
 
 
@@ -305,7 +338,7 @@ def softmax_of_row(
     stat: cute.Tensor,
     scores: Constexpr[list[Float32]],
     masks: Constexpr[list[Uint32]],
-    factor: Float32,
+    factors: Constexpr[tuple[Float32, Float32 | None]],
     some: Boolean,
     half: Constexpr[int],
 ) -> None:
@@ -318,7 +351,7 @@ def softmax_of_row(
         x = []
         for i, score in enumerate(scores):
             visible = (masks[i // 8] & Uint32(1 << (i % 8 // 2 * 8 + i % 2))) != 0
-            x.append(arith.select(visible, arith.mul(score, factor, target), Float32(NONE)))
+            x.append(arith.select(visible, arith.mul(score, factors[0], target), Float32(NONE)))
         top = stat[half]
         for value in x:
             top = arith.maximum(top, value, target)
@@ -328,6 +361,8 @@ def softmax_of_row(
         for i, value in enumerate(x):
             x[i] = exp2(value - finite(top))
             total = total + x[i]
+            if cutlass.const_expr(factors[1] is not None):
+                x[i] = arith.mul(x[i], factors[1], target)
         for i in cutlass.range_constexpr(TILE // 8):
             weights[2 * i + half] = bf16.pack(x[2 * i], x[2 * i + 1], target)
         stat[half], stat[2 + half] = top, total

@@ -107,9 +107,7 @@ def _table(generator: torch.Generator, lengths: Sequence[int], page: int) -> tup
     return table, own
 
 
-def _extra(
-    generator: torch.Generator, lengths: Sequence[int], kv_heads: int, dim: int, page: int
-) -> dict[str, Tensor]:
+def _extra(generator: torch.Generator, lengths: Sequence[int], kv_heads: int, dim: int, page: int) -> dict[str, Tensor]:
     """A second cache; slots past its ends hold NaN scales."""
     table, own = _table(generator, lengths, page)
     used = torch.zeros(sum(map(len, own)) + SPARE, page, dtype=torch.bool)
@@ -168,9 +166,7 @@ CASES: dict[str, Case] = {
         make,
         {"lengths": [80, 20], "new": None, "picked": 40, "extra": [90, 30], "extra_picked": 70, "splits": 3, **_MLA},
     ),
-    "two-caches-nothing-near": Case(
-        make, {"lengths": [0, 1], "new": None, "extra": [20, 0], "sink": True, **_MLA}
-    ),
+    "two-caches-nothing-near": Case(make, {"lengths": [0, 1], "new": None, "extra": [20, 0], "sink": True, **_MLA}),
     "page128": Case(make, {"lengths": [129, 128, 127], "page": 128}),
     "page-odd": Case(make, {"lengths": [20, 7], "page": 5}),
     "heads-not-grouped": Case(make, {"lengths": [20], "heads": 3, "kv_heads": 3}),

@@ -86,6 +86,12 @@ class Extra(NamedTuple):
         """Entries that the table has room for."""
         return self.table.shape[1] * self.codes.shape[2]
 
+    @property
+    def seen(self) -> int:
+        """How many entries a query may see, by the sizes alone."""
+        held = self.room if self.codes.shape[0] else 0
+        return held if self.indices is None else min(held, self.indices.shape[2])
+
 
 def check(
     q: Tensor,

@@ -18,8 +18,8 @@ from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.convert import DECODED_UNIT
 from megamoe_stages.fp4_kv_decode import attend, produce
-from megamoe_stages.fp4_kv_decode.attend import Rows
-from megamoe_stages.fp4_kv_decode.produce import Store, Tokens
+from megamoe_stages.fp4_kv_decode.attend import Rows, Scales
+from megamoe_stages.fp4_kv_decode.produce import Tokens, Work
 from megamoe_stages.fp4_kv_decode.result import Result, finish, join_consumers
 from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, GROUP, ROWS, TILE, Shape
 
@@ -37,6 +37,12 @@ def launch(
     block_table: cute.Tensor,  # (batch, max_pages) int32
     lengths: cute.Tensor,  # (batch,) int32
     indices: cute.Tensor,  # (batch * queries, picked) int32; not read unless indexed
+    extra_codes: cute.Tensor,  # (pages * kv_heads * page, D/2) uint8 of the second cache; the first where there is none
+    extra_scales: cute.Tensor,
+    extra_table: cute.Tensor,
+    extra_lengths: cute.Tensor,
+    extra_indices: cute.Tensor,  # not read unless extra_indexed
+    extra_scale: cute.Tensor,  # () fp32
     k_scale: cute.Tensor,  # () fp32
     v_scale: cute.Tensor,  # () fp32
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
@@ -50,8 +56,12 @@ def launch(
     heads: Int32,
     kv_heads: Int32,
     page: Int32,
+    pages: Int32,
+    extra_page: Int32,
+    extra_pages: Int32,
     window: Int32,  # 0 for none
     indexed: Int32,
+    extra_indexed: Int32,
     has_sink: Int32,
     splits: Int32,
     stream: CUstream,
@@ -60,10 +70,11 @@ def launch(
     """Launches a CTA for each share of the tokens of 64 rows."""
     group = heads // kv_heads
     batch = cute.size(lengths)
-    rows = group if indexed != 0 else group * queries
-    problems = batch * queries if indexed != 0 else batch
+    apart = (indexed != 0) | (extra_indexed != 0)  # each query sees tokens of its own
+    rows = group if apart else group * queries
+    problems = batch * queries if apart else batch
     scores = softmax_scale * Float32(DECODED_UNIT / math.log(2))
-    pages = cute.FastDivmodDivisorV2(page)
+    by_page, by_extra_page = cute.FastDivmodDivisorV2(page), cute.FastDivmodDivisorV2(extra_page)
     kernel(
         q,
         k_codes,
@@ -73,6 +84,12 @@ def launch(
         block_table,
         lengths,
         indices,
+        extra_codes,
+        extra_scales,
+        extra_table,
+        extra_lengths,
+        extra_indices,
+        extra_scale,
         k_scale,
         v_scale,
         sink,
@@ -87,8 +104,13 @@ def launch(
         kv_heads,
         page,
         pages,
+        by_page,
+        extra_page,
+        extra_pages,
+        by_extra_page,
         window,
         indexed,
+        extra_indexed,
         has_sink,
         splits,
         shape,
@@ -111,6 +133,12 @@ def kernel(
     block_table: cute.Tensor,
     lengths: cute.Tensor,
     indices: cute.Tensor,
+    extra_codes: cute.Tensor,
+    extra_scales: cute.Tensor,
+    extra_table: cute.Tensor,
+    extra_lengths: cute.Tensor,
+    extra_indices: cute.Tensor,
+    extra_scale: cute.Tensor,
     k_scale: cute.Tensor,
     v_scale: cute.Tensor,
     sink: cute.Tensor,
@@ -124,9 +152,14 @@ def kernel(
     heads: Int32,
     kv_heads: Int32,
     page: Int32,
-    pages: cute.FastDivmodDivisorV2,
+    pages: Int32,
+    by_page: cute.FastDivmodDivisorV2,
+    extra_page: Int32,
+    extra_pages: Int32,
+    by_extra_page: cute.FastDivmodDivisorV2,
     window: Int32,
     indexed: Int32,
+    extra_indexed: Int32,
     has_sink: Int32,
     splits: Int32,
     shape: Constexpr[Shape],
@@ -146,27 +179,60 @@ def kernel(
 
     row_block, kv_head = part // kv_heads, part % kv_heads
     group = heads // kv_heads
-    sequence = arith.select(indexed != 0, problem // queries, problem)
+    apart = (indexed != 0) | (extra_indexed != 0)
+    sequence = arith.select(apart, problem // queries, problem)
     length = lengths[sequence]
     rows = Rows(
         first=row_block * ROWS,
-        count=arith.select(indexed != 0, group, group * queries),
+        count=arith.select(apart, group, group * queries),
         group=group,
-        position=length - queries,
+        position=length - queries + arith.select(apart, problem % queries, Int32(0)),
         window=window,
         indexed=indexed,
-        query=arith.select(indexed != 0, problem, problem * queries),
+        near=Int32(0),
+        query=arith.select(apart, problem, problem * queries),
         heads=heads,
         head=kv_head * group,
     )
     held = cutlass.min(length, cute.size(block_table, mode=[1]) * page)
     start, end = seen(rows, held, cute.size(indices, mode=[1]))
-    tiles = (cutlass.max(end - start, 0) + (TILE - 1)) // TILE
-    share = (tiles + splits - 1) // splits
-    first = start + split * share * TILE
-    own = cutlass.max(cutlass.min(tiles - split * share, share), 0)
     tokens = Tokens(
-        block_table, indices, indexed, sequence, problem, held, first, end, own, pages, page, kv_heads, kv_head
+        block_table, indices, indexed, sequence, problem, held, start, end, by_page, page, pages, kv_heads, kv_head
+    )
+    near = (cutlass.max(end - start, 0) + (TILE - 1)) // TILE
+    tiles, entries = near, tokens
+    if cutlass.const_expr(shape.extra):
+        held = cutlass.min(extra_lengths[sequence], cute.size(extra_table, mode=[1]) * extra_page)
+        end = arith.select(extra_indexed != 0, cute.size(extra_indices, mode=[1]), held)
+        tiles = near + (cutlass.max(end, 0) + (TILE - 1)) // TILE
+        entries = Tokens(
+            extra_table,
+            extra_indices,
+            extra_indexed,
+            sequence,
+            problem,
+            held,
+            -near * TILE,
+            end,
+            by_extra_page,
+            extra_page,
+            extra_pages,
+            kv_heads,
+            kv_head,
+        )
+    share = (tiles + splits - 1) // splits
+    skipped = split * share  # tiles of other CTAs
+    own = cutlass.max(cutlass.min(tiles - skipped, share), 0)
+    rows = rows._replace(near=near - skipped)
+    first = start + skipped * TILE
+    work = Work(
+        tiles=own,
+        near=near - skipped,
+        tokens=tokens._replace(first=first),
+        entries=entries._replace(first=entries.first + skipped * TILE),
+        keys=tokens.store(k_codes, k_scales, shape.head_dim),
+        values=tokens.store(v_codes, v_scales, shape.v_dim),
+        extra=tokens.store(extra_codes, extra_scales, shape.head_dim),
     )
     problem_number = problem * cute.arch.grid_dim()[1] + part
     result = Result(out, lse, sink, has_sink, v_scale, parts, stats, arrived, splits, split, problem_number)
@@ -176,15 +242,15 @@ def kernel(
     cute.arch.sync_threads()
     if thread < shape.producer_threads:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
-        produce.produce(
-            base, tokens, store_of(k_codes, k_scales, shape.head_dim), store_of(v_codes, v_scales, shape.v_dim), shape
-        )
+        produce.produce(base, work, shape)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[shape.producers])
         consumer = thread // GROUP - shape.producers
         acc = cute.make_rmem_tensor((shape.out_columns // 2,), Float32)
         stat = cute.make_rmem_tensor((4,), Float32)
-        attend.attend(acc, stat, base, consumer, own, first, scores * k_scale[()], rows, shape)
+        scale, extra = k_scale[()], extra_scale[()]
+        scales = Scales(scores * scale, scores * extra, extra / scale)
+        attend.attend(acc, stat, base, consumer, own, first, scales, rows, shape)
         if cutlass.const_expr(shape.split_columns):
             finish(acc, stat, base, consumer, rows, result, shape)
         else:
@@ -201,11 +267,6 @@ def seen(rows: Rows, held: Int32, picked: Int32) -> tuple[Int32, Int32]:
     start = arith.select(rows.window != 0, cutlass.max(start, 0), Int32(0))
     some = rows.indexed != 0
     return arith.select(some, Int32(0), start), arith.select(some, picked, end)
-
-
-def store_of(codes: cute.Tensor, scales: cute.Tensor, dim: int) -> Store:
-    """A side of the cache by its addresses."""
-    return Store(ring.address(codes.iterator), ring.address(scales.iterator), dim // 2, dim // 16)
 
 
 @cute.jit
@@ -235,11 +296,16 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
         def vector(dtype: type) -> object:
             return make_fake_compact_tensor(dtype, (size(),), stride_order=(0,), assumed_align=4)
 
-        caches = [matrix(Uint8, dim // part, 16) for dim in (shape.head_dim, shape.v_dim) for part in (2, 16)]
-        scalars = [make_fake_tensor(Float32, (), (), assumed_align=4) for _ in range(2)]
+        dims = (shape.head_dim, shape.v_dim, shape.head_dim)
+        caches = [matrix(Uint8, dim // part, 16) for dim in dims for part in (2, 16)]
+        scalars = [make_fake_tensor(Float32, (), (), assumed_align=4) for _ in range(3)]
         return (
             matrix(BFloat16, shape.head_dim, 16),
-            *caches,
+            *caches[:4],
+            matrix(Int32, size(), 4),
+            vector(Int32),
+            matrix(Int32, size(), 4),
+            *caches[4:],
             matrix(Int32, size(), 4),
             vector(Int32),
             matrix(Int32, size(), 4),
@@ -251,10 +317,10 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
             matrix(Float32, 2, 4),
             vector(Int32),
             Float32(0),
-            *(Int32(0) for _ in range(8)),
+            *(Int32(0) for _ in range(12)),
             make_fake_stream(use_tvm_ffi_env_stream=True),
             shape,
         )
 
-    kind = "shared" if shape.shared else f"v{shape.v_dim}"
+    kind = ("extra" if shape.extra else "shared") if shape.shared else f"v{shape.v_dim}"
     return KernelSpec(f"decode_d{shape.head_dim}_{kind}", target.value, launch, arguments, tuple(shape))

@@ -31,7 +31,7 @@ class Store(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The tokens that a CTA goes through.
+    """The tokens of a cache that a CTA goes through.
 
     Attributes:
         block_table: (batch, max_pages) int32.
@@ -40,11 +40,11 @@ class Tokens(NamedTuple):
         sequence: Row of `block_table`.
         row: Of `indices`.
         length: Tokens that exist, unless on a page that does not.
-        first: Where its first tile starts.
-        end: Where its last tile ends.
-        tiles: How many it has.
-        page: Divides by the tokens of a page.
-        page_size: Tokens of a page.
+        first: Where tile 0 of the CTA would start.
+        end: Where the last tile ends.
+        by_page: Divides by the tokens of a page.
+        page: Tokens of a page.
+        pages: Of the cache.
         kv_heads: Of the cache.
         kv_head: The CTA's.
     """
@@ -57,27 +57,68 @@ class Tokens(NamedTuple):
     length: Int32
     first: Int32
     end: Int32
-    tiles: Int32
-    page: cute.FastDivmodDivisorV2
-    page_size: Int32
+    by_page: cute.FastDivmodDivisorV2
+    page: Int32
+    pages: Int32
     kv_heads: Int32
     kv_head: Int32
 
+    def store(self, codes: cute.Tensor, scales: cute.Tensor, dim: int) -> Store:
+        """A side of the cache by its addresses."""
+        return Store(ring.address(codes.iterator), ring.address(scales.iterator), dim // 2, dim // 16)
+
+
+class Work(NamedTuple):
+    """The tiles of a CTA: some of the first cache, then some of the second.
+
+    Attributes:
+        tiles: How many there are.
+        near: How many are of the first cache; not what is left of them for this CTA where that is less than 0.
+        tokens: The first cache.
+        entries: The second one; the first one again where there is no second.
+        keys: The keys of the first one.
+        values: Its values.
+        extra: The keys of the second one, which are its values.
+    """
+
+    tiles: Int32
+    near: Int32
+    tokens: Tokens
+    entries: Tokens
+    keys: Store
+    values: Store
+    extra: Store
+
 
 @cute.jit
-def locate(tile: Int32, tokens: Constexpr[Tokens]) -> Int32:
-    """The row of the cache of this thread's token of a tile, -1 for none."""
+def locate(tile: Int32, work: Constexpr[Work], shape: Constexpr[Shape]) -> Int32:
+    """The row of the cache of this thread's token of a tile: -1 for none, -2 - row for one of the second cache."""
+    row = Int32(-1)
+    if cutlass.const_expr(shape.extra):
+        if tile < work.near:
+            row = locate_in(tile, work.tiles, work.tokens)
+        else:
+            row = locate_in(tile, work.tiles, work.entries)
+            row = arith.select(row >= 0, -2 - row, row)
+    else:
+        row = locate_in(tile, work.tiles, work.tokens)
+    return row
+
+
+@cute.jit
+def locate_in(tile: Int32, tiles: Int32, tokens: Constexpr[Tokens]) -> Int32:
+    """The row of one cache, -1 for none."""
     thread, _, _ = cute.arch.thread_idx()
     place = tokens.first + tile * TILE + thread % TILE
-    token = arith.select((tile < tokens.tiles) & (place < tokens.end), place, Int32(-1))
+    token = arith.select((tile < tiles) & (place < tokens.end), place, Int32(-1))
     if (tokens.indexed != 0) & (token >= 0):
         token = tokens.indices[tokens.row, token]
     row = Int32(-1)
     if (token >= 0) & (token < tokens.length):
-        number, within = divmod(token, tokens.page)
+        number, within = divmod(token, tokens.by_page)
         home = tokens.block_table[tokens.sequence, number]
-        if home >= 0:
-            row = (home * tokens.kv_heads + tokens.kv_head) * tokens.page_size + within
+        if (home >= 0) & (home < tokens.pages):
+            row = (home * tokens.kv_heads + tokens.kv_head) * tokens.page + within
     return row
 
 
@@ -91,8 +132,7 @@ def copy_unit(
     row: Int32,
     unit: Constexpr[int],
     slot: Int32,
-    keys: Constexpr[Store],
-    values: Constexpr[Store],
+    work: Constexpr[Work],
     shape: Constexpr[Shape],
 ) -> None:
     """Starts the copies of one of this thread's units to its place in a slot of the ring."""
@@ -100,6 +140,7 @@ def copy_unit(
     block = thread // TILE + shape.threads_a_token * unit
     if block < shape.blocks:
         column = block
+        keys, values = work.keys, work.values
         codes, scales = keys.codes, keys.scales
         code_bytes, scale_bytes = Int32(keys.code_bytes), Int32(keys.scale_bytes)
         if cutlass.const_expr(not shape.shared):
@@ -107,14 +148,18 @@ def copy_unit(
             codes, scales = (arith.select(of_values, values[i], keys[i]) for i in range(2))
             code_bytes, scale_bytes = (arith.select(of_values, Int32(values[i]), Int32(keys[i])) for i in (2, 3))
             column = arith.select(of_values, block - shape.key_blocks, block)
-        there = Int64(arith.select(row >= 0, row, Int32(0)))
-        source = codes + there * code_bytes + column * 32
-        size = arith.select(row >= 0, Int32(16), Int32(0))
+        there = arith.select(row >= 0, row, Int32(0))
+        if cutlass.const_expr(shape.extra):
+            far = row < -1
+            codes, scales = (arith.select(far, work.extra[i], keys[i]) for i in range(2))
+            there = arith.select(far, -2 - row, there)
+        source = codes + Int64(there) * code_bytes + column * 32
+        size = arith.select(row != -1, Int32(16), Int32(0))
         at = slot + codes_at(unit, shape) + thread * 16
         attention_mma.copy16(at, source, size)
         attention_mma.copy16(at + shape.producer_threads * 16, source + 16, size)
         at = slot + codes_at(shape.units, shape) + (unit * shape.producer_threads + thread) * 4
-        attention_mma.copy4(at, scales + there * scale_bytes + column * 4, size // 4)
+        attention_mma.copy4(at, scales + Int64(there) * scale_bytes + column * 4, size // 4)
 
 
 @cute.jit
@@ -152,9 +197,7 @@ def value_order(words: Sequence[Uint32]) -> list[Uint32]:
 @cute.jit
 def produce(
     base: Int32,
-    tokens: Constexpr[Tokens],
-    keys: Constexpr[Store],
-    values: Constexpr[Store],
+    work: Constexpr[Work],
     shape: Constexpr[Shape],
 ) -> None:
     """Decodes all tiles of the CTA; the CTA's first threads, `Shape.producer_threads`."""
@@ -162,16 +205,16 @@ def produce(
     lane, wide = thread % WARP, thread // WARP
     exist = Uint32(0)  # a bit a tile on its way: this thread's token exists; the last tile in the lowest
     for tile in cutlass.range_constexpr(shape.stages):
-        row = locate(Int32(tile), tokens)
+        row = locate(Int32(tile), work, shape)
         for unit in cutlass.range_constexpr(shape.units):
-            copy_unit(row, unit, base + shape.ring_at + tile * shape.stage_bytes, keys, values, shape)
+            copy_unit(row, unit, base + shape.ring_at + tile * shape.stage_bytes, work, shape)
         attention_mma.commit_copies()
-        exist = exist << 1 | arith.select(row >= 0, Uint32(1), Uint32(0))
-    ahead = locate(Int32(shape.stages), tokens)
+        exist = exist << 1 | arith.select(row != -1, Uint32(1), Uint32(0))
+    ahead = locate(Int32(shape.stages), work, shape)
     stage, buffer, parity = Int32(0), Int32(0), Int32(1)
-    for tile in cutlass.range(tokens.tiles, unroll=1):
+    for tile in cutlass.range(work.tiles, unroll=1):
         row = ahead
-        ahead = locate(tile + shape.stages + 1, tokens)  # long before its address is needed
+        ahead = locate(tile + shape.stages + 1, work, shape)  # long before its address is needed
         attention_mma.wait_copies(shape.stages - 1)
         slot = base + shape.ring_at + stage * shape.stage_bytes
         full = base + shape.barriers_at + buffer * 16
@@ -181,9 +224,9 @@ def produce(
             ring.store4(base + shape.masks_at + buffer * 8 + wide * 4, Uint32(mask))
         for unit in cutlass.range_constexpr(shape.units):
             decode_unit(unit, slot, base + shape.tiles_at + buffer * shape.tile_bytes, shape)
-            copy_unit(row, unit, slot, keys, values, shape)
+            copy_unit(row, unit, slot, work, shape)
         attention_mma.commit_copies()
-        exist = exist << 1 | arith.select(row >= 0, Uint32(1), Uint32(0))
+        exist = exist << 1 | arith.select(row != -1, Uint32(1), Uint32(0))
         attention_mma.proxy_fence()
         ring.arrive_if(full, Int32(1))
         stage = arith.select(stage == shape.stages - 1, Int32(0), stage + 1)

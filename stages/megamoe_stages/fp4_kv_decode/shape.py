@@ -23,11 +23,13 @@ class Shape(NamedTuple):
         head_dim: D, a multiple of 64 up to 512.
         v_dim: Dv, likewise; up to 256 unless shared.
         shared: The keys are the values.
+        extra: There is a second cache.
     """
 
     head_dim: int
     v_dim: int
     shared: bool
+    extra: bool = False
 
     @property
     def key_blocks(self) -> int:
@@ -156,6 +158,7 @@ class Shape(NamedTuple):
 
 SHAPES = (
     Shape(512, 512, shared=True),
+    Shape(512, 512, shared=True, extra=True),
     Shape(64, 64, shared=False),
     Shape(128, 128, shared=False),
     Shape(192, 128, shared=False),
