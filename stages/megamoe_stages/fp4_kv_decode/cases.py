@@ -101,7 +101,8 @@ def _table(generator: torch.Generator, lengths: Sequence[int], page: int) -> tup
     counts = [-(-length // page) for length in lengths]
     order = torch.randperm(sum(counts) + SPARE, generator=generator).int()
     table = torch.full((len(lengths), max([*counts, 0]) + 1), -1, dtype=torch.int32)
-    own = list(order[: sum(counts)].long().split(counts))
+    starts = [sum(counts[:b]) for b in range(len(counts))]
+    own = [order[start : start + count].long() for start, count in zip(starts, counts, strict=True)]
     for b, pages in enumerate(own):
         table[b, : len(pages)] = pages.int()
     return table, own
@@ -114,8 +115,8 @@ def _extra(generator: torch.Generator, lengths: Sequence[int], kv_heads: int, di
     for pages, length in zip(own, lengths, strict=True):
         used[pages] = (torch.arange(len(pages) * page) < length).view(len(pages), page)
     cache = _cache(generator, "extra", used, kv_heads, dim)
-    lengths = torch.tensor(lengths, dtype=torch.int32)
-    return cache | {"extra_table": table, "extra_lengths": lengths, "extra_scale": torch.tensor(0.17)}
+    held = torch.tensor(lengths, dtype=torch.int32)
+    return cache | {"extra_table": table, "extra_lengths": held, "extra_scale": torch.tensor(0.17)}
 
 
 def _cache(generator: torch.Generator, side: str, used: Tensor, kv_heads: int, dim: int) -> dict[str, Tensor]:
