@@ -150,7 +150,8 @@ def attend_alone(
     weights, scale = softmax(attention_mma.wait(scores), masks, stat, factors, rows)
     if cutlass.const_expr(shape.split_columns):
         publish(weights, stat, base, tile, shape)
-    ready = attention_mma.fence([acc[i] * scale[i // 2 % 2] for i in range(count)] + weights)
+    shrink(acc, scale)
+    ready = attention_mma.fence([acc[i] for i in range(count)] + weights)
     sums = start_sums(ready[:count], ready[count:], base, consumer, tile, shape)
     for i, value in enumerate(attention_mma.wait(sums)):
         acc[i] = value
@@ -169,36 +170,75 @@ def attend_together(
     rows: Constexpr[Rows],
     shape: Constexpr[Shape],
 ) -> None:
-    """All tiles, each consumer half of the columns and the scores of every other tile."""
-    count = shape.out_columns // 2
-    if (consumer == 0) & (tiles > 0):
-        attend_alone(acc, stat, base, consumer, Int32(0), first, scales, rows, shape)
-    skipped = 1 - consumer
-    pairs = cutlass.max(tiles - skipped, 0) // 2
-    for pair in cutlass.range(pairs, unroll=1):
-        other = skipped + 2 * pair
-        own = other + 1
-        scores = start_scores(base, own, shape)
-        scale = follow(stat, base, other, shape)
-        sums = attention_mma.fence([acc[i] * scale[i // 2 % 2] for i in range(count)])
-        sums = start_other_sums(sums, base, consumer, other, shape)
-        masks = masks_of(base, own, first, rows, shape)
-        factors = scales.of(own, rows, shape)
-        weights, scale = softmax(attention_mma.wait(scores, 1), masks, stat, factors, rows)  # while the sums are made
-        publish(weights, stat, base, own, shape)
-        sums = attention_mma.wait(sums)
-        release(base, other, shape)
-        ready = attention_mma.fence([sums[i] * scale[i // 2 % 2] for i in range(count)] + weights)
-        sums = start_sums(ready[:count], ready[count:], base, consumer, own, shape)
-        for i, value in enumerate(attention_mma.wait(sums)):
-            acc[i] = value
-        release(base, own, shape)
-    if skipped + 2 * pairs < tiles:
-        other = skipped + 2 * pairs
-        scale = follow(stat, base, other, shape)
-        sums = attention_mma.fence([acc[i] * scale[i // 2 % 2] for i in range(count)])
-        for i, value in enumerate(attention_mma.wait(start_other_sums(sums, base, consumer, other, shape))):
-            acc[i] = value
+    """All tiles, each consumer half of the columns and the scores of every other tile.
+
+    Two decoded tiles are all that there is room for. So a pair of tiles is worked off as a whole: the second consumer
+    starts its scores before it adds the first one's tile, whose place is then free while the second tile is added; the
+    first one starts its next scores, for which that place has to be decoded anew, only after both.
+    """
+    if consumer == 0:
+        for turn in cutlass.range((tiles + 1) // 2, unroll=1):
+            attend_alone(acc, stat, base, consumer, 2 * turn, first, scales, rows, shape)
+            if 2 * turn + 1 < tiles:
+                attend_other(acc, stat, base, consumer, 2 * turn + 1, shape)
+    else:
+        for turn in cutlass.range(tiles // 2, unroll=1):
+            attend_both(acc, stat, base, consumer, 2 * turn, first, scales, rows, shape)
+        if tiles % 2 != 0:
+            attend_other(acc, stat, base, consumer, tiles - 1, shape)
+
+
+@cute.jit
+def attend_other(
+    acc: cute.Tensor, stat: cute.Tensor, base: Int32, consumer: Int32, tile: Int32, shape: Constexpr[Shape]
+) -> None:
+    """The sums of the other consumer's tile."""
+    shrink(acc, follow(stat, base, tile, shape))
+    sums = attention_mma.fence([acc[i] for i in range(shape.out_columns // 2)])
+    for i, value in enumerate(attention_mma.wait(start_other_sums(sums, base, consumer, tile, shape))):
+        acc[i] = value
+    release(base, tile, shape)
+
+
+@cute.jit
+def attend_both(
+    acc: cute.Tensor,
+    stat: cute.Tensor,
+    base: Int32,
+    consumer: Int32,
+    other: Int32,
+    first: Int32,
+    scales: Constexpr[Scales],
+    rows: Constexpr[Rows],
+    shape: Constexpr[Shape],
+) -> None:
+    """The sums of the other consumer's tile, and scores and sums of the next one."""
+    count, own = shape.out_columns // 2, other + 1
+    scores = start_scores(base, own, shape)
+    shrink(acc, follow(stat, base, other, shape))
+    sums = attention_mma.fence([acc[i] for i in range(count)])
+    sums = start_other_sums(sums, base, consumer, other, shape)
+    masks = masks_of(base, own, first, rows, shape)
+    factors = scales.of(own, rows, shape)
+    weights, scale = softmax(attention_mma.wait(scores, 1), masks, stat, factors, rows)  # while the sums are made
+    publish(weights, stat, base, own, shape)
+    for i, value in enumerate(attention_mma.wait(sums)):
+        acc[i] = value
+    release(base, other, shape)
+    shrink(acc, scale)
+    ready = attention_mma.fence([acc[i] for i in range(count)] + weights)
+    sums = start_sums(ready[:count], ready[count:], base, consumer, own, shape)
+    for i, value in enumerate(attention_mma.wait(sums)):
+        acc[i] = value
+    release(base, own, shape)
+
+
+@cute.jit
+def shrink(acc: cute.Tensor, scale: Constexpr[list[Float32]]) -> None:
+    """Multiplies the sums by what their rows shrink by; nothing where no row of the warp has a new largest score."""
+    if cute.arch.vote_any_sync((scale[0] != Float32(1.0)) | (scale[1] != Float32(1.0))):
+        for i in cutlass.range_constexpr(cute.size(acc)):
+            acc[i] = acc[i] * scale[i // 2 % 2]
 
 
 def start_scores(base: Int32, tile: Int32, shape: Shape) -> list[Float32]:

@@ -180,11 +180,14 @@ def decode_unit(unit: Constexpr[int], slot: Int32, tile: Int32, shape: Constexpr
 
 
 def decode_word(codes: Uint32, factor: Uint32) -> list[Uint32]:
-    """Eight codes to four pairs of bf16, 2^-7 of E2M1 * E4M3: values (0, 4), (1, 5), (2, 6), (3, 7)."""
+    """Eight codes to four pairs of bf16, 2^-7 of E2M1 * E4M3: values (0, 4), (1, 5), (2, 6), (3, 7).
+
+    A code s e e m becomes s 000 0 00ee m000000: a product puts it in both places, and a mask takes what belongs there.
+    """
     words = []
     for i in range(4):
-        top = codes << (12 - 4 * i) if i < 3 else codes
-        spread = (top & Uint32(0x80008000)) | (top >> 6 & 0x01C001C0)
+        pair = (codes if i < 2 else codes >> 8) & Uint32(0x000F000F << 4 * (i % 2))
+        spread = pair * Uint32(0x1040 >> 4 * (i % 2)) & Uint32(0x81C081C0)
         words.append(convert.mul_bf16x2(spread, factor, Target.SM90))
     return words
 
@@ -208,14 +211,13 @@ def produce(
         row = locate(Int32(tile), work, shape)
         for unit in cutlass.range_constexpr(shape.units):
             copy_unit(row, unit, base + shape.ring_at + tile * shape.stage_bytes, work, shape)
-        attention_mma.commit_copies()
+            attention_mma.commit_copies()
         exist = exist << 1 | arith.select(row != -1, Uint32(1), Uint32(0))
     ahead = locate(Int32(shape.stages), work, shape)
     stage, buffer, parity = Int32(0), Int32(0), Int32(1)
     for tile in cutlass.range(work.tiles, unroll=1):
         row = ahead
         ahead = locate(tile + shape.stages + 1, work, shape)  # long before its address is needed
-        attention_mma.wait_copies(shape.stages - 1)
         slot = base + shape.ring_at + stage * shape.stage_bytes
         full = base + shape.barriers_at + buffer * 16
         ring.wait(full + 8, parity)
@@ -223,9 +225,10 @@ def produce(
         if (lane == 0) & (wide < TILE // WARP):
             ring.store4(base + shape.masks_at + buffer * 8 + wide * 4, Uint32(mask))
         for unit in cutlass.range_constexpr(shape.units):
+            attention_mma.wait_copies(shape.stages * shape.units - 1)
             decode_unit(unit, slot, base + shape.tiles_at + buffer * shape.tile_bytes, shape)
             copy_unit(row, unit, slot, work, shape)
-        attention_mma.commit_copies()
+            attention_mma.commit_copies()
         exist = exist << 1 | arith.select(row != -1, Uint32(1), Uint32(0))
         attention_mma.proxy_fence()
         ring.arrive_if(full, Int32(1))
