@@ -18,13 +18,14 @@ from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.convert import DECODED_UNIT
 from megamoe_stages.fp4_kv_decode import attend, produce
-from megamoe_stages.fp4_kv_decode.attend import Rows, Scales
+from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows, Scales
 from megamoe_stages.fp4_kv_decode.produce import Tokens, Work
 from megamoe_stages.fp4_kv_decode.result import Result, finish, join_consumers
-from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, GROUP, ROWS, TILE, Shape
+from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, CONSUMERS, GROUP, ROWS, TILE, Shape
 
-PRODUCER_REGISTERS = 56
-CONSUMER_REGISTERS = {1: 224, 2: 200}  # by the number of producers: what is left of 64 K
+PRODUCER_REGISTERS = {1: 72, 2: 56}  # by their number
+CONSUMER_REGISTERS = {1: 216, 2: 200}  # what is left of 64 K
+_BATCH = 8  # loads of queries in flight
 
 
 @cute.jit
@@ -237,15 +238,14 @@ def kernel(
     problem_number = problem * cute.arch.grid_dim()[1] + part
     result = Result(out, lse, sink, has_sink, v_scale, parts, stats, arrived, splits, split, problem_number)
 
-    load_queries(q, base, rows, shape)
-    attention_mma.proxy_fence()
     cute.arch.sync_threads()
     if thread < shape.producer_threads:
-        cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+        cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS[shape.producers])
         produce.produce(base, work, shape)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[shape.producers])
         consumer = thread // GROUP - shape.producers
+        load_queries(thread - shape.producer_threads, q, base, rows, shape)
         acc = cute.make_rmem_tensor((shape.out_columns // 2,), Float32)
         stat = cute.make_rmem_tensor((4,), Float32)
         scale, extra = k_scale[()], extra_scale[()]
@@ -269,19 +269,24 @@ def seen(rows: Rows, held: Int32, picked: Int32) -> tuple[Int32, Int32]:
     return arith.select(some, Int32(0), start), arith.select(some, picked, end)
 
 
-@cute.jit
-def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows], shape: Constexpr[Shape]) -> None:
-    """Brings the queries into shared memory, in the order of decoded values; zeros where there are no rows."""
-    thread, _, _ = cute.arch.thread_idx()
-    chunks = shape.head_dim // 8
-    for item in cutlass.range(thread, ROWS * chunks, shape.threads, unroll=1):
-        row, chunk = item // chunks, item % chunks
-        at = base + chunk // 8 * BLOCK_BYTES + row * 128 + ((chunk ^ row) % 8) * 16
-        inside = rows.first + row < rows.count
-        place = rows.place(arith.select(inside, rows.first + row, Int32(0)))
-        words = attention_mma.load16_global(ring.address(q.iterator) + (Int64(place) * shape.head_dim + chunk * 8) * 2)
-        words = [arith.select(inside, word, word ^ word) for word in produce.value_order(words)]
-        attention_mma.store16(at, words)
+def load_queries(thread: Int32, q: cute.Tensor, base: Int32, rows: Rows, shape: Shape) -> None:
+    """Brings the queries into shared memory, in the order of decoded values; zeros where there are no rows. Consumers'."""
+    chunks, threads = shape.head_dim // 8, CONSUMERS * GROUP
+    count = ROWS * chunks // threads
+    for start in range(0, count, _BATCH):
+        places, loaded = [], []
+        for i in range(start, min(start + _BATCH, count)):
+            row, chunk = (thread + i * threads) // chunks, (thread + i * threads) % chunks
+            inside = rows.first + row < rows.count
+            place = rows.place(arith.select(inside, rows.first + row, Int32(0)))
+            at = ring.address(q.iterator) + (Int64(place) * shape.head_dim + chunk * 8) * 2
+            loaded.append((inside, attention_mma.load16_global(at)))
+            places.append(base + chunk // 8 * BLOCK_BYTES + row * 128 + ((chunk ^ row) % 8) * 16)
+        for place, (inside, words) in zip(places, loaded, strict=True):
+            words = [arith.select(inside, word, word ^ word) for word in produce.value_order(words)]
+            attention_mma.store16(place, words)
+    attention_mma.proxy_fence()
+    attention_mma.named_barrier(CONSUMERS_BARRIER, threads)
 
 
 def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:

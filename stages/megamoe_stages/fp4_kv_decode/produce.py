@@ -162,18 +162,24 @@ def copy_unit(
         attention_mma.copy4(at, scales + Int64(there) * scale_bytes + column * 4, size // 4)
 
 
+def load_unit(unit: int, slot: Int32, shape: Shape) -> list[Uint32]:
+    """Eight words of codes and one of scales of one of this thread's units, from a slot of the ring."""
+    thread, _, _ = cute.arch.thread_idx()
+    at = slot + codes_at(unit, shape) + thread * 16
+    words = ring.load16(at) + ring.load16(at + shape.producer_threads * 16)
+    at = slot + codes_at(shape.units, shape) + (unit * shape.producer_threads + thread) * 4
+    return [*words, Uint32(ring.load4(at))]
+
+
 @cute.jit
-def decode_unit(unit: Constexpr[int], slot: Int32, tile: Int32, shape: Constexpr[Shape]) -> None:
-    """Decodes one of this thread's units from a slot of the ring to a tile in shared memory."""
+def decode_unit(words: Constexpr[list[Uint32]], unit: Constexpr[int], tile: Int32, shape: Constexpr[Shape]) -> None:
+    """Decodes what `load_unit` loaded to a tile in shared memory."""
     thread, _, _ = cute.arch.thread_idx()
     block, token = thread // TILE + shape.threads_a_token * unit, thread % TILE
     if block < shape.blocks:
-        at = slot + codes_at(unit, shape) + thread * 16
-        words = ring.load16(at) + ring.load16(at + shape.producer_threads * 16)
-        scales = Uint32(ring.load4(slot + codes_at(shape.units, shape) + (unit * shape.producer_threads + thread) * 4))
         row = tile + block * BLOCK_BYTES + token * 128
         for i in cutlass.range_constexpr(_CHUNKS // 2):
-            factor = convert.bf16_factor(scales >> (8 * i) & 0xFF, Target.SM90)
+            factor = convert.bf16_factor(words[_CHUNKS] >> (8 * i) & 0xFF, Target.SM90)
             for chunk in (2 * i, 2 * i + 1):
                 there = row + ((token % _CHUNKS) ^ chunk) * 16
                 attention_mma.store16(there, decode_word(words[chunk], factor))
@@ -224,9 +230,14 @@ def produce(
         mask = cute.arch.vote_ballot_sync((exist >> (shape.stages - 1) & 1) != 0)
         if (lane == 0) & (wide < TILE // WARP):
             ring.store4(base + shape.masks_at + buffer * 8 + wide * 4, Uint32(mask))
+        attention_mma.wait_copies(shape.stages * shape.units - 1)
+        words = load_unit(0, slot, shape)
         for unit in cutlass.range_constexpr(shape.units):
-            attention_mma.wait_copies(shape.stages * shape.units - 1)
-            decode_unit(unit, slot, base + shape.tiles_at + buffer * shape.tile_bytes, shape)
+            now = words
+            if cutlass.const_expr(unit + 1 < shape.units):  # they come while this one is decoded
+                attention_mma.wait_copies(shape.stages * shape.units - 2)
+                words = load_unit(unit + 1, slot, shape)
+            decode_unit(now, unit, base + shape.tiles_at + buffer * shape.tile_bytes, shape)
             copy_unit(row, unit, slot, work, shape)
             attention_mma.commit_copies()
         exist = exist << 1 | arith.select(row != -1, Uint32(1), Uint32(0))
