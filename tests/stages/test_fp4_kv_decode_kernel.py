@@ -73,7 +73,7 @@ def emulated(a: dict[str, Any], policy: str = "eager", seed: int = 0) -> DecodeO
     names = ("codes", "scales", "table", "lengths", "scale", "indices")
     extra = contract.Extra.of(*(a.get(f"extra_{name}") for name in names))
     out.out.fill_(torch.nan), out.lse.fill_(torch.nan)
-    arguments = launch.attend(
+    shape, arguments = launch.attend(
         q,
         keys,
         values,
@@ -90,7 +90,6 @@ def emulated(a: dict[str, Any], policy: str = "eager", seed: int = 0) -> DecodeO
         page=page,
         sms=8,
     )
-    shape = Shape(q.shape[3], out.out.shape[3], shared=v_codes is None, extra=extra is not None)
     artifact = compiler.compile_kernel(kernel.spec(shape))
     ptxemu.run(artifact, *arguments, policy=policy, seed=seed).raise_for_findings()
     return out

@@ -246,7 +246,8 @@ def start_scores(base: Int32, tile: Int32, shape: Shape) -> list[Float32]:
     buffer = tile % shape.buffers
     ring.wait(base + shape.barriers_at + buffer * 16, tile // shape.buffers % 2)
     scores = attention_mma.fence(wgmma.zeros(TILE // 2))
-    queries, keys = wgmma.descriptor(base), wgmma.descriptor(base + shape.tiles_at + buffer * shape.tile_bytes)
+    at = within(base)
+    queries, keys = wgmma.descriptor(at), wgmma.descriptor(at + shape.tiles_at + buffer * shape.tile_bytes)
     for k in range(shape.head_dim // wgmma.K_STEP):
         ahead = (k // 4 * BLOCK_BYTES + k % 4 * _STEP_BYTES) >> 4
         scores = attention_mma.mma_shared(scores, queries + ahead, keys + ahead)
@@ -268,7 +269,7 @@ def start_sums(
 def start_other_sums(sums: list[Float32], base: Int32, consumer: Int32, tile: Int32, shape: Shape) -> list[Float32]:
     """The same by the weights of the other consumer."""
     values = _values(base, consumer, tile, shape)
-    weights = wgmma.descriptor(base + shape.weights_at + tile % 2 * BLOCK_BYTES)
+    weights = wgmma.descriptor(within(base) + shape.weights_at + tile % 2 * BLOCK_BYTES)
     for k in range(TILE // wgmma.K_STEP):
         ahead = k * _STEP_BYTES >> 4
         sums = attention_mma.mma_shared_transposed(sums, weights + ahead, values + k * _STEP_ROWS)
@@ -277,10 +278,15 @@ def start_other_sums(sums: list[Float32], base: Int32, consumer: Int32, tile: In
 
 
 def _values(base: Int32, consumer: Int32, tile: Int32, shape: Shape) -> Int64:
-    at = base + shape.tiles_at + tile % shape.buffers * shape.tile_bytes + shape.values_block * BLOCK_BYTES
+    at = within(base) + shape.tiles_at + tile % shape.buffers * shape.tile_bytes + shape.values_block * BLOCK_BYTES
     if shape.split_columns:
         at = at + consumer * (shape.out_columns // COLUMNS * BLOCK_BYTES)
     return attention_mma.transposed(at, BLOCK_BYTES)
+
+
+def within(address: Int32) -> Int32:
+    """An address for descriptors, which hold 18 bits: in a cluster the upper ones of an address say which CTA."""
+    return address & 0x3FFFF
 
 
 def release(base: Int32, tile: Int32, shape: Shape) -> None:

@@ -20,7 +20,7 @@ from megamoe.cute.convert import DECODED_UNIT
 from megamoe_stages.fp4_kv_decode import attend, produce
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows, Scales
 from megamoe_stages.fp4_kv_decode.produce import Tokens, Work
-from megamoe_stages.fp4_kv_decode.result import Result, finish, join_consumers
+from megamoe_stages.fp4_kv_decode.result import Result, finish, join_consumers, join_pair, store
 from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, CONSUMERS, GROUP, ROWS, TILE, Shape
 
 PRODUCER_REGISTERS = {1: 72, 2: 56}  # by their number
@@ -49,9 +49,9 @@ def launch(
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
     out: cute.Tensor,  # (batch * queries * heads, Dv) bf16
     lse: cute.Tensor,  # (batch * queries * heads,) fp32
-    parts: cute.Tensor,  # (CTAs * ROWS, Dv) fp32; not used with one split
-    stats: cute.Tensor,  # (CTAs * ROWS, 2) fp32
-    arrived: cute.Tensor,  # (CTAs / splits,) int32, zeros
+    parts: cute.Tensor,  # these three as `result.Result` has them; not used where there is one part
+    stats: cute.Tensor,
+    arrived: cute.Tensor,
     softmax_scale: Float32,
     queries: Int32,
     heads: Int32,
@@ -118,6 +118,7 @@ def launch(
     ).launch(
         grid=[problems, cute.ceil_div(rows, ROWS) * kv_heads, splits],
         block=[shape.threads, 1, 1],
+        cluster=[1, 1, 2 if shape.paired else 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,
         stream=stream,
@@ -235,8 +236,8 @@ def kernel(
         values=tokens.store(v_codes, v_scales, shape.v_dim),
         extra=tokens.store(extra_codes, extra_scales, shape.head_dim),
     )
-    problem_number = problem * cute.arch.grid_dim()[1] + part
-    result = Result(out, lse, sink, has_sink, v_scale, parts, stats, arrived, splits, split, problem_number)
+    number = problem * cute.arch.grid_dim()[1] + part
+    result = Result(out, lse, sink, has_sink, v_scale, parts, stats, arrived, splits, split, number, Int32(0))
 
     cute.arch.sync_threads()
     if thread < shape.producer_threads:
@@ -251,12 +252,19 @@ def kernel(
         scale, extra = k_scale[()], extra_scale[()]
         scales = Scales(scores * scale, scores * extra, extra / scale)
         attend.attend(acc, stat, base, consumer, own, first, scales, rows, shape)
-        if cutlass.const_expr(shape.split_columns):
-            finish(acc, stat, base, consumer, rows, result, shape)
+        if cutlass.const_expr(shape.paired):
+            rank = split % 2
+            join_pair(acc, stat, base, consumer, rank, shape)
+            column, problem = rank * shape.out_columns, number * 2 + rank
+            half = result._replace(splits=splits // 2, split=split // 2, problem=problem, column=column)
+            if consumer == rank:
+                finish(acc, stat, base, rows, half, shape)
+        elif cutlass.const_expr(shape.split_columns):  # all tokens
+            store(acc, stat, rows, result._replace(column=consumer * shape.out_columns), shape)
         else:
             join_consumers(acc, stat, base, consumer, shape)
             if consumer == 0:
-                finish(acc, stat, base, consumer, rows, result, shape)
+                finish(acc, stat, base, rows, result, shape)
 
 
 def seen(rows: Rows, held: Int32, picked: Int32) -> tuple[Int32, Int32]:
@@ -318,7 +326,7 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
             vector(Float32),
             matrix(BFloat16, shape.v_dim, 16),
             vector(Float32),
-            matrix(Float32, shape.v_dim, 16),
+            matrix(Float32, shape.out_columns, 16),
             matrix(Float32, 2, 4),
             vector(Int32),
             Float32(0),
@@ -328,4 +336,5 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
         )
 
     kind = ("extra" if shape.extra else "shared") if shape.shared else f"v{shape.v_dim}"
+    kind += "_paired" if shape.paired else ""
     return KernelSpec(f"decode_d{shape.head_dim}_{kind}", target.value, launch, arguments, tuple(shape))

@@ -70,8 +70,8 @@ def attend(
     kv_heads: int,
     page: int,
     sms: int,
-) -> tuple[object, ...]:
-    """The arguments of the decode kernel; nothing is empty, unless there is a second cache."""
+) -> tuple[Shape, tuple[object, ...]]:
+    """The decode kernel to launch and its arguments; nothing is empty, unless there is a second cache."""
     batch, queries, heads, dim = q.shape
     v_dim = out.out.shape[3]
     apart = indices is not None or (extra is not None and extra.indices is not None)
@@ -87,9 +87,14 @@ def attend(
         picks = extra.table if extra.indices is None else extra.indices.flatten(0, 1)
         second = Side(extra.codes, extra.scales, extra.scale), extra.table, extra.lengths, picks, extra.codes.shape[2]
     more, *places, extra_page = second
+    shape = Shape(dim, v_dim, shared=values is keys, extra=extra is not None)
     splits = min(splits, -(-tokens // TILE)) or choose_splits(problems, tokens, sms)
-    parts = problems * splits * ROWS if splits > 1 else 0
-    return (
+    parts = splits
+    if shape.split_columns and splits > 1:
+        shape, splits = shape._replace(paired=True), splits + splits % 2
+        problems, parts = problems * 2, splits // 2
+    merged = problems if parts > 1 else 0
+    return shape, (
         q.view(-1, dim),
         keys.codes,
         keys.scales,
@@ -107,9 +112,9 @@ def attend(
         keys.scale.view(1) if sink is None else sink,
         out.out.view(-1, v_dim),
         out.lse.view(-1),
-        q.new_empty(parts, v_dim, dtype=torch.float32),
-        q.new_empty(parts, 2, dtype=torch.float32),
-        q.new_zeros(problems if splits > 1 else 0, dtype=torch.int32),
+        q.new_empty(merged * parts * ROWS, shape.out_columns, dtype=torch.float32),
+        q.new_empty(merged * parts * ROWS, 2, dtype=torch.float32),
+        q.new_zeros(merged, dtype=torch.int32),
         softmax_scale,
         queries,
         heads,

@@ -24,12 +24,14 @@ class Shape(NamedTuple):
         v_dim: Dv, likewise; up to 256 unless shared.
         shared: The keys are the values.
         extra: There is a second cache.
+        paired: Two CTAs of a cluster share the tokens of some rows, and each ends with half of the columns.
     """
 
     head_dim: int
     v_dim: int
     shared: bool
     extra: bool = False
+    paired: bool = False
 
     @property
     def key_blocks(self) -> int:
@@ -158,7 +160,9 @@ class Shape(NamedTuple):
 
 SHAPES = (
     Shape(512, 512, shared=True),
+    Shape(512, 512, shared=True, paired=True),
     Shape(512, 512, shared=True, extra=True),
+    Shape(512, 512, shared=True, extra=True, paired=True),
     Shape(64, 64, shared=False),
     Shape(128, 128, shared=False),
     Shape(192, 128, shared=False),

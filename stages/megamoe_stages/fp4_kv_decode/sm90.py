@@ -95,7 +95,7 @@ def fp4_kv_decode(
         out.out.zero_()
         out.lse.fill_(-torch.inf)
         return out
-    arguments = launch.attend(
+    kernel, arguments = launch.attend(
         q,
         keys,
         values,
@@ -112,7 +112,7 @@ def fp4_kv_decode(
         page=page,
         sms=torch.cuda.get_device_properties(q.device).multi_processor_count,
     )
-    launch.decode_kernel(shape)(*arguments)
+    launch.decode_kernel(kernel)(*arguments)
     return out
 
 
