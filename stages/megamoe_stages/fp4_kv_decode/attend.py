@@ -21,6 +21,8 @@ from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, COLUMNS, GROUP, ROWS
 
 _STEP_BYTES = wgmma.K_STEP * 2  # along a row
 _STEP_ROWS = wgmma.K_STEP * wgmma.ROW_BYTES >> 4  # in units of descriptors
+_PRODUCT_COLUMNS = 128
+_PRODUCT_STEP = _PRODUCT_COLUMNS // COLUMNS * BLOCK_BYTES >> 4
 CONSUMERS_BARRIER = 1  # of the consumers; 0 is that of the CTA
 NONE = float("-inf")
 
@@ -172,32 +174,21 @@ def attend_together(
 ) -> None:
     """All tiles, each consumer half of the columns and the scores of every other tile.
 
-    Two decoded tiles are all that there is room for. So a pair of tiles is worked off as a whole: the second consumer
-    starts its scores before it adds the first one's tile, whose place is then free while the second tile is added; the
-    first one starts its next scores, for which that place has to be decoded anew, only after both.
+    Two decoded tiles are all that there is room for: the other's tile is added before the next own one is looked at, so
+    that its place is decoded anew meanwhile.
     """
-    if consumer == 0:
-        for turn in cutlass.range((tiles + 1) // 2, unroll=1):
-            attend_alone(acc, stat, base, consumer, 2 * turn, first, scales, rows, shape)
-            if 2 * turn + 1 < tiles:
-                attend_other(acc, stat, base, consumer, 2 * turn + 1, shape)
-    else:
-        for turn in cutlass.range(tiles // 2, unroll=1):
-            attend_both(acc, stat, base, consumer, 2 * turn, first, scales, rows, shape)
-        if tiles % 2 != 0:
-            attend_other(acc, stat, base, consumer, tiles - 1, shape)
-
-
-@cute.jit
-def attend_other(
-    acc: cute.Tensor, stat: cute.Tensor, base: Int32, consumer: Int32, tile: Int32, shape: Constexpr[Shape]
-) -> None:
-    """The sums of the other consumer's tile."""
-    shrink(acc, follow(stat, base, tile, shape))
-    sums = attention_mma.fence([acc[i] for i in range(shape.out_columns // 2)])
-    for i, value in enumerate(attention_mma.wait(start_other_sums(sums, base, consumer, tile, shape))):
-        acc[i] = value
-    release(base, tile, shape)
+    if (consumer == 0) & (tiles > 0):
+        attend_alone(acc, stat, base, consumer, Int32(0), first, scales, rows, shape)
+    skipped = 1 - consumer
+    pairs = cutlass.max(tiles - skipped, 0) // 2
+    for pair in cutlass.range(pairs, unroll=1):
+        attend_both(acc, stat, base, consumer, skipped + 2 * pair, first, scales, rows, shape)
+    other = skipped + 2 * pairs
+    if other < tiles:
+        shrink(acc, follow(stat, base, other, shape))
+        sums = attention_mma.fence([acc[i] for i in range(shape.out_columns // 2)])
+        for i, value in enumerate(attention_mma.wait(start_other_sums(sums, base, consumer, other, shape))):
+            acc[i] = value
 
 
 @cute.jit
@@ -214,17 +205,16 @@ def attend_both(
 ) -> None:
     """The sums of the other consumer's tile, and scores and sums of the next one."""
     count, own = shape.out_columns // 2, other + 1
-    scores = start_scores(base, own, shape)
     shrink(acc, follow(stat, base, other, shape))
     sums = attention_mma.fence([acc[i] for i in range(count)])
     sums = start_other_sums(sums, base, consumer, other, shape)
-    masks = masks_of(base, own, first, rows, shape)
-    factors = scales.of(own, rows, shape)
-    weights, scale = softmax(attention_mma.wait(scores, 1), masks, stat, factors, rows)  # while the sums are made
-    publish(weights, stat, base, own, shape)
-    for i, value in enumerate(attention_mma.wait(sums)):
+    scores = start_scores(base, own, shape)
+    for i, value in enumerate(attention_mma.wait(sums, 1)):
         acc[i] = value
     release(base, other, shape)
+    masks = masks_of(base, own, first, rows, shape)
+    weights, scale = softmax(attention_mma.wait(scores), masks, stat, scales.of(own, rows, shape), rows)
+    publish(weights, stat, base, own, shape)
     shrink(acc, scale)
     ready = attention_mma.fence([acc[i] for i in range(count)] + weights)
     sums = start_sums(ready[:count], ready[count:], base, consumer, own, shape)
@@ -259,22 +249,31 @@ def start_sums(
     sums: list[Float32], weights: list[Uint32], base: Int32, consumer: Int32, tile: Int32, shape: Shape
 ) -> list[Float32]:
     """Starts adding the values of a tile by weights in registers; a group of its own."""
-    values = _values(base, consumer, tile, shape)
+    values, parts = _values(base, consumer, tile, shape), _products(sums, shape)
     for k in range(TILE // wgmma.K_STEP):
-        sums = attention_mma.mma_transposed(sums, weights[4 * k : 4 * k + 4], values + k * _STEP_ROWS)
+        for i, part in enumerate(parts):
+            at = values + (k * _STEP_ROWS + i * _PRODUCT_STEP)
+            parts[i] = attention_mma.mma_transposed(part, weights[4 * k : 4 * k + 4], at)
     wgmma.commit()
-    return sums
+    return [value for part in parts for value in part]
 
 
 def start_other_sums(sums: list[Float32], base: Int32, consumer: Int32, tile: Int32, shape: Shape) -> list[Float32]:
     """The same by the weights of the other consumer."""
-    values = _values(base, consumer, tile, shape)
+    values, parts = _values(base, consumer, tile, shape), _products(sums, shape)
     weights = wgmma.descriptor(within(base) + shape.weights_at + tile % 2 * BLOCK_BYTES)
     for k in range(TILE // wgmma.K_STEP):
-        ahead = k * _STEP_BYTES >> 4
-        sums = attention_mma.mma_shared_transposed(sums, weights + ahead, values + k * _STEP_ROWS)
+        for i, part in enumerate(parts):
+            at = values + (k * _STEP_ROWS + i * _PRODUCT_STEP)
+            parts[i] = attention_mma.mma_shared_transposed(part, weights + (k * _STEP_BYTES >> 4), at)
     wgmma.commit()
-    return sums
+    return [value for part in parts for value in part]
+
+
+def _products(sums: list[Float32], shape: Shape) -> list[list[Float32]]:
+    """The sums of each product; with four warpgroups ptxas holds one to 128 registers, too few for 256 columns."""
+    each = _PRODUCT_COLUMNS // 2 if shape.producers == 2 else len(sums)
+    return [sums[i : i + each] for i in range(0, len(sums), each)]
 
 
 def _values(base: Int32, consumer: Int32, tile: Int32, shape: Shape) -> Int64:

@@ -23,8 +23,8 @@ from megamoe_stages.fp4_kv_decode.produce import Tokens, Work
 from megamoe_stages.fp4_kv_decode.result import Result, finish, join_consumers, join_pair, store
 from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, CONSUMERS, GROUP, ROWS, TILE, Shape
 
-PRODUCER_REGISTERS = {1: 72, 2: 56}  # by their number
-CONSUMER_REGISTERS = {1: 216, 2: 200}  # what is left of 64 K
+PRODUCER_REGISTERS = {1: 72, 2: 48}  # by their number
+CONSUMER_REGISTERS = {1: 216, 2: 208}  # what is left of 64 K
 _BATCH = 8  # loads of queries in flight
 
 
@@ -237,7 +237,7 @@ def kernel(
         extra=tokens.store(extra_codes, extra_scales, shape.head_dim),
     )
     number = problem * cute.arch.grid_dim()[1] + part
-    result = Result(out, lse, sink, has_sink, v_scale, parts, stats, arrived, splits, split, number, Int32(0))
+    result = Result(out, lse, sink, has_sink, Float32(1.0), parts, stats, arrived, splits, split, number, Int32(0))
 
     cute.arch.sync_threads()
     if thread < shape.producer_threads:
@@ -246,10 +246,11 @@ def kernel(
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[shape.producers])
         consumer = thread // GROUP - shape.producers
-        load_queries(thread - shape.producer_threads, q, base, rows, shape)
         acc = cute.make_rmem_tensor((shape.out_columns // 2,), Float32)
         stat = cute.make_rmem_tensor((4,), Float32)
-        scale, extra = k_scale[()], extra_scale[()]
+        scale, extra = k_scale[()], extra_scale[()]  # these and the queries come at once
+        result = result._replace(v_scale=v_scale[()])
+        load_queries(thread - shape.producer_threads, q, base, rows, shape)
         scales = Scales(scores * scale, scores * extra, extra / scale)
         attend.attend(acc, stat, base, consumer, own, first, scales, rows, shape)
         if cutlass.const_expr(shape.paired):

@@ -91,35 +91,67 @@ class Work(NamedTuple):
 
 
 @cute.jit
-def locate(tile: Int32, work: Constexpr[Work], shape: Constexpr[Shape]) -> Int32:
-    """The row of the cache of this thread's token of a tile: -1 for none, -2 - row for one of the second cache."""
-    row = Int32(-1)
+def find_token(tile: Int32, work: Constexpr[Work], shape: Constexpr[Shape]) -> Int32:
+    """This thread's token of a tile, -1 for none; may still be on its way when this returns."""
+    token = Int32(-1)
     if cutlass.const_expr(shape.extra):
         if tile < work.near:
-            row = locate_in(tile, work.tiles, work.tokens)
+            token = token_of(tile, work.tiles, work.tokens)
         else:
-            row = locate_in(tile, work.tiles, work.entries)
-            row = arith.select(row >= 0, -2 - row, row)
+            token = token_of(tile, work.tiles, work.entries)
     else:
-        row = locate_in(tile, work.tiles, work.tokens)
-    return row
+        token = token_of(tile, work.tiles, work.tokens)
+    return token
 
 
 @cute.jit
-def locate_in(tile: Int32, tiles: Int32, tokens: Constexpr[Tokens]) -> Int32:
-    """The row of one cache, -1 for none."""
+def token_of(tile: Int32, tiles: Int32, tokens: Constexpr[Tokens]) -> Int32:
+    """The same in one cache."""
     thread, _, _ = cute.arch.thread_idx()
     place = tokens.first + tile * TILE + thread % TILE
     token = arith.select((tile < tiles) & (place < tokens.end), place, Int32(-1))
     if (tokens.indexed != 0) & (token >= 0):
         token = tokens.indices[tokens.row, token]
-    row = Int32(-1)
+    return token
+
+
+@cute.jit
+def find_page(token: Int32, tile: Int32, work: Constexpr[Work], shape: Constexpr[Shape]) -> tuple[Int32, Int32]:
+    """Page of a tile's token, -1 for none, and where in it; the page may still be on its way."""
+    home, within = Int32(-1), Int32(0)
+    if cutlass.const_expr(shape.extra):
+        if tile < work.near:
+            home, within = page_of(token, work.tokens)
+        else:
+            home, within = page_of(token, work.entries)
+    else:
+        home, within = page_of(token, work.tokens)
+    return home, within
+
+
+@cute.jit
+def page_of(token: Int32, tokens: Constexpr[Tokens]) -> tuple[Int32, Int32]:
+    """The same in one cache."""
+    home, within = Int32(-1), Int32(0)
     if (token >= 0) & (token < tokens.length):
         number, within = divmod(token, tokens.by_page)
         home = tokens.block_table[tokens.sequence, number]
-        if (home >= 0) & (home < tokens.pages):
-            row = (home * tokens.kv_heads + tokens.kv_head) * tokens.page + within
+    return home, within
+
+
+def find_row(home: Int32, within: Int32, tile: Int32, work: Work, shape: Shape) -> Int32:
+    """The row of the cache of a tile's token: -1 for none, -2 - row for one of the second cache."""
+    row = row_of(home, within, work.tokens)
+    if shape.extra:
+        far = row_of(home, within, work.entries)
+        row = arith.select(tile < work.near, row, arith.select(far >= 0, -2 - far, far))
     return row
+
+
+def row_of(home: Int32, within: Int32, tokens: Tokens) -> Int32:
+    """The same in one cache."""
+    row = (home * tokens.kv_heads + tokens.kv_head) * tokens.page + within
+    return arith.select((home >= 0) & (home < tokens.pages), row, Int32(-1))
 
 
 def codes_at(unit: int, shape: Shape) -> int:
@@ -165,10 +197,14 @@ def copy_unit(
 def load_unit(unit: int, slot: Int32, shape: Shape) -> list[Uint32]:
     """Eight words of codes and one of scales of one of this thread's units, from a slot of the ring."""
     thread, _, _ = cute.arch.thread_idx()
-    at = slot + codes_at(unit, shape) + thread * 16
+    codes, scales = codes_at(unit, shape), codes_at(shape.units, shape) + unit * shape.producer_threads * 4
+    if shape.blocks % shape.threads_a_token and unit == shape.units - 1:  # not all threads have this one
+        some = thread // TILE + shape.threads_a_token * unit < shape.blocks
+        codes = arith.select(some, Int32(codes), Int32(codes_at(0, shape)))
+        scales = arith.select(some, Int32(scales), Int32(codes_at(shape.units, shape)))
+    at = slot + codes + thread * 16
     words = ring.load16(at) + ring.load16(at + shape.producer_threads * 16)
-    at = slot + codes_at(shape.units, shape) + (unit * shape.producer_threads + thread) * 4
-    return [*words, Uint32(ring.load4(at))]
+    return [*words, Uint32(ring.load4(slot + scales + thread * 4))]
 
 
 @cute.jit
@@ -213,17 +249,22 @@ def produce(
     thread, _, _ = cute.arch.thread_idx()
     lane, wide = thread % WARP, thread // WARP
     exist = Uint32(0)  # a bit a tile on its way: this thread's token exists; the last tile in the lowest
-    for tile in cutlass.range_constexpr(shape.stages):
-        row = locate(Int32(tile), work, shape)
+    stages = shape.stages
+    found = [find_token(Int32(tile), work, shape) for tile in range(stages + 2)]
+    pages = [find_page(found[tile], Int32(tile), work, shape) for tile in range(stages + 1)]
+    for tile in cutlass.range_constexpr(stages):
+        row = find_row(pages[tile][0], pages[tile][1], Int32(tile), work, shape)
         for unit in cutlass.range_constexpr(shape.units):
             copy_unit(row, unit, base + shape.ring_at + tile * shape.stage_bytes, work, shape)
             attention_mma.commit_copies()
         exist = exist << 1 | arith.select(row != -1, Uint32(1), Uint32(0))
-    ahead = locate(Int32(shape.stages), work, shape)
+    home, within = pages[stages]
+    token = found[stages + 1]
     stage, buffer, parity = Int32(0), Int32(0), Int32(1)
     for tile in cutlass.range(work.tiles, unroll=1):
-        row = ahead
-        ahead = locate(tile + shape.stages + 1, work, shape)  # long before its address is needed
+        row = find_row(home, within, tile + shape.stages, work, shape)
+        home, within = find_page(token, tile + shape.stages + 1, work, shape)  # a tile before its row is needed
+        token = find_token(tile + shape.stages + 2, work, shape)  # a tile before its page is looked up
         slot = base + shape.ring_at + stage * shape.stage_bytes
         full = base + shape.barriers_at + buffer * 16
         ring.wait(full + 8, parity)

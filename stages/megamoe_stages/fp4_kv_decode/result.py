@@ -34,7 +34,7 @@ class Result(NamedTuple):
         lse: (batch * queries * heads,) fp32.
         sink: (heads,) fp32; not read unless has_sink.
         has_sink: Whether there is one.
-        v_scale: () fp32.
+        v_scale: What the values are multiplied by.
         parts: (problems * splits * ROWS, columns) fp32, columns in the order of decoded values.
         stats: (problems * splits * ROWS, 2) fp32: the largest score and the sum.
         arrived: (problems,) int32, zeros.
@@ -48,7 +48,7 @@ class Result(NamedTuple):
     lse: cute.Tensor
     sink: cute.Tensor
     has_sink: Int32
-    v_scale: cute.Tensor
+    v_scale: Float32
     parts: cute.Tensor
     stats: cute.Tensor
     arrived: cute.Tensor
@@ -122,7 +122,7 @@ def finished(top: Float32, total: Float32, row: Int32, rows: Rows, result: Resul
     head = arith.select(result.has_sink != 0, head, Int32(0))
     sink = exp2(result.sink[head] * Float32(_LOG2E) - zero)
     whole = total + arith.select(result.has_sink != 0, sink, Float32(0.0))
-    scale = result.v_scale[()] * Float32(DECODED_UNIT) / whole
+    scale = result.v_scale * Float32(DECODED_UNIT) / whole
     lse = (top + attention_mma.log2(total)) * Float32(_LN2)
     some = total > Float32(0.0)
     return arith.select(some, scale, Float32(0.0)), arith.select(some, lse, Float32(NONE))
@@ -174,9 +174,7 @@ def store_part(
 
 
 @cute.jit
-def share_out(
-    local: Int32, first: Int32, shares: Int32, rows: Constexpr[Rows], result: Constexpr[Result]
-) -> None:
+def share_out(local: Int32, first: Int32, shares: Int32, rows: Constexpr[Rows], result: Constexpr[Result]) -> None:
     """Finds what the parts of a row are multiplied by, and writes its lse; a thread."""
     top = Float32(NONE)
     for split in cutlass.range(result.splits, unroll=4):

@@ -62,9 +62,9 @@ class Shape(NamedTuple):
     def producers(self) -> int:
         """Warpgroups that decode; a thread of them has a token and every so many of its blocks.
 
-        With two of them ptxas holds a product to 128 registers, too few for 256 columns.
+        One for head_dim 256: its consumers do not fit beside two.
         """
-        return 2 if self.blocks > 2 and self.out_columns <= 128 else 1
+        return 2 if self.split_columns or (self.blocks > 2 and self.out_columns <= 128) else 1
 
     @property
     def producer_threads(self) -> int:
