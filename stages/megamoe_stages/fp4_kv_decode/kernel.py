@@ -279,7 +279,7 @@ def seen(rows: Rows, held: Int32, picked: Int32) -> tuple[Int32, Int32]:
 
 
 def load_queries(thread: Int32, q: cute.Tensor, base: Int32, rows: Rows, shape: Shape) -> None:
-    """Brings the queries into shared memory, in the order of decoded values; zeros where there are no rows. Consumers'."""
+    """Brings the queries into shared memory, in the order of decoded values; zeros where there is no row. For consumers."""
     chunks, threads = shape.head_dim // 8, CONSUMERS * GROUP
     count = ROWS * chunks // threads
     for start in range(0, count, _BATCH):

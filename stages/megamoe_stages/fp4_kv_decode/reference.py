@@ -42,7 +42,8 @@ def fp4_kv_decode(
     Token t of sequence b lies in slot t % page of page block_table[b, t // page]; its value is E2M1 * E4M3 * scale. A
     token exists when 0 <= t < lengths[b], it lies within the table and its page is one of the cache's; a new token that
     would not exist is dropped. Query i of sequence b sits at position lengths[b] - queries + i. What lies in a slot
-    that no query of its sequence sees never matters, be it NaN: slots past the end or before the window need not be written.
+    that no query of its sequence sees never matters, be it NaN: slots past the end or before the window may be as they
+    are.
 
     A second cache (`extra_`; DeepSeek-V4's compressed entries beside the window) joins the same softmax: entry t of it
     exists by the same rule, and every query sees each one, or those that `extra_indices` picks for it.
