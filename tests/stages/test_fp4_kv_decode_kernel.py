@@ -25,6 +25,11 @@ ON_HOST = (
     "mla-d512-page64",
     "mla-window",
     "mla-indices",
+    "two-caches",
+    "two-caches-picked",
+    "two-caches-queries-2-all",
+    "two-caches-both-picked",
+    "two-caches-nothing-near",
     "page-odd",
     "group-of-5",
     "queries-8-window",
@@ -65,8 +70,10 @@ def emulated(a: dict[str, Any], policy: str = "eager", seed: int = 0) -> DecodeO
     out = contract.fake(q, k_codes, a["k_scales"], table, a["lengths"], a["k_scale"], v_codes, softmax_scale=1.0)
     if q.numel() == 0:
         return out
+    names = ("codes", "scales", "table", "lengths", "scale", "indices")
+    extra = contract.Extra.of(*(a.get(f"extra_{name}") for name in names))
     out.out.fill_(torch.nan), out.lse.fill_(torch.nan)
-    arguments = launch.attend(
+    shape, arguments = launch.attend(
         q,
         keys,
         values,
@@ -74,6 +81,7 @@ def emulated(a: dict[str, Any], policy: str = "eager", seed: int = 0) -> DecodeO
         a["lengths"],
         a.get("sink"),
         a.get("indices"),
+        extra,
         out,
         softmax_scale=a["softmax_scale"],
         window=a.get("window"),
@@ -82,7 +90,6 @@ def emulated(a: dict[str, Any], policy: str = "eager", seed: int = 0) -> DecodeO
         page=page,
         sms=8,
     )
-    shape = Shape(q.shape[3], out.out.shape[3], shared=v_codes is None)
     artifact = compiler.compile_kernel(kernel.spec(shape))
     ptxemu.run(artifact, *arguments, policy=policy, seed=seed).raise_for_findings()
     return out
@@ -98,7 +105,7 @@ def test_matches_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["lazy", "random"])
-@pytest.mark.parametrize("name", ["split-3", "mla-indices"])
+@pytest.mark.parametrize("name", ["split-3", "mla-indices", "two-caches-queries-2"])
 def test_no_order_of_events_matters(name: str, policy: str) -> None:
     """Copies and products as late as they may be, warps in any order: the same bytes."""
     given = inputs(name)
