@@ -1,9 +1,9 @@
 """The decode kernel for grouped queries on sm_90a: bound by memory, FP4 goes straight from the cache to left operands.
 
-Every warp has its own run of tiles of 64 tokens, its own ring of bulk copies and its own online softmax: no warp waits
-for another until the runs of its CTA are done. There is room for the keys of one tile and the values of one, and it is filled
-again as soon as their words are in registers: the keys of the next tile are on their way while the values of this one are
-added, and the other way round.
+Every warp has its own run of tiles of 64 tokens, its own room for bulk copies and its own online softmax: no warp waits
+for another until the runs of its CTA are done. There is room for the keys of one tile and the values of one, filled
+again as soon as their words are in registers: the keys of the next tile are on their way while the values of this one
+are added, and the other way round.
 """
 
 from __future__ import annotations

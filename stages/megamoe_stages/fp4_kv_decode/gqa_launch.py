@@ -14,6 +14,13 @@ from megamoe_stages.fp4_kv_decode.contract import DecodeOutput
 from megamoe_stages.fp4_kv_decode.gqa_shape import SHAPES, TILE, Shape
 from megamoe_stages.fp4_kv_decode.launch import Side
 
+_MOST_ROWS = 1 << 31  # of a cache, tokens of a kv head: the kernel counts them in 32 bits
+
+
+def fits(codes: Tensor) -> bool:
+    """Whether the kernel can count the rows of a cache (pages, kv_heads, page, bytes)."""
+    return codes.shape[0] * codes.shape[1] * codes.shape[2] < _MOST_ROWS
+
 
 def attend(
     q: Tensor,

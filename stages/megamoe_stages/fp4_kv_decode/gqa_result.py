@@ -158,8 +158,8 @@ def put_record(
 def join_all(base: Uint32, kv_heads: Int32, result: Constexpr[Result], shape: Constexpr[Shape]) -> None:
     """Joins what several warps of the CTA have of a problem, then merges what several CTAs have.
 
-    The warps' runs follow each other in the line, so a problem's sums are those of the warp where it starts, or of the first one,
-    and of the warps behind it up to the first where a problem ends that did not start there, or the last one.
+    The warps' runs follow each other in the line, so a problem's sums are those of the warp where it starts, or of the
+    first one, and of the warps behind it up to the first where a problem ends that did not start there, or the last.
     """
     thread = warp.thread()
     cta, _, _ = cute.arch.block_idx()
@@ -351,7 +351,7 @@ def write_part(
 
 @cute.jit
 def merge(base: Uint32, records: Constexpr[list[Int32]], result: Constexpr[Result], shape: Constexpr[Shape]) -> None:
-    """Adds up the parts of the problems of which this CTA was the last to have its own ready, and writes the results."""
+    """Adds up the parts of problems of which this CTA was the last to have its own ready, and writes the results."""
     thread = warp.thread()
     lane = thread % WARP
     cute.arch.fence_acq_rel_gpu()

@@ -104,7 +104,7 @@ class Shape(NamedTuple):
 
     @property
     def records_at(self) -> int:
-        """Where it is said whose sums wait to be joined: 16 bytes of all warps' first problems, then of the last ones."""
+        """Where it is said whose sums wait to be joined: 16 bytes of all warps' first problems, then last ones."""
         return self.state_at + self.warps * 32
 
     @property
