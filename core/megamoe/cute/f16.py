@@ -46,6 +46,13 @@ def scale_pair(pair: Uint32) -> Uint32:
     return word
 
 
+def both_halves(pair: Uint32, upper: bool) -> Uint32:
+    """One half of a pair in both halves: a modifier of the product that it goes into, where the compiler sees one."""
+    half = "h" if upper else "l"
+    word: Uint32 = arith.ptx(Uint32, f"{{.reg .b16 l, h; mov.b32 {{l, h}}, $1; mov.b32 $0, {{{half}, {half}}};}}", pair)
+    return word
+
+
 def spread(codes: Uint32) -> tuple[Uint32, Uint32]:
     """Eight codes as upper bytes of fp16, values * 2^-14: the even ones, the odd ones, each in their order."""
     magnitudes, signs = Uint32(_MAGNITUDES), Uint32(_SIGNS)

@@ -85,8 +85,7 @@ def scores(
     sums = [[Float32(0.0)] * 4 for _ in range(shape.column_blocks)]
     pairs = [[f16.scale_pair(s) for s in scales[h]] for h in range(2)]
     for block in range(shape.key_blocks):
-        part = (0x1010, 0x3232)[block % wide]
-        factors = [arith.permute(pairs[h][block // wide], Uint32(0), part, Target.SM90) for h in range(2)]
+        factors = [f16.both_halves(pairs[h][block // wide], upper=block % wide == 1) for h in range(2)]
         for word in range(2):
             rows = [[f16.widen(half) for half in f16.spread(codes[h][2 * block + word])] for h in range(2)]
             for step in range(2):
@@ -207,12 +206,12 @@ def weigh(
     target = Target.SM90
     count = shape.column_blocks
     above = cute.make_rmem_tensor((4 * STEPS * count,), Float32)
-    highest = Float32(LOWEST)
+    highest = Int32(0)  # as integers, positive numbers keep their order, and three of them go into one instruction
     for at in cutlass.range_constexpr(4 * STEPS * count):
         column = at // 4 % count * 2 + at % 2
         above[at] = _minus(x[at], factor[column], top[column])
-        highest = arith.maximum(highest, above[at], target)
-    if arith.any_lane(highest > Float32(_SLACK), target):
+        highest = cutlass.max(highest, above[at].bitcast(Int32))
+    if arith.any_lane(highest > Float32(_SLACK).bitcast(Int32), target):
         for column in cutlass.range_constexpr(2 * count):
             n, c = column // 2, column % 2
             most = top[column]

@@ -137,10 +137,10 @@ def kernel(
     ring_at = base + wide * shape.ring_bytes
     barriers = base + shape.barriers_at + wide * (2 * bulk.BARRIER_BYTES)
     shift = work.run_shift(cache)
-    if thread == 0:
-        for number in cutlass.range(2 * shape.warps, unroll=1):
-            ring.init(Int32(base) + shape.barriers_at + number * bulk.BARRIER_BYTES, Int32(2 * STEPS) >> shift)
+    if thread < 2 * shape.warps:
+        ring.init(Int32(base) + shape.barriers_at + thread * bulk.BARRIER_BYTES, Int32(2 * STEPS) >> shift)
         ring.init_fence()
+    if thread == 0:
         work.put_sides(base, cache, shape)
     cute.arch.griddepcontrol_launch_dependents()
     cute.arch.griddepcontrol_wait()  # what stands above overlaps with the end of the kernel before
