@@ -59,3 +59,29 @@ def test_a_captured_graph_follows_the_lengths() -> None:
         finite = want.lse.isfinite()
         assert same_bytes(got.lse.isfinite(), finite)
         assert error(got.lse[finite], want.lse[finite]) < BOUNDS["lse"].rel_l2
+
+
+def test_launches_on_several_streams_do_not_meet() -> None:
+    """Every stream and every graph counts arrivals for itself, and leaves its counters as it found them."""
+    from megamoe_stages.fp4_kv_decode.sm90 import fp4_kv_decode
+
+    problems = [inputs(lengths=lengths) for lengths in ([9000, 1, 300], [5000, 4097], [12000])]
+    want = [fp4_kv_decode(**a) for a in problems]
+    graphs, replayed = [], []
+    for a in problems:
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            replayed.append(fp4_kv_decode(**a))
+    streams = [torch.cuda.Stream() for _ in problems]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        eager = []
+        for a, graph, stream in zip(problems, graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+                eager.append(fp4_kv_decode(**a))
+        torch.cuda.synchronize()
+        for results in (eager, replayed):
+            for got, expected in zip(results, want, strict=True):
+                assert same_bytes(got.out, expected.out)
+                assert same_bytes(got.lse, expected.lse)

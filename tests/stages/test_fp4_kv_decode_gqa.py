@@ -15,7 +15,7 @@ from megamoe.testing.guards import clone, same_bytes
 from megamoe_stages.fp4_kv_decode import append, contract, gqa_kernel, gqa_launch, launch
 from megamoe_stages.fp4_kv_decode.cases import CASES, make
 from megamoe_stages.fp4_kv_decode.contract import DecodeOutput
-from megamoe_stages.fp4_kv_decode.gqa_shape import SHAPES, Shape, shape_of
+from megamoe_stages.fp4_kv_decode.gqa_shape import SHAPES, SHARED_BYTES, Shape, shape_of
 from megamoe_stages.fp4_kv_decode.reference import fp4_kv_decode as reference
 
 ON_HOST = (
@@ -58,7 +58,7 @@ def inputs(name: str) -> dict[str, Any]:
     given = make(torch.Generator().manual_seed(0), **MORE[name])
     if name == "hole-in-the-middle":
         given["block_table"][0, 3] = -1
-        given["block_table"][0, 6] = -1
+        given["block_table"][0, 6] = 1 << 20  # beyond the cache
     return given
 
 
@@ -116,6 +116,21 @@ def test_no_order_of_events_matters(name: str, policy: str) -> None:
     results = [emulated({k: clone(v) for k, v in given.items()}, how, seed=7) for how in ("eager", policy)]
     assert same_bytes(results[0].out, results[1].out)
     assert same_bytes(results[0].lse, results[1].lse)
+
+
+def test_which_problems_suit() -> None:
+    """Few rows a kv head, so that nothing is read twice, and pages that hold whole steps of 16 tokens."""
+    assert shape_of(128, 128, rows=8, page=64) == SHAPES[2]
+    assert shape_of(128, 128, rows=9, page=16) == SHAPES[3]
+    assert shape_of(128, 128, rows=17, page=64) is None
+    assert shape_of(128, 128, rows=8, page=40) is None
+    assert shape_of(96, 96, rows=8, page=64) is None
+
+
+def test_shared_memory_holds_what_a_kernel_needs() -> None:
+    for shape in SHAPES:
+        assert shape.shared_bytes <= SHARED_BYTES
+        assert shape.sums_bytes <= shape.ring_bytes
 
 
 @pytest.mark.parametrize("shape", SHAPES)

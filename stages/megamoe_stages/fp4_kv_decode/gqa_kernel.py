@@ -149,6 +149,7 @@ def kernel(
     tile = share.start(cta * shape.warps + wide)
     stop = share.start(cta * shape.warps + wide + 1)
     sequence, origin, length = work.find(tile, own_length, cache)
+    tile = tile + arith.select((tile - origin) % work.places_of(length, cache) == 0, Int32(1), Int32(0))
     if thread == 0:
         bulk.store4(base + shape.share_at, [Uint32(word) for word in (*share, Int32(0))])
     result_of.no_record(base, shape)
@@ -164,8 +165,8 @@ def kernel(
         pages, home = start_copies(tile, stop, sequence, origin, length, base, ring_at, barriers, cache, shape)
     while tile < stop:
         tiles = work.tiles_of(length, cache)  # of the problem
-        kv_head = (tile - origin) // tiles
-        problem_start = origin + kv_head * tiles
+        kv_head = (tile - origin) // (tiles + 1)
+        problem_start = origin + kv_head * (tiles + 1) + 1
         own = cutlass.min(problem_start + tiles, stop) - tile
         first = work.first_token(length, cache) // TILE + tile - problem_start
         inner_start = arith.select(window != 0, cutlass.max(length - window, 0) + (TILE - 1), Int32(0)) // TILE
@@ -224,8 +225,9 @@ def kernel(
         if (ends != 0) & (kv_head == kv_heads - 1):
             sequence = sequence + 1
             origin = tile
-            if tile < stop:
+            if tile + 1 < stop:
                 length = lengths[sequence]
+        tile = tile + ends
         if tile < stop:
             pages, home = start_copies(tile, stop, sequence, origin, length, base, ring_at, barriers, cache, shape)
         finish(acc, top, total, base, starts != 0, ends != 0, place, result, shape)
@@ -274,10 +276,10 @@ def start_copies(
         Which of its runs of tokens lie on pages; this lane's page of the tile behind it.
     """
     mine = work.copier(base, cache, shape)
-    count = work.tiles_of(length, cache)
-    kv_head = (tile - origin) // count
-    done = tile - origin - kv_head * count
-    own = cutlass.min(count - done, stop - tile)
+    places = work.places_of(length, cache)
+    kv_head = (tile - origin) // places
+    done = tile - origin - kv_head * places - 1
+    own = cutlass.min(places - 1 - done, stop - tile)
     first = work.first_token(length, cache) // TILE + done
     homes = [work.home_of(first + i, i < own, sequence, cache, mine.token) for i in range(2)]
     row = work.row_of(first, homes[0], kv_head, cache, mine)

@@ -11,6 +11,7 @@ from megamoe.cute import compiler
 from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.fp4_kv_decode import gqa_kernel
 from megamoe_stages.fp4_kv_decode.contract import DecodeOutput
+from megamoe_stages.fp4_kv_decode.gqa_counters import counters
 from megamoe_stages.fp4_kv_decode.gqa_shape import SHAPES, TILE, Shape
 from megamoe_stages.fp4_kv_decode.launch import Side
 
@@ -46,7 +47,7 @@ def attend(
         tokens = min(tokens, window + queries - 1 + TILE)
     problems = batch * kv_heads
     wanted = problems * splits if splits else sms
-    ctas = min(wanted, -(-problems * -(-tokens // TILE) // shape.warps), sms)
+    ctas = min(wanted, -(-problems * (-(-tokens // TILE) + 1) // shape.warps), sms)
     return (
         q.view(-1, dim),
         keys.codes,
@@ -62,7 +63,7 @@ def attend(
         out.lse.view(-1),
         out.lse.new_empty(2 * ctas, shape.part_floats),
         out.lse.new_empty(2 * ctas, 2 * shape.columns),
-        lengths.new_zeros(problems),
+        counters(problems, lengths),
         softmax_scale,
         queries,
         heads,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
+from cutlass._mlir.dialects import llvm
 
 from megamoe.cute import arith, attention_mma, bf16, bulk, ring, warp
 from megamoe.cute.arith import Target
@@ -40,7 +41,7 @@ class Result(NamedTuple):
         v_scale: () fp32.
         parts: (2 CTAs, sums) fp32, as the lanes hold them.
         stats: (2 CTAs, columns, 2) fp32: the largest score and the sum.
-        arrived: (problems,) int32, zeros.
+        arrived: (problems,) int32, zeros; zeros again in the end.
         queries: Of each sequence.
         heads: Of q.
         group: Heads that share a kv head.
@@ -122,6 +123,20 @@ def stats_of(wide: Int32, ends: cutlass.Boolean, shape: Shape) -> Int32:
     """Where its largest scores and sums of weights are."""
     number = arith.select(ends, wide, wide + shape.warps)
     return Int32(shape.stats_at + number * (shape.columns * 8))
+
+
+def _arrive(counter: Int64, most: Int32) -> Int32:
+    """How many have arrived before, in order with what was fenced; one more than `most` sets the counter back to 0."""
+    out = llvm.inline_asm(
+        Int32.mlir_type,
+        [counter.ir_value(), most.ir_value()],
+        "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;",
+        "=r,l,r,~{memory}",
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    return Int32(out)
 
 
 def record_of(wide: Int32, ends: cutlass.Boolean, shape: Shape) -> Int32:
@@ -210,8 +225,8 @@ def join_all(base: Uint32, kv_heads: Int32, result: Constexpr[Result], shape: Co
                     words = [Int32(word) for word in bulk.load4(base + records[number])]
                     problem = words[0] * kv_heads + words[1] // 2
                     at = ring.address(result.arrived.iterator) + Int64(problem) * 4
-                    arrived = attention_mma.add_global(at, Int32(1))
-                    whole = arith.select(arrived == words[3] - words[2], Int32(1), Int32(0))
+                    others = words[3] - words[2]
+                    whole = arith.select(_arrive(at, others) == others, Int32(1), Int32(0))
                 ring.store4(Int32(base) + shape.flags_at + 4 * number, whole)
         cute.arch.sync_threads()
         merge(base, records, result, shape)

@@ -1,7 +1,8 @@
 """Who decodes what: the tiles of all sequences and kv heads in a line, cut into equal runs from lengths on the device.
 
 A problem is a sequence and a kv head; it has at least one tile, so that somebody writes its result. The problems lie in
-a line, sequence by sequence, and every warp of every CTA takes an equal run of their tiles, one after the other.
+a line, sequence by sequence, each behind a place that stands for the time to get started with it, as long as that of a
+tile. Every warp of every CTA takes an equal run of the line and does its tiles one after the other.
 """
 
 from __future__ import annotations
@@ -42,24 +43,24 @@ class Cache(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How the line is cut: among `warps`, of which the first `longer` have one tile more than `tiles`."""
+    """How the line is cut: among `warps`, of which the first `longer` have one place more than `places`."""
 
     warps: Int32
-    tiles: Int32
+    places: Int32
     longer: Int32
 
     def start(self, warp: Int32) -> Int32:
-        """First tile of a warp, counted through all CTAs; the end of the line for one that gets none."""
+        """First place of a warp, counted through all CTAs; the end of the line for one that gets none."""
         warp = cutlass.min(warp, self.warps)
-        return warp * self.tiles + cutlass.min(warp, self.longer)
+        return warp * self.places + cutlass.min(warp, self.longer)
 
-    def owner(self, tile: Int32) -> Int32:
-        """The warp that has a tile."""
-        edge = self.longer * (self.tiles + 1)
-        early = tile < edge
-        place = arith.select(early, tile, tile - edge)
-        size = arith.select(early, self.tiles + 1, cutlass.max(self.tiles, 1))
-        return place // size + arith.select(early, Int32(0), self.longer)
+    def owner(self, place: Int32) -> Int32:
+        """The warp that has a place."""
+        edge = self.longer * (self.places + 1)
+        early = place < edge
+        inside = arith.select(early, place, place - edge)
+        size = arith.select(early, self.places + 1, cutlass.max(self.places, 1))
+        return inside // size + arith.select(early, Int32(0), self.longer)
 
 
 class Copier(NamedTuple):
@@ -95,6 +96,11 @@ def tiles_of(length: Int32, cache: Cache) -> Int32:
     return cutlass.max((held(length, cache) + (TILE - 1)) // TILE - first, 1)
 
 
+def places_of(length: Int32, cache: Cache) -> Int32:
+    """What each problem of a sequence has of the line."""
+    return tiles_of(length, cache) + 1
+
+
 @cute.jit
 def cut(cache: Constexpr[Cache], shape: Constexpr[Shape]) -> tuple[Int32, Int32, Int32, Int32]:
     """What a `Share` is made of, and the length of the sequence of this lane's number; a warp adds up all lengths."""
@@ -103,22 +109,22 @@ def cut(cache: Constexpr[Cache], shape: Constexpr[Shape]) -> tuple[Int32, Int32,
     total, own = Int32(0), Int32(0)
     if lane < batch:
         own = cache.lengths[lane]
-        total = tiles_of(own, cache)
+        total = places_of(own, cache)
     for chunk in cutlass.range(1, (batch + (WARP - 1)) // WARP, unroll=1):
         mine = chunk * WARP + lane
         if mine < batch:
-            total = total + tiles_of(cache.lengths[mine], cache)
+            total = total + places_of(cache.lengths[mine], cache)
     for step in (1, 2, 4, 8, 16):
         total = total + cute.arch.shuffle_sync_bfly(total, offset=step)
     total = total * cache.kv_heads
     warps = cutlass.min(cute.arch.grid_dim()[0] * shape.warps, total)
-    tiles = total // warps
-    return warps, tiles, total - tiles * warps, own
+    places = total // warps
+    return warps, places, total - places * warps, own
 
 
 @cute.jit
-def find(tile: Int32, own: Int32, cache: Constexpr[Cache]) -> tuple[Int32, Int32, Int32]:
-    """The sequence that a tile belongs to, the first tile of that, and its length; `own` is from `cut`."""
+def find(place: Int32, own: Int32, cache: Constexpr[Cache]) -> tuple[Int32, Int32, Int32]:
+    """The sequence that a place belongs to, the first place of that, and its length; `own` is from `cut`."""
     lane = cute.arch.lane_idx()
     batch = cute.size(cache.lengths)
     before, sequence, start, length = Int32(0), Int32(0), Int32(0), Int32(0)
@@ -128,18 +134,18 @@ def find(tile: Int32, own: Int32, cache: Constexpr[Cache]) -> tuple[Int32, Int32
         if mine < batch:
             if chunk > 0:
                 own = cache.lengths[mine]
-            count = tiles_of(own, cache) * cache.kv_heads
+            count = places_of(own, cache) * cache.kv_heads
         through = count
         for step in (1, 2, 4, 8, 16):
             below = cute.arch.shuffle_sync_up(through, step)
             through = through + arith.select(lane >= step, below, Int32(0))
         first = before + through - count
-        here = Uint32(cute.arch.vote_ballot_sync((tile >= first) & (tile < first + count)))
+        here = Uint32(cute.arch.vote_ballot_sync((place >= first) & (place < first + count)))
         if here != 0:
-            place = lowest(here)
-            sequence = chunk * WARP + place
-            start = cute.arch.shuffle_sync(first, place)
-            length = cute.arch.shuffle_sync(own, place)
+            number = lowest(here)
+            sequence = chunk * WARP + number
+            start = cute.arch.shuffle_sync(first, number)
+            length = cute.arch.shuffle_sync(own, number)
         before = before + cute.arch.shuffle_sync(through, WARP - 1)
     return sequence, start, length
 
