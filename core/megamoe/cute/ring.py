@@ -77,11 +77,6 @@ def store4(at: Int32, value: Numeric) -> None:
     _asm("st.shared.b32 [$0], $1;", at, value)
 
 
-def store_matrices(at: Int32, words: Sequence[Uint32]) -> None:
-    """Writes four (8, 8) of 16 bits to shared memory by rows: lane 8 i + r says where row r of i goes."""
-    _asm("stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", at, *words)
-
-
 def store_transposed(at: Int32, words: Sequence[Uint32]) -> None:
     """Writes four (8, 8) of 16 bits to shared memory, columns as rows: lane 8 i + r says where column r of i goes."""
     text = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};"
