@@ -63,7 +63,7 @@ def test_error_is_that_of_a_bf16_flash_attention(name: str) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("compiled for sm_90a")
     made = make(torch.Generator().manual_seed(0), **SHAPES[name])
-    a = {key: value.cuda() if isinstance(value, Tensor) else value for key, value in made.items()}
+    a: dict[str, Any] = {key: value.cuda() if isinstance(value, Tensor) else value for key, value in made.items()}
     for side in ("k", "v", "extra"):
         if f"{side}_scale" in a:
             a[f"{side}_scale"].fill_(0.25)

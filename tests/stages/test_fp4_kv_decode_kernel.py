@@ -104,6 +104,15 @@ def test_matches_the_reference(name: str) -> None:
     assert not [r for r in results if not r.passed]
 
 
+@pytest.mark.parametrize("softmax_scale", [-0.3, 0.0])
+def test_any_finite_scale(softmax_scale: float) -> None:
+    given = inputs("d64") | {"softmax_scale": softmax_scale}
+    a, b = ({key: clone(value) for key, value in given.items()} for _ in range(2))
+    expected = compare.leaves(reference(**a), a, STAGE.mutates)
+    results = compare.compare(compare.leaves(emulated(b), b, STAGE.mutates), expected, contract.BOUNDS)
+    assert not [r for r in results if not r.passed]
+
+
 @pytest.mark.parametrize("policy", ["lazy", "random"])
 @pytest.mark.parametrize("name", ["split-3", "mla-indices", "two-caches-queries-2"])
 def test_no_order_of_events_matters(name: str, policy: str) -> None:

@@ -57,7 +57,7 @@ def launch(
         kv_heads,
         page,
         pages,
-    ).launch(grid=[cute.ceil_div(blocks, THREADS), sides, 1], block=[THREADS, 1, 1], stream=stream)
+    ).launch(grid=[cute.ceil_div(blocks, THREADS), sides, 1], block=[THREADS, 1, 1], use_pdl=True, stream=stream)
 
 
 @cute.kernel
@@ -78,6 +78,8 @@ def kernel(
     pages: Int32,
 ) -> None:
     """Keys by the CTAs of the first row of the grid, values by the second."""
+    cute.arch.griddepcontrol_launch_dependents()  # the decode kernel starts, and waits for this one to end
+    cute.arch.griddepcontrol_wait()
     thread, _, _ = cute.arch.thread_idx()
     cta, side, _ = cute.arch.block_idx()
     block = cta * THREADS + thread

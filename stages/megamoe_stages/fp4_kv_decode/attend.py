@@ -85,7 +85,7 @@ class Scales(NamedTuple):
     """What the products and weights of a tile are multiplied by.
 
     Attributes:
-        scores: Makes scores, in base 2, of the first cache's products.
+        scores: Makes scores, in base 2, of the first cache's products; above 0.
         extra_scores: The same for the second one's.
         extra_weights: Its decode scale over the first one's, by which the output is multiplied in the end.
     """
@@ -174,21 +174,40 @@ def attend_together(
 ) -> None:
     """All tiles, each consumer half of the columns and the scores of every other tile.
 
-    Two decoded tiles are all that there is room for: the other's tile is added before the next own one is looked at, so
-    that its place is decoded anew meanwhile.
+    Two decoded tiles are all that there is room for. Where an own tile is there before the weights of the other's, its
+    scores are made meanwhile; else the other's tile is added first, so that its place is decoded anew.
     """
-    if (consumer == 0) & (tiles > 0):
-        attend_alone(acc, stat, base, consumer, Int32(0), first, scales, rows, shape)
-    skipped = 1 - consumer
-    pairs = cutlass.max(tiles - skipped, 0) // 2
-    for pair in cutlass.range(pairs, unroll=1):
-        attend_both(acc, stat, base, consumer, skipped + 2 * pair, first, scales, rows, shape)
-    other = skipped + 2 * pairs
-    if other < tiles:
-        shrink(acc, follow(stat, base, other, shape))
-        sums = attention_mma.fence([acc[i] for i in range(shape.out_columns // 2)])
-        for i, value in enumerate(attention_mma.wait(start_other_sums(sums, base, consumer, other, shape))):
-            acc[i] = value
+    for turn in cutlass.range((tiles - consumer + 1) // 2, unroll=1):
+        own = consumer + 2 * turn
+        if early(base, consumer, own, shape):
+            attend_both(acc, stat, base, consumer, own - 1, first, scales, rows, shape)
+        else:
+            if own > 0:
+                attend_other(acc, stat, base, consumer, own - 1, shape)
+            attend_alone(acc, stat, base, consumer, own, first, scales, rows, shape)
+    if (tiles > 0) & ((tiles - 1) % 2 != consumer):
+        attend_other(acc, stat, base, consumer, tiles - 1, shape)
+
+
+def early(base: Int32, consumer: Int32, own: Int32, shape: Shape) -> Boolean:
+    """Whether an own tile is there and the weights of the one before are not; the same in all of the warpgroup."""
+    full = base + shape.barriers_at + own % shape.buffers * 16
+    other = cutlass.max(own - 1, 0)
+    ready = base + shape.ready_at + other % 2 * 8
+    there = attention_mma.passed(full, own // shape.buffers % 2) & (1 - attention_mma.passed(ready, other // 2 % 2))
+    return attention_mma.all_of(CONSUMERS_BARRIER + 1 + consumer, GROUP, arith.select(own > 0, there, Int32(0))) != 0
+
+
+@cute.jit
+def attend_other(
+    acc: cute.Tensor, stat: cute.Tensor, base: Int32, consumer: Int32, tile: Int32, shape: Constexpr[Shape]
+) -> None:
+    """The sums of the other consumer's tile."""
+    shrink(acc, follow(stat, base, tile, shape))
+    sums = attention_mma.fence([acc[i] for i in range(shape.out_columns // 2)])
+    for i, value in enumerate(attention_mma.wait(start_other_sums(sums, base, consumer, tile, shape))):
+        acc[i] = value
+    release(base, tile, shape)
 
 
 @cute.jit
@@ -205,16 +224,17 @@ def attend_both(
 ) -> None:
     """The sums of the other consumer's tile, and scores and sums of the next one."""
     count, own = shape.out_columns // 2, other + 1
+    scores = start_scores(base, own, shape)
     shrink(acc, follow(stat, base, other, shape))
     sums = attention_mma.fence([acc[i] for i in range(count)])
     sums = start_other_sums(sums, base, consumer, other, shape)
-    scores = start_scores(base, own, shape)
-    for i, value in enumerate(attention_mma.wait(sums, 1)):
+    masks = masks_of(base, own, first, rows, shape)
+    factors = scales.of(own, rows, shape)
+    weights, scale = softmax(attention_mma.wait(scores, 1), masks, stat, factors, rows)  # while the sums are made
+    publish(weights, stat, base, own, shape)
+    for i, value in enumerate(attention_mma.wait(sums)):
         acc[i] = value
     release(base, other, shape)
-    masks = masks_of(base, own, first, rows, shape)
-    weights, scale = softmax(attention_mma.wait(scores), masks, stat, scales.of(own, rows, shape), rows)
-    publish(weights, stat, base, own, shape)
     shrink(acc, scale)
     ready = attention_mma.fence([acc[i] for i in range(count)] + weights)
     sums = start_sums(ready[:count], ready[count:], base, consumer, own, shape)
@@ -314,13 +334,14 @@ def publish(
     It has read what was here, of the tile before the last: else this one would not have had a place to be decoded to.
     """
     g, t, wide = lanes()
+    lane = cute.arch.lane_idx()
+    row, block = wide * 16 + lane % 16, lane // 16  # that this lane gives the address of
+    at = base + shape.weights_at + tile % 2 * BLOCK_BYTES + row * wgmma.ROW_BYTES
+    for i in cutlass.range_constexpr(TILE // 16):
+        attention_mma.store_matrices(at + (((2 * i + block) ^ row) % 8) * 16, [weights[4 * i + j] for j in range(4)])
     for half in cutlass.range_constexpr(2):
-        row = wide * 16 + g + 8 * half
-        at = base + shape.weights_at + tile % 2 * BLOCK_BYTES + row * wgmma.ROW_BYTES + t * 4
-        for block in cutlass.range_constexpr(TILE // 8):
-            ring.store4(at + ((g ^ block) * 16), weights[2 * block + half])
-        one = arith.select(t == 0, Int32(1), Int32(0))
-        attention_mma.store4_if(base + shape.tops_at + (tile % 2 * ROWS + row) * 4, stat[half], one)
+        place = base + shape.tops_at + (tile % 2 * ROWS + wide * 16 + g + 8 * half) * 4
+        attention_mma.store4_if(place, stat[half], arith.select(t == 0, Int32(1), Int32(0)))
     attention_mma.proxy_fence()
     ring.arrive_if(base + shape.ready_at + tile % 2 * 8, Int32(1))
 
@@ -369,45 +390,49 @@ def softmax(
     weights = cute.make_rmem_tensor((TILE // 4,), Uint32)
     scale = cute.make_rmem_tensor((2,), Float32)
     _, _, wide = lanes()
-    valid = rows.count - rows.first - wide * 16
-    for half in range(2):
-        own = [scores[i + j] for i in range(2 * half, len(scores), 4) for j in range(2)]
-        softmax_of_row(weights, scale, stat, own, masks[half], factors, valid > 8 * half, half)
+    softmax_of_rows(weights, scale, stat, scores, masks, factors, rows.count - rows.first > wide * 16)
     return [weights[i] for i in range(TILE // 4)], [scale[i] for i in range(2)]
 
 
 @cute.jit
-def softmax_of_row(
+def softmax_of_rows(
     weights: cute.Tensor,
     scale: cute.Tensor,
     stat: cute.Tensor,
     scores: Constexpr[list[Float32]],
-    masks: Constexpr[list[Uint32]],
+    masks: Constexpr[list[list[Uint32]]],
     factors: Constexpr[tuple[Float32, Float32 | None]],
     some: Boolean,
-    half: Constexpr[int],
 ) -> None:
-    """The same for one of a lane's two rows; nothing where no row of the warp is `some`."""
+    """The same of a lane's two rows side by side; nothing where no row of the warp is `some`."""
     target = Target.SM90
-    for i in cutlass.range_constexpr(TILE // 8):
-        weights[2 * i + half] = Uint32(0)
-    scale[half] = Float32(1.0)
+    for i in cutlass.range_constexpr(TILE // 4):
+        weights[i] = Uint32(0)
+    scale[0], scale[1] = Float32(1.0), Float32(1.0)
     if some:
-        x = []
-        for i, score in enumerate(scores):
-            visible = (masks[i // 8] & Uint32(1 << (i % 8 // 2 * 8 + i % 2))) != 0
-            x.append(arith.select(visible, arith.mul(score, factors[0], target), Float32(NONE)))
-        top = stat[half]
-        for value in x:
-            top = arith.maximum(top, value, target)
-        top = attention_mma.max_of_four(top)
-        scale[half] = exp2(stat[half] - finite(top))
-        total = stat[2 + half] * scale[half]
-        for i, value in enumerate(x):
-            x[i] = exp2(value - finite(top))
-            total = total + x[i]
-            if cutlass.const_expr(factors[1] is not None):
-                x[i] = arith.mul(x[i], factors[1], target)
-        for i in cutlass.range_constexpr(TILE // 8):
-            weights[2 * i + half] = bf16.pack(x[2 * i], x[2 * i + 1], target)
-        stat[half], stat[2 + half] = top, total
+        x, tops, zeros = [], [], []
+        for half in cutlass.range_constexpr(2):
+            top = Float32(NONE)
+            for i in cutlass.range_constexpr(TILE // 4):
+                visible = (masks[half][i // 8] & Uint32(1 << (i % 8 // 2 * 8 + i % 2))) != 0
+                value = arith.select(visible, scores[i // 2 * 4 + 2 * half + i % 2], Float32(NONE))
+                top = arith.maximum(top, value, target)
+                x.append(value)
+            tops.append(top)
+        for half in cutlass.range_constexpr(2):
+            top = attention_mma.max_of_four(tops[half]) * factors[0]
+            tops[half] = arith.maximum(stat[half], top, target)
+            zeros.append(finite(tops[half]))
+        for half in cutlass.range_constexpr(2):
+            scale[half] = exp2(stat[half] - zeros[half])
+            total = stat[2 + half] * scale[half]
+            for i in cutlass.range_constexpr(TILE // 4):
+                at = half * (TILE // 4) + i
+                x[at] = exp2(arith.ptx(Float32, "fma.rn.f32 $0, $1, $2, $3;", x[at], factors[0], -zeros[half]))
+                total = total + x[at]
+                if cutlass.const_expr(factors[1] is not None):
+                    x[at] = arith.mul(x[at], factors[1], target)
+            for i in cutlass.range_constexpr(TILE // 8):
+                at = half * (TILE // 4) + 2 * i
+                weights[2 * i + half] = bf16.pack(x[at], x[at + 1], target)
+            stat[half], stat[2 + half] = tops[half], total

@@ -10,7 +10,7 @@ import math
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, cute
+from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
 from megamoe.cute import arith, attention_mma, ring
@@ -20,11 +20,12 @@ from megamoe.cute.convert import DECODED_UNIT
 from megamoe_stages.fp4_kv_decode import attend, produce
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows, Scales
 from megamoe_stages.fp4_kv_decode.produce import Tokens, Work
-from megamoe_stages.fp4_kv_decode.result import Result, finish, join_consumers, join_pair, store
+from megamoe_stages.fp4_kv_decode.result import Result, finish, join_consumers, join_pair, pass_pair, store
 from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, CONSUMERS, GROUP, ROWS, TILE, Shape
 
 PRODUCER_REGISTERS = {1: 72, 2: 48}  # by their number
 CONSUMER_REGISTERS = {1: 216, 2: 208}  # what is left of 64 K
+_LEAST_FACTOR = 2.0**-100  # for a softmax_scale of 0
 _BATCH = 8  # loads of queries in flight
 
 
@@ -121,6 +122,7 @@ def launch(
         cluster=[1, 1, 2 if shape.paired else 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,
+        use_pdl=True,
         stream=stream,
     )
 
@@ -178,6 +180,7 @@ def kernel(
         for i in cutlass.range_constexpr(2 if shape.split_columns else 0):
             ring.init(base + shape.ready_at + i * 8, GROUP)
         ring.init_fence()
+    cute.arch.griddepcontrol_wait()  # for what earlier launches write: so far this one has looked at nothing
 
     row_block, kv_head = part // kv_heads, part % kv_heads
     group = heads // kv_heads
@@ -243,6 +246,8 @@ def kernel(
     if thread < shape.producer_threads:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS[shape.producers])
         produce.produce(base, work, shape)
+        if cutlass.const_expr(shape.paired):
+            pass_pair()
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[shape.producers])
         consumer = thread // GROUP - shape.producers
@@ -250,8 +255,9 @@ def kernel(
         stat = cute.make_rmem_tensor((4,), Float32)
         scale, extra = k_scale[()], extra_scale[()]  # these and the queries come at once
         result = result._replace(v_scale=v_scale[()])
-        load_queries(thread - shape.producer_threads, q, base, rows, shape)
-        scales = Scales(scores * scale, scores * extra, extra / scale)
+        negative = arith.select(scores < Float32(0.0), Uint32(0x80008000), Uint32(0))
+        load_queries(thread - shape.producer_threads, q, negative, base, rows, shape)
+        scales = Scales(factor(scores * scale), factor(scores * extra), extra / scale)
         attend.attend(acc, stat, base, consumer, own, first, scales, rows, shape)
         if cutlass.const_expr(shape.paired):
             rank = split % 2
@@ -278,8 +284,16 @@ def seen(rows: Rows, held: Int32, picked: Int32) -> tuple[Int32, Int32]:
     return arith.select(some, Int32(0), start), arith.select(some, picked, end)
 
 
-def load_queries(thread: Int32, q: cute.Tensor, base: Int32, rows: Rows, shape: Shape) -> None:
-    """Brings the queries into shared memory, in the order of decoded values; zeros where there is no row. For consumers."""
+def factor(scores: Float32) -> Float32:
+    """The size of a factor of scores, above 0, so that a product that stands for nothing visible stays -inf."""
+    return arith.maximum(arith.magnitude(scores, Target.SM90), Float32(_LEAST_FACTOR), Target.SM90)
+
+
+def load_queries(thread: Int32, q: cute.Tensor, negative: Uint32, base: Int32, rows: Rows, shape: Shape) -> None:
+    """Brings the queries into shared memory, in the order of decoded values; zeros where there is no row.
+
+    `negative` flips their signs: the factor of the scores has none.
+    """
     chunks, threads = shape.head_dim // 8, CONSUMERS * GROUP
     count = ROWS * chunks // threads
     for start in range(0, count, _BATCH):
@@ -292,7 +306,7 @@ def load_queries(thread: Int32, q: cute.Tensor, base: Int32, rows: Rows, shape: 
             loaded.append((inside, attention_mma.load16_global(at)))
             places.append(base + chunk // 8 * BLOCK_BYTES + row * 128 + ((chunk ^ row) % 8) * 16)
         for place, (inside, words) in zip(places, loaded, strict=True):
-            words = [arith.select(inside, word, word ^ word) for word in produce.value_order(words)]
+            words = [arith.select(inside, word ^ negative, word ^ word) for word in produce.value_order(words)]
             attention_mma.store16(place, words)
     attention_mma.proxy_fence()
     attention_mma.named_barrier(CONSUMERS_BARRIER, threads)

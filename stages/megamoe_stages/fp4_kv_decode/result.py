@@ -98,6 +98,13 @@ def join_pair(
         add(acc, stat, at, count)
 
 
+def pass_pair() -> None:
+    """The barriers of `join_pair`, for the producers."""
+    for _ in range(2):
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+
+
 @cute.jit
 def add(acc: cute.Tensor, stat: cute.Tensor, at: Int32, count: Constexpr[int]) -> None:
     """Adds sums of other tokens that somebody has left in shared memory for this thread."""
