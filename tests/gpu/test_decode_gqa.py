@@ -72,7 +72,7 @@ def test_launches_on_several_streams_do_not_meet() -> None:
         graphs.append(torch.cuda.CUDAGraph())
         with torch.cuda.graph(graphs[-1]):
             replayed.append(fp4_kv_decode(**a))
-    streams = [torch.cuda.Stream() for _ in problems]
+    streams = [torch.cuda.Stream() for _ in problems]  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     for _ in range(50):
         eager = []
