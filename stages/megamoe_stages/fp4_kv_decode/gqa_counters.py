@@ -1,8 +1,8 @@
 """Zeros that every launch of the decode kernel leaves as it finds them, so that no call has to write them first.
 
-A counter that its last arrival sets back to 0 can serve the next launch that does not overlap with this one. Launches on
-a stream do not overlap, so a stream has counters of its own; nor do replays of a graph with themselves, so every call
-that is captured takes counters which nobody else ever gets.
+A counter that its last arrival sets back to 0 can serve the next launch that does not overlap with this one. Launches
+on a stream do not overlap, so a stream has counters of its own; nor do replays of a graph with themselves, so every
+call that is captured takes counters which nobody else ever gets.
 """
 
 from __future__ import annotations
