@@ -141,6 +141,7 @@ def test_limits() -> None:
     assert not limits.supports({"dtype": "bfloat16", "head_dim": 512, "v_dim": 512, "shared": True})
     assert not limits.supports({"head_dim": 192, "v_dim": 128, "shared": False})
     assert "float16" in limits.supports({"dtype": "float16"})[0]
+    assert not limits.supports({"head_dim": 512, "v_dim": 512, "shared": True, "extra": True})
     assert "96" in limits.supports({"head_dim": 96, "v_dim": 96, "shared": False})[0]
     assert "are the values" in limits.supports({"head_dim": 128, "v_dim": 128, "shared": True})[0]
 
@@ -150,6 +151,10 @@ def test_splits_fill_the_machine() -> None:
     assert launch.choose_splits(problems=200, tokens=1 << 17, sms=132) == 1
     assert launch.choose_splits(problems=1, tokens=64, sms=132) == 1
     assert launch.choose_splits(problems=8, tokens=1 << 17, sms=132) == 16
+    assert launch.choose_splits(problems=64, tokens=128, sms=132, pairs=True) == 2
+    assert launch.choose_splits(problems=64, tokens=64, sms=132, pairs=True) == 1
+    assert launch.choose_splits(problems=44, tokens=1 << 17, sms=132, pairs=True) == 2
+    assert launch.choose_splits(problems=67, tokens=1 << 17, sms=132, pairs=True) == 1
 
 
 def test_refuses_what_it_cannot_do() -> None:

@@ -88,7 +88,7 @@ def attend(
         second = Side(extra.codes, extra.scales, extra.scale), extra.table, extra.lengths, picks, extra.codes.shape[2]
     more, *places, extra_page = second
     shape = Shape(dim, v_dim, shared=values is keys, extra=extra is not None)
-    splits = min(splits, -(-tokens // TILE)) or choose_splits(problems, tokens, sms)
+    splits = min(splits, -(-tokens // TILE)) or choose_splits(problems, tokens, sms, pairs=shape.split_columns)
     parts = splits
     if shape.split_columns and splits > 1:
         shape, splits = shape._replace(paired=True), splits + splits % 2
@@ -131,10 +131,21 @@ def attend(
     )
 
 
-def choose_splits(problems: int, tokens: int, sms: int) -> int:
-    """Into how many parts the tokens go: as many as fill the machine, unless a CTA would get but a few tiles."""
-    tiles = -(-tokens // TILE)
-    return max(1, min(sms // problems, tiles // _LEAST_TILES, _MOST_SPLITS))
+def choose_splits(problems: int, tokens: int, sms: int, *, pairs: bool = False) -> int:
+    """Into how many parts the tokens go: as many as fill the machine, unless a CTA would get but a few tiles.
+
+    Args:
+        problems: CTAs without splits.
+        tokens: At most.
+        sms: Of the GPU.
+        pairs: CTAs work in pairs, which cost little: two for any two tiles, and an even number.
+    """
+    tiles, room = -(-tokens // TILE), sms // problems
+    splits = max(1, min(room, tiles // _LEAST_TILES, _MOST_SPLITS))
+    if pairs:
+        splits = max(splits, min(2, tiles, room))
+        splits -= splits % 2 if splits > 1 else 0
+    return splits
 
 
 @functools.cache
