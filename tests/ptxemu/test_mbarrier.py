@@ -148,7 +148,7 @@ def test_cluster_barriers_used_wrongly() -> None:
 
 
 def test_a_copy_in_flight_keeps_its_barrier_while_others_are_made() -> None:
-    """Warp 1 initialises 200 mbarriers between the issue of warp 0's copy and its completion, which the policy defers."""
+    """Warp 1 initialises 200 mbarriers while the copy of warp 0 is under way."""
     source, out = np.arange(64, dtype=np.uint32), np.zeros(32, np.uint32)
     bars = ".shared .align 8 .b8 bar[2048];\n.shared .align 16 .b8 data[256];"
     body = f"""{SETUP} ld.param.u64 %d1, [p0]; ld.param.u64 %d2, [p1];
