@@ -41,7 +41,7 @@ def launch(
 ) -> None:
     """Launches a warp for each row."""
     kernel(values, scales, index, offsets, packed, rows, kind, indexed).launch(
-        grid=[cute.ceil_div(rows, THREADS // WARP), 1, 1], block=[THREADS, 1, 1], stream=stream
+        grid=[cute.ceil_div(rows, THREADS // WARP), 1, 1], block=[THREADS, 1, 1], use_pdl=True, stream=stream
     )
 
 
@@ -59,6 +59,8 @@ def kernel(
     """The kernel; see the module."""
     thread, _, _ = cute.arch.thread_idx()
     cta, _, _ = cute.arch.block_idx()
+    cute.arch.griddepcontrol_wait()  # what came before in the stream is done; up to here it may still have run
+    cute.arch.griddepcontrol_launch_dependents()
     row = cta * (THREADS // WARP) + thread // WARP
     if row < rows:
         pack_row(values, scales, index, offsets, packed, row, thread % WARP, kind, indexed)

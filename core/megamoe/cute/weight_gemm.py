@@ -397,6 +397,8 @@ def work(
             ring.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
             ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMERS * GROUP // WARP)
         ring.init_fence()
+    cute.arch.griddepcontrol_wait()  # what came before in the stream is done; up to here it may still have run
+    cute.arch.griddepcontrol_launch_dependents()
     count_tiles(base, thread, operands, shape)
     if thread < GROUP:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -80,10 +81,7 @@ class Weight(nn.Module):
         """
         if self.prepared:
             return
-        plain = self.operand
-        if self._given_order is not None:
-            plain = interleave(plain, self._given_order)
-        self._keep(plain.with_layout(fragments.HOPPER))
+        self._keep(_rearranged(self.operand, self._given_order))
         self.prepared = True
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -139,6 +137,18 @@ def given(module: nn.Module, name: str) -> NVFP4Tensor | Tensor:
 def is_kernel(decision: Decision) -> bool:
     """Whether a fused variant was chosen."""
     return decision.variant.role is Role.FUSED
+
+
+def _rearranged(weights: NVFP4Tensor, order: str | None) -> NVFP4Tensor:
+    """By one kernel where there is one, else by plain torch: the same bytes."""
+    linear = weights.with_layout("linear")
+    if linear.codes.is_cuda and importlib.util.find_spec("cutlass"):
+        from megamoe.cute import prepare  # CuTe DSL takes seconds to load
+
+        if prepare.takes(linear):
+            return prepare.prepare(linear, order)
+    plain = linear if order is None else interleave(linear, order)
+    return plain.with_layout(fragments.HOPPER)
 
 
 def _halves_swapped(weights: NVFP4Tensor) -> NVFP4Tensor:

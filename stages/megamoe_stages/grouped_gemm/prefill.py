@@ -15,6 +15,8 @@ from megamoe.numerics.fragments import padded_shape
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe_stages.grouped_gemm import prefill_kernel
 
+MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
+
 
 def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_index: Tensor | None, out: Tensor) -> None:
     """Two launches on the current stream, no synchronisation; see `reference.grouped_gemm`.
@@ -54,7 +56,13 @@ def pack_rows(
 
 def shape_for(rows: int, experts: int) -> Shape:
     """How the work on so many rows is cut."""
-    return prefill_kernel.NARROW if rows <= 56 * experts else prefill_kernel.WIDE
+    shapes = prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE
+    return shapes[narrowness(rows, experts)]
+
+
+def narrowness(rows: int, experts: int) -> int:
+    """0 where few rows go to an expert on average, 1 for some, 2 for many."""
+    return sum(rows > most * experts for most in MOST_ROWS)
 
 
 @functools.cache
@@ -82,6 +90,6 @@ def kernels() -> list[KernelSpec]:
             prefill_kernel.spec(quantized, aligned, shape)
             for quantized in (False, True)
             for aligned in (False, True)
-            for shape in (prefill_kernel.NARROW, prefill_kernel.WIDE)
+            for shape in (prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE)
         ),
     ]

@@ -15,9 +15,10 @@ from megamoe.cute.weight_gemm import DECODED_UNIT, TILE_ROWS, TILES, Operands, P
 
 _WARPS = weight_gemm.CONSUMERS * weight_gemm.GROUP // WARP
 _TURNED = 8 * 32 * 2  # bytes of 8 tokens by 32 columns
-WIDE, NARROW = (
+WIDE, NARROW, SPARSE = (
     Shape((96, 104, 128), 4, _WARPS * 2 * _TURNED),
     Shape((32, 40, 48, 56, 64), 6, _WARPS * 2 * _TURNED),
+    Shape((16, 24, 32, 40, 48), 6, _WARPS * 2 * _TURNED),
 )
 
 
@@ -43,6 +44,7 @@ def launch(
         block=[weight_gemm.THREADS, 1, 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,
+        use_pdl=True,
         stream=stream,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megamoe.cute import decode_limits
+from megamoe.cute import decode_limits, prepare
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.host import check_readable
 from megamoe.errors import ArgumentError
@@ -51,4 +51,4 @@ def check_operands(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor) -> None:
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return [*decode.kernels(), *prefill.kernels()]
+    return [prepare.spec(), *decode.kernels(), *prefill.kernels()]
