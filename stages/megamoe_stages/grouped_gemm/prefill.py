@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from megamoe.cute import compiler, pack, weight_gemm
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.weight_gemm import Shape
+from megamoe.cute.weight_gemm import STAGE_K, Shape
 from megamoe.numerics.fragments import padded_shape
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe_stages.grouped_gemm import prefill_kernel
 
+STAGE_CLOCKS, TOKEN_CLOCKS = 576, 16  # of a stage: for its 32 products a quarter of an SM, and for each of its tokens
+EXCHANGE_CLOCKS = 3000
 MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
 
 
@@ -29,14 +32,14 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
         out: bf16 (M, N), written; M is not 0.
     """
     experts = weights.codes.shape[0]
-    shape = shape_for(out.shape[0], experts)
+    shape, ctas, cluster = cut(out.shape[0], weights, processors(out.device))
     packed = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape)
     alpha = weights.global_scale_dec
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
     dec = a.global_scale_dec if isinstance(a, NVFP4Tensor) else alpha.view(-1)[0]
     launch = _launcher(isinstance(a, NVFP4Tensor), out.shape[1] % 8 == 0, shape)
     codes, scales = weights.codes, weights.scales.view(torch.uint8)
-    launch(codes, scales, packed, offsets, alpha.view(-1), dec, out, parts, processors(out.device))
+    launch(codes, scales, packed, offsets, alpha.view(-1), dec, out, parts, ctas, cluster)
 
 
 def pack_rows(
@@ -52,6 +55,30 @@ def pack_rows(
         kind, values, scales = "bfloat16", a, a.view(torch.uint8)
     _packer(kind, row_index is not None)(values, scales, index, offsets, packed, rows)
     return packed
+
+
+def cut(rows: int, weights: NVFP4Tensor, sms: int) -> tuple[Shape, int, int]:
+    """How the work is cut, over how many CTAs, and how many of these share a piece.
+
+    One expert may have fewer pieces than there are SMs: then a cluster of up to 8 CTAs divides the k of each.
+    """
+    experts, n, stages = weights.codes.shape[0], weights.codes.shape[1], weights.codes.shape[2] * 2 // STAGE_K
+    shape = shape_for(rows, experts)
+    if experts > 1:
+        return shape, sms, 1
+    best = (shape, sms, 1)
+    least = math.inf
+    for dense in prefill_kernel.DENSE:
+        tiles = -(-rows // dense.tokens)
+        pieces = -(-n // weight_gemm.ROWS) * tiles
+        width = next(w for w in dense.widths if w * tiles >= rows)
+        for cluster in (c for c in (1, 2, 4, 8) if c <= min(stages, sms)):
+            turns = -(-pieces // (sms // cluster)) * -(-stages // cluster)
+            cost = turns * (STAGE_CLOCKS + TOKEN_CLOCKS * width) + EXCHANGE_CLOCKS * (cluster > 1)
+            if cost < least:
+                chosen = dense if cluster > 1 else prefill_kernel.NARROW if dense.tokens == 64 else prefill_kernel.WIDE
+                least, best = cost, (chosen, pieces * cluster if cluster > 1 else sms, cluster)
+    return best
 
 
 def shape_for(rows: int, experts: int) -> Shape:
@@ -90,6 +117,6 @@ def kernels() -> list[KernelSpec]:
             prefill_kernel.spec(quantized, aligned, shape)
             for quantized in (False, True)
             for aligned in (False, True)
-            for shape in (prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE)
+            for shape in (prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE, *prefill_kernel.DENSE)
         ),
     ]

@@ -32,7 +32,8 @@ def grouped_gemm(
     out = contract.fake(a, weights, offsets, row_index)
     if rows:
         few = decode_limits.takes(rows, weights.codes.shape[0], *contract.logical_size(weights))
-        (decode if few else prefill).run(a, weights, offsets, row_index, out)
+        dense = weights.codes.shape[0] == 1 and rows > decode_limits.COLUMNS  # else it would take several passes
+        (decode if few and not dense else prefill).run(a, weights, offsets, row_index, out)
     return out
 
 

@@ -17,7 +17,7 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.layout import offset_128x4, offset_linear
 from megamoe.cute.recipe import BLOCK, Block, GlobalScale
 from megamoe.cute.warp import WARP
-from megamoe.cute.weight_gemm import TILES, Operands, Piece, Shape
+from megamoe.cute.weight_gemm import TILES, Operands, Piece, Shape, Share
 from megamoe_stages.grouped_gemm.prefill_kernel import factor_of
 from megamoe_stages.swiglu_quant.kernel import maximum_or_nan, minimum_or_nan, swiglu
 
@@ -92,7 +92,7 @@ def kernel(
     if cta + thread == 0:
         out_dec[()] = recipe.global_scale(enc[()], Target.SM90).dec
 
-    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32) -> None:
+    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, part: Share) -> None:
         first = piece.expert * parts
         factors = [factor_of(alpha, first + i * (parts // 2), dec, quantized) for i in range(2)]  # of gate and up
         given = (row_weight, enc, limit, factors, weighted)
