@@ -6,6 +6,7 @@ Everything that comes out is exactly 2^-7 of E2M1 * E4M3 (`convert.DECODED_UNIT`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from cutlass import Float32, Uint32
 from cutlass._mlir import ir
@@ -24,13 +25,34 @@ _MMA = (
 )
 
 
-def scale_pairs(word: Uint32) -> tuple[Uint32, Uint32]:
+class Masks(NamedTuple):
+    """Two masks that `decode_pair` combines three words with: in one instruction each if the masks are registers.
+
+    Attributes:
+        scale: Of S0E5M3 codes in a pair of bf16.
+        x_of_z: Of the bits of z that x holds.
+    """
+
+    scale: Uint32
+    x_of_z: Uint32
+
+
+MASKS = Masks(Uint32(_SCALE), Uint32(_X_OF_Z))
+
+
+def masks(target: Target) -> Masks:
+    """MASKS in registers: the compiler does not know them, or it would write constants into two instructions each."""
+    zero = Uint32(arith.hidden_zero(target))
+    return Masks(zero | _SCALE, zero | _X_OF_Z)
+
+
+def scale_pairs(word: Uint32, mask: Uint32) -> tuple[Uint32, Uint32]:
     """The scales of rows g and g + 8 of a k32 group: bf16 pairs (block 0, block 1), times 2^119."""
     other = (word << 8) | (word >> 24)
-    return _scales(word), _scales(other)
+    return (word & mask) | _SCALE_BIAS, (other & mask) | _SCALE_BIAS
 
 
-def decode_pair(x: Uint32, y: Uint32, scales: Uint32, target: Target) -> list[Uint32]:
+def decode_pair(x: Uint32, y: Uint32, scales: Uint32, target: Target, given: Masks = MASKS) -> list[Uint32]:
     """A lane's left operands of the two k16 steps of a k32 group.
 
     Args:
@@ -38,12 +60,13 @@ def decode_pair(x: Uint32, y: Uint32, scales: Uint32, target: Target) -> list[Ui
         y: Second word.
         scales: The word of scale codes.
         target: What to compile for.
+        given: `masks` for a loop that decodes much.
 
     Returns:
         a0..a3 of the first step, then of the second: rows g, g + 8, g, g + 8 of m16k16.
     """
-    low, high = scale_pairs(scales)
-    z = (x & _word(_X_OF_Z)) | (y & _word(~_X_OF_Z))
+    low, high = scale_pairs(scales, given.scale)
+    z = (x & given.x_of_z) | (y & ~given.x_of_z)
     first = (x << 6, x << 2, _rotate_right(x, 4), y << 4)
     second = (y, _rotate_right(y, 6), _rotate_right(z, 2), _rotate_right(z, 8))
     return [
@@ -115,10 +138,6 @@ def mma(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32]) -> list[
     )
     place = [ir.DenseI64ArrayAttr.get([i]) for i in range(4)]
     return [Float32(llvm.extractvalue(Float32.mlir_type, out, p)) for p in place]
-
-
-def _scales(word: Uint32) -> Uint32:
-    return (word & _SCALE) | _SCALE_BIAS
 
 
 def _rotate_right(word: Uint32, by: int) -> Uint32:

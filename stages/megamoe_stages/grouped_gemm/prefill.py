@@ -18,7 +18,7 @@ from megamoe_stages.grouped_gemm import prefill_kernel
 
 STAGE_CLOCKS, TOKEN_CLOCKS = 576, 16  # of a stage: for its 32 products a quarter of an SM, and for each of its tokens
 EXCHANGE_CLOCKS = 3000
-MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
+MOST_ROWS = (22, 56)  # of an expert on average, for the two narrower shapes
 
 
 def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_index: Tensor | None, out: Tensor) -> None:
@@ -72,8 +72,8 @@ def cut(rows: int, weights: NVFP4Tensor, sms: int) -> tuple[Shape, int, int]:
         tiles = -(-rows // dense.tokens)
         pieces = -(-n // weight_gemm.ROWS) * tiles
         width = next(w for w in dense.widths if w * tiles >= rows)
-        for cluster in (c for c in (1, 2, 4, 8) if c <= min(stages, sms)):
-            turns = -(-pieces // (sms // cluster)) * -(-stages // cluster)
+        for cluster in (c for c in (1, 2, 4, 8) if c == 1 or (c <= stages and pieces * c <= sms)):
+            turns = -(-pieces * cluster // sms) * -(-stages // cluster)
             cost = turns * (STAGE_CLOCKS + TOKEN_CLOCKS * width) + EXCHANGE_CLOCKS * (cluster > 1)
             if cost < least:
                 chosen = dense if cluster > 1 else prefill_kernel.NARROW if dense.tokens == 64 else prefill_kernel.WIDE
