@@ -130,6 +130,7 @@ def test_how_one_expert_is_cut() -> None:
 
     assert cut(16, 8192, 8192) == (64, 4)
     assert cut(128, 8192, 8192) == (128, 4)
+    assert cut(256, 8192, 8192) == (128, 2)
     assert cut(128, 1536, 4096) == (64, 8)
     assert cut(8192, 8192, 8192) == (128, 1)
 

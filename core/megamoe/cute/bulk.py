@@ -76,16 +76,6 @@ def named_barrier(number: int, threads: int) -> None:
     _asm(f"bar.sync {number}, {threads};", "")
 
 
-def named_barrier_of(number: Int32, threads: int) -> None:
-    """`named_barrier` with a number known at run time."""
-    _asm(f"bar.sync $0, {threads};", "r", number)
-
-
-def named_arrive(number: Int32, threads: int) -> None:
-    """Arrives at a named barrier, and does not wait."""
-    _asm(f"bar.arrive $0, {threads};", "r", number)
-
-
 def load4(address: Uint32) -> list[Uint32]:
     """16 bytes of shared memory."""
     return _words("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "r", 4, address)

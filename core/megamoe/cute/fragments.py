@@ -19,6 +19,7 @@ _VALUE = 0x81C081C0  # sign and magnitude of a decoded pair, as bf16 times 2^-12
 _SCALE = 0x0FF00FF0  # S0E5M3 codes in a pair of bf16
 _SCALE_BIAS = 0x70007000
 _X_OF_Z = 0xC180C180
+_OR, _AND_OR, _SELECT = 0xFC, 0xEA, 0xE4  # look-up tables of a | b, a & b | c, c ? a : b
 _MMA = (
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
     " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
@@ -43,13 +44,14 @@ MASKS = Masks(Uint32(_SCALE), Uint32(_X_OF_Z))
 def masks(target: Target) -> Masks:
     """MASKS in registers: the compiler does not know them, or it would write constants into two instructions each."""
     zero = Uint32(arith.hidden_zero(target))
-    return Masks(zero | _SCALE, zero | _X_OF_Z)
+    scale, x_of_z = (arith.lop3(zero, Uint32(mask), Uint32(0), _OR, target) for mask in (_SCALE, _X_OF_Z))
+    return Masks(scale, x_of_z)
 
 
-def scale_pairs(word: Uint32, mask: Uint32) -> tuple[Uint32, Uint32]:
+def scale_pairs(word: Uint32, mask: Uint32, target: Target) -> tuple[Uint32, Uint32]:
     """The scales of rows g and g + 8 of a k32 group: bf16 pairs (block 0, block 1), times 2^119."""
-    other = (word << 8) | (word >> 24)
-    return (word & mask) | _SCALE_BIAS, (other & mask) | _SCALE_BIAS
+    low, high = (arith.lop3(w, mask, Uint32(_SCALE_BIAS), _AND_OR, target) for w in (word, (word << 8) | (word >> 24)))
+    return low, high
 
 
 def decode_pair(x: Uint32, y: Uint32, scales: Uint32, target: Target, given: Masks = MASKS) -> list[Uint32]:
@@ -65,8 +67,8 @@ def decode_pair(x: Uint32, y: Uint32, scales: Uint32, target: Target, given: Mas
     Returns:
         a0..a3 of the first step, then of the second: rows g, g + 8, g, g + 8 of m16k16.
     """
-    low, high = scale_pairs(scales, given.scale)
-    z = (x & given.x_of_z) | (y & ~given.x_of_z)
+    low, high = scale_pairs(scales, given.scale, target)
+    z = arith.lop3(x, y, given.x_of_z, _SELECT, target)
     first = (x << 6, x << 2, _rotate_right(x, 4), y << 4)
     second = (y, _rotate_right(y, 6), _rotate_right(z, 2), _rotate_right(z, 8))
     return [

@@ -4,7 +4,7 @@ Swapped: the weights are wgmma's left operand, tokens its columns. A CTA has fou
 warpgroups, and walks over pieces of work: 256 weight rows of an expert times up to `Shape.tokens` of its tokens. A
 consumer warp owns 32 neighbouring weight rows of a piece, two tiles of 16. The producers fill a ring of stages, 128 of
 k each, with bulk copies of prepared weights (`numerics.fragments`) and of packed activations (`pack`); a consumer
-decodes a step, 32 or 64 of k, while the tensor cores multiply the step before.
+decodes 32 of k while the tensor cores multiply the 32 before.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 
-from megamoe.cute import arith, bulk, fragments, ring, wgmma
+from megamoe.cute import arith, fragments, ring, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
 
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2  # warpgroups
 THREADS = GROUP * (1 + CONSUMERS)
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 TILE_ROWS = 16  # weight rows of a prepared tile
 TILES = 2  # of a consumer warp
 ROWS = CONSUMERS * GROUP // WARP * TILES * TILE_ROWS  # weight rows of a piece
@@ -33,7 +33,7 @@ SLAB_CODES, SLAB_SCALES = SLAB_ROWS * STAGE_K // 2, SLAB_ROWS * STAGE_K // 16  #
 SLAB_TILES = SLAB_ROWS // TILE_ROWS
 TILE_CODES, TILE_SCALES = SLAB_CODES // SLAB_TILES, SLAB_SCALES // SLAB_TILES
 BLOCK_K = 64  # k of a swizzled row of activations
-GROUPS = 4  # of a stage, 32 of k each, which are decoded together
+STEPS = 4  # of a stage, 32 of k each
 ALIGNMENT = 8  # packed rows of an expert start at its multiples, or the swizzle would not fit
 MAX_EXPERTS = 2 * THREADS
 DECODED_UNIT = 2.0**7  # what one in the product of decoded weights stands for
@@ -48,27 +48,17 @@ class Shape(NamedTuple):
         stages: Of the ring.
         staging: Bytes of shared memory that the epilogue gets.
         shared: The CTAs of a cluster share the k of a piece, and its results.
-        groups: Of 32 k whose products are one step, while the operands of the next one are decoded: 1 or 2. With 2,
-            more than three widths up to 64 are too much for ptxas, as above.
-        alternate: The consumers take turns at the tensor cores, so that one decodes while the other multiplies.
     """
 
     widths: tuple[int, ...]
     stages: int
     staging: int
     shared: bool = False
-    groups: int = 1
-    alternate: bool = False
 
     @property
     def tokens(self) -> int:
         """Most of a piece."""
         return self.widths[-1]
-
-    @property
-    def steps(self) -> int:
-        """Of a stage."""
-        return GROUPS // self.groups
 
     @property
     def weights_at(self) -> int:
@@ -355,63 +345,49 @@ def accumulate(
     While the products of a step run, the operands of the next are decoded. At the end of a piece that is a step nobody
     needs, of the last stage again.
     """
-    count, size = width // 2, shape.groups * 8
+    count = width // 2
     for t in cutlass.range_constexpr(TILES):
         for i, zero in enumerate(wgmma.zeros(count)):
             acc[t, i] = zero
-    given = fragments.masks(Target.SM90)
+    masks = fragments.masks(Target.SM90)
     lane = cute.arch.lane_idx()
     tile = cutlass.min(warp_of_consumers(), slabs * (SLAB_TILES // TILES) - 1) * TILES  # one that exists, in any case
     codes = base + (shape.weights_at + lane * 16) + tile * TILE_CODES
     scales = base + (shape.weights_at + SLABS * SLAB_CODES + lane // 4 * 16) + tile * TILE_SCALES
-    ready = cute.make_rmem_tensor((TILES, size), Uint32)  # decoded for the first step
+    ready = cute.make_rmem_tensor((TILES, 8), Uint32)  # decoded for the first step
     words = cute.make_rmem_tensor((TILES, 8), Uint32)  # codes of half a stage, then scales
     ring.wait(base + shape.barriers_at + stage * 16, parity)
-    for t in cutlass.range_constexpr(TILES):
-        first = _load(codes + stage * shape.stage_bytes, scales + stage * shape.stage_bytes, t)
-        for i in cutlass.range_constexpr(8):
-            words[t, i] = first[i]
-        for i, word in enumerate(decode(first, 0, given, shape)):
-            ready[t, i] = word
+    _begin(ready, words, codes + stage * shape.stage_bytes, scales + stage * shape.stage_bytes, masks)
     before, started = stage, Int32(0)
     for k in cutlass.range(k_stages, unroll=1):
         sums = [[acc[t, i] for i in range(count)] for t in range(TILES)]
-        left = [[ready[t, i] for i in range(size)] for t in range(TILES)]
+        left = [[ready[t, i] for i in range(8)] for t in range(TILES)]
         raw = [[words[t, i] for i in range(8)] for t in range(TILES)]
         tokens = wgmma.descriptor(base + stage * shape.stage_bytes)
         next_stage, next_parity = _next(stage, parity, shape)
-        more = arith.select(k + 1 < k_stages, Int32(1), Int32(0))
-        for step in cutlass.range_constexpr(shape.steps):
-            if cutlass.const_expr(shape.alternate):
-                bulk.named_barrier_of(1 + _consumer(), CONSUMERS * GROUP)
+        for step in cutlass.range_constexpr(STEPS):
             wgmma.fence()
-            for i in cutlass.range_constexpr(2 * shape.groups):
-                place = step * 2 * shape.groups + i  # of the 8 products' k in a stage
-                b = tokens + (place // 4 * (shape.weights_at // 2 >> 4) + place % 4 * 2)
+            for i in cutlass.range_constexpr(2):
+                b = tokens + (step // 2 * (shape.weights_at // 2 >> 4) + (step % 2 * 2 + i) * 2)
                 for t in cutlass.range_constexpr(TILES):
                     sums[t] = wgmma.mma(sums[t], left[t][4 * i : 4 * i + 4], b)
             wgmma.commit()
-            if cutlass.const_expr(shape.alternate):
-                bulk.named_arrive(2 - _consumer(), CONSUMERS * GROUP)
-            if cutlass.const_expr(step == shape.steps // 2 - 1):
-                second = codes + (stage * shape.stage_bytes + TILE_CODES // 2)
-                for t in cutlass.range_constexpr(TILES):
-                    raw[t] = ring.load16(second + t * TILE_CODES) + raw[t][4:]
-            if cutlass.const_expr(step == shape.steps - 1):
-                ring.wait_if(base + shape.barriers_at + next_stage * 16, next_parity, more)
-                there = arith.select(more == 1, next_stage, stage) * shape.stage_bytes
-                raw = [_load(codes + there, scales + there, t) for t in range(TILES)]
             wgmma.wait(1)
             if cutlass.const_expr(step == 0):
                 _release(base, before, started, shape)
-            left = [decode(raw[t], (step + 1) % shape.steps, given, shape) for t in range(TILES)]
+            if cutlass.const_expr(step == 1):
+                second = codes + (stage * shape.stage_bytes + TILE_CODES // 2)
+                for t in cutlass.range_constexpr(TILES):
+                    raw[t] = ring.load16(second + t * TILE_CODES) + raw[t][4:]
+            if cutlass.const_expr(step < STEPS - 1):
+                left = [decode(raw[t], step + 1, masks) for t in range(TILES)]
+        more = k + 1 < k_stages
+        ring.wait_if(base + shape.barriers_at + next_stage * 16, next_parity, arith.select(more, Int32(1), Int32(0)))
+        there = arith.select(more, next_stage, stage) * shape.stage_bytes
+        _begin(ready, words, codes + there, scales + there, masks)
         for t in cutlass.range_constexpr(TILES):
             for i in cutlass.range_constexpr(count):
                 acc[t, i] = sums[t][i]
-            for i in cutlass.range_constexpr(8):
-                words[t, i] = raw[t][i]
-            for i in cutlass.range_constexpr(size):
-                ready[t, i] = left[t][i]
         before, started = stage, Int32(1)
         stage, parity = next_stage, next_parity
     wgmma.wait(0)
@@ -458,9 +434,14 @@ def _release(base: Int32, stage: Int32, condition: Int32, shape: Shape) -> None:
     ring.arrive_if(base + shape.barriers_at + stage * 16 + 8, mine)
 
 
-def _load(codes: Int32, scales: Int32, tile: int) -> list[Uint32]:
-    """Codes of the first half of a stage, and its scales."""
-    return ring.load16(codes + tile * TILE_CODES) + ring.load16(scales + tile * TILE_SCALES)
+def _begin(ready: cute.Tensor, words: cute.Tensor, codes: Int32, scales: Int32, masks: fragments.Masks) -> None:
+    """Loads codes of the first half of a stage, and its scales, and decodes the first step."""
+    raw = [ring.load16(codes + t * TILE_CODES) + ring.load16(scales + t * TILE_SCALES) for t in range(TILES)]
+    for t in range(TILES):
+        for i, word in enumerate(raw[t]):
+            words[t, i] = word
+        for i, word in enumerate(decode(raw[t], 0, masks)):
+            ready[t, i] = word
 
 
 def warp_of_consumers() -> Int32:
@@ -468,18 +449,10 @@ def warp_of_consumers() -> Int32:
     return cute.arch.warp_idx() - GROUP // WARP
 
 
-def _consumer() -> Int32:
-    """Number of the consumer warpgroup."""
-    return cute.arch.make_warp_uniform(warp_of_consumers() // (GROUP // WARP))
-
-
-def decode(raw: list[Uint32], step: int, given: fragments.Masks, shape: Shape) -> list[Uint32]:
-    """The left operands of a step's products from half a stage's codes and the scales of all."""
-    words = []
-    for group in range(step * shape.groups, (step + 1) * shape.groups):
-        x, y = raw[group % 2 * 2], raw[group % 2 * 2 + 1]
-        words += fragments.decode_pair(x, y, raw[4 + group], Target.SM90, given)
-    return words
+def decode(raw: list[Uint32], step: int, masks: fragments.Masks) -> list[Uint32]:
+    """The left operand of a step's two products from half a stage's codes and the scales of all."""
+    x, y = raw[step % 2 * 2], raw[step % 2 * 2 + 1]
+    return fragments.decode_pair(x, y, raw[4 + step], Target.SM90, masks)
 
 
 @cute.jit
@@ -516,9 +489,6 @@ def work(
         number, ctas = _turn(part)
         _, k_stages = stages_of(part, operands)
         expert, stage, parity = Int32(0), Int32(0), Int32(0)
-        if cutlass.const_expr(shape.alternate):
-            if _consumer() == 1:
-                bulk.named_arrive(Int32(1), CONSUMERS * GROUP)  # the first turn is consumer 0's
         while number < total:
             expert = expert_of(number, expert, base, operands, shape)
             piece = piece_of(number, expert, base, operands, shape)
@@ -533,6 +503,3 @@ def work(
             number = number + ctas
             if cutlass.const_expr(shape.shared):
                 cute.arch.sync_threads()
-        if cutlass.const_expr(shape.alternate):
-            if _consumer() == 0:
-                bulk.named_barrier_of(Int32(1), CONSUMERS * GROUP)  # takes consumer 1's last word

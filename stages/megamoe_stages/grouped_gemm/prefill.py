@@ -18,7 +18,7 @@ from megamoe_stages.grouped_gemm import prefill_kernel
 
 STAGE_CLOCKS, TOKEN_CLOCKS = 576, 16  # of a stage: for its 32 products a quarter of an SM, and for each of its tokens
 EXCHANGE_CLOCKS = 3000
-MOST_ROWS = (22, 56)  # of an expert on average, for the two narrower shapes
+MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
 
 
 def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_index: Tensor | None, out: Tensor) -> None:
@@ -53,7 +53,8 @@ def pack_rows(
         kind, values, scales = a.scale_layout, a.codes, a.scales.view(torch.uint8)
     else:
         kind, values, scales = "bfloat16", a, a.view(torch.uint8)
-    _packer(kind, row_index is not None)(values, scales, index, offsets, packed, rows)
+    parts = pack.parts_of(rows, k)
+    _packer(kind, row_index is not None)(values, scales, index, offsets, packed, rows, parts)
     return packed
 
 

@@ -26,8 +26,8 @@ _STRIDE = BLOCK + 4  # floats from token to token: then neither writing nor read
 _STAGING = WARP * _STRIDE * 4  # bytes of a warp
 WIDE, NARROW, SPARSE = (
     Shape((96, 104, 128), 4, _WARPS * _STAGING),
-    Shape((48, 64), 5, _WARPS * _STAGING, groups=2),
-    Shape((16, 24, 32), 6, _WARPS * _STAGING, groups=2),
+    Shape((32, 40, 48, 56, 64), 5, _WARPS * _STAGING),
+    Shape((16, 24, 32, 40, 48), 6, _WARPS * _STAGING),
 )
 
 
