@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from megamoe.numerics.fragments import padded_shape
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe_stages.grouped_gemm import prefill_kernel
 
-STAGE_CLOCKS, TOKEN_CLOCKS = 576, 16  # of a stage: for its 32 products a quarter of an SM, and for each of its tokens
-EXCHANGE_CLOCKS = 3000
-MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
+CLUSTERS = (2, 4, 8)
+STAGE_CLOCKS, TOKEN_CLOCKS = 850, 13  # of a stage, and of each of its tokens; measured at 16 to 104
+EXCHANGE_CLOCKS = 5000  # supposed
+MOST_ROWS = (26, 56)  # of an expert on average, for the two narrower shapes
 
 
 def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_index: Tensor | None, out: Tensor) -> None:
@@ -32,7 +33,7 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
         out: bf16 (M, N), written; M is not 0.
     """
     experts = weights.codes.shape[0]
-    shape, ctas, cluster = cut(out.shape[0], weights, processors(out.device))
+    shape, ctas, cluster = cut(out.shape[0], weights, processors(out.device), clusters(out.device))
     packed = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape)
     alpha = weights.global_scale_dec
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
@@ -58,10 +59,17 @@ def pack_rows(
     return packed
 
 
-def cut(rows: int, weights: NVFP4Tensor, sms: int) -> tuple[Shape, int, int]:
+def cut(rows: int, weights: NVFP4Tensor, sms: int, most_clusters: Mapping[int, int]) -> tuple[Shape, int, int]:
     """How the work is cut, over how many CTAs, and how many of these share a piece.
 
-    One expert may have fewer pieces than there are SMs: then a cluster of up to 8 CTAs divides the k of each.
+    One expert may have fewer pieces than there are SMs: then a cluster of up to 8 CTAs divides the k of each, if all
+    clusters can run at the same time.
+
+    Args:
+        rows: Of the result.
+        weights: In the hopper layout.
+        sms: Of the device.
+        most_clusters: How many clusters of each size can run at the same time.
     """
     experts, n, stages = weights.codes.shape[0], weights.codes.shape[1], weights.codes.shape[2] * 2 // STAGE_K
     shape = shape_for(rows, experts)
@@ -73,7 +81,7 @@ def cut(rows: int, weights: NVFP4Tensor, sms: int) -> tuple[Shape, int, int]:
         tiles = -(-rows // dense.tokens)
         pieces = -(-n // weight_gemm.ROWS) * tiles
         width = next(w for w in dense.widths if w * tiles >= rows)
-        for cluster in (c for c in (1, 2, 4, 8) if c == 1 or (c <= stages and pieces * c <= sms)):
+        for cluster in (1, *(c for c, most in most_clusters.items() if c <= stages and pieces <= most)):
             turns = -(-pieces * cluster // sms) * -(-stages // cluster)
             cost = turns * (STAGE_CLOCKS + TOKEN_CLOCKS * width) + EXCHANGE_CLOCKS * (cluster > 1)
             if cost < least:
@@ -97,6 +105,15 @@ def narrowness(rows: int, experts: int) -> int:
 def processors(device: torch.device) -> int:
     """SMs of a device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def clusters(device: torch.device) -> dict[int, int]:
+    """How many of each size can run at the same time, a CTA an SM: the chip's parts make it fewer than SMs / size."""
+    from cutlass.utils import HardwareInfo  # knows the device once torch has made its context
+
+    info = HardwareInfo(device.index or 0)
+    return {size: int(info.get_max_active_clusters(size)) for size in CLUSTERS}
 
 
 @functools.cache
