@@ -144,17 +144,6 @@ def permute(a: Uint32, b: Uint32, selector: int, target: Target) -> Uint32:
     return out
 
 
-def lop3(a: Uint32, b: Uint32, c: Uint32, table: int, target: Target) -> Uint32:
-    """Any function of three bits, for each bit: `table` holds it at 4 a + 2 b + c: PTX lop3.b32."""
-    if not target.host:
-        return ptx(Uint32, f"lop3.b32 $0, $1, $2, $3, {table};", a, b, c)
-    out = Uint32(0)
-    for place in range(8):
-        if table >> place & 1:
-            out = out | ((a if place & 4 else ~a) & (b if place & 2 else ~b) & (c if place & 1 else ~c))
-    return out
-
-
 def any_lane(condition: Boolean, target: Target) -> Boolean:
     """Whether the condition holds for a lane of the warp, all of which must come here; on the CPU for this thread."""
     return condition if target.host else cute.arch.vote_any_sync(condition)

@@ -44,13 +44,13 @@ MASKS = Masks(Uint32(_SCALE), Uint32(_X_OF_Z))
 def masks(target: Target) -> Masks:
     """MASKS in registers: the compiler does not know them, or it would write constants into two instructions each."""
     zero = Uint32(arith.hidden_zero(target))
-    scale, x_of_z = (arith.lop3(zero, Uint32(mask), Uint32(0), _OR, target) for mask in (_SCALE, _X_OF_Z))
+    scale, x_of_z = (_lop3(zero, Uint32(mask), Uint32(0), _OR, target) for mask in (_SCALE, _X_OF_Z))
     return Masks(scale, x_of_z)
 
 
 def scale_pairs(word: Uint32, mask: Uint32, target: Target) -> tuple[Uint32, Uint32]:
     """The scales of rows g and g + 8 of a k32 group: bf16 pairs (block 0, block 1), times 2^119."""
-    low, high = (arith.lop3(w, mask, Uint32(_SCALE_BIAS), _AND_OR, target) for w in (word, (word << 8) | (word >> 24)))
+    low, high = (_lop3(w, mask, Uint32(_SCALE_BIAS), _AND_OR, target) for w in (word, (word << 8) | (word >> 24)))
     return low, high
 
 
@@ -68,13 +68,24 @@ def decode_pair(x: Uint32, y: Uint32, scales: Uint32, target: Target, given: Mas
         a0..a3 of the first step, then of the second: rows g, g + 8, g, g + 8 of m16k16.
     """
     low, high = scale_pairs(scales, given.scale, target)
-    z = arith.lop3(x, y, given.x_of_z, _SELECT, target)
+    z = _lop3(x, y, given.x_of_z, _SELECT, target)
     first = (x << 6, x << 2, _rotate_right(x, 4), y << 4)
     second = (y, _rotate_right(y, 6), _rotate_right(z, 2), _rotate_right(z, 8))
     return [
         convert.mul_bf16x2(form & _word(_VALUE), high if i % 2 else low, target)
         for i, form in enumerate((*first, *second))
     ]
+
+
+def _lop3(a: Uint32, b: Uint32, c: Uint32, table: int, target: Target) -> Uint32:
+    """Any function of three bits, for each bit: `table` holds it at 4 a + 2 b + c: PTX lop3.b32."""
+    if not target.host:
+        return arith.ptx(Uint32, f"lop3.b32 $0, $1, $2, $3, {table};", a, b, c)
+    out = Uint32(0)
+    for place in range(8):
+        if table >> place & 1:
+            out = out | ((a if place & 4 else ~a) & (b if place & 2 else ~b) & (c if place & 1 else ~c))
+    return out
 
 
 def interleave(first: Sequence[Uint32], second: Sequence[Uint32], target: Target) -> list[Uint32]:

@@ -21,6 +21,7 @@ from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.host import ALIGNMENT
 from megamoe.cute.warp import WARP
+from megamoe.errors import ArgumentError
 from megamoe.numerics import fragments
 from megamoe.numerics.fragments import GROUP_ROWS, UNIT_K
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
@@ -134,10 +135,10 @@ def _slots(rows: list[list[Uint32]], shift: Int32) -> list[Uint32]:
         both = [arith.permute(row[q // 2], row[2 + q // 2], part, Target.SM90) >> shift for row in rows]
         pairs.append([(word & 0x00070007) | (word & 0x00080008) << 6 for word in both])
     made = {}
-    for name, forms in fragments.FORMS.items():
+    for name, forms in fragments._FORMS.items():
         rotated = [_rotate_left(pairs[q][h], r) for q, h, r in forms]
         made[name] = functools.reduce(lambda a, b: a | b, rotated)
-    mask = Uint32(fragments.X_OF_Z)
+    mask = Uint32(fragments._X_OF_Z)
     return [made["x"] | made["z"] & mask, made["y"] | made["z"] & ~mask]
 
 
@@ -181,7 +182,12 @@ def prepare(weights: NVFP4Tensor, order: str | None = None) -> NVFP4Tensor:
         first, second = (second, first) if order == "up_gate" else (first, second)
     given = (weights.codes, weights.scales.view(torch.uint8), codes, scales)
     _launcher()(*(t.view(-1, *t.shape[-2:]) for t in given), status, step, first, second)
-    fragments.refuse(*(bool(flag) for flag in status.tolist()))
+    bad_scale, bad_code = status.tolist()
+    if bad_scale:
+        raise ArgumentError("scales", "a negative or NaN block scale", "scales of 0 to 448 in the hopper layout")
+    if bad_code:
+        expected = "zero codes under a zero scale in the hopper layout (zero_guard='scale' quantises so)"
+        raise ArgumentError("codes", "a nonzero code under a zero block scale", expected)
     dec = weights.global_scale_dec
     if order == "up_gate" and dec.ndim == len(batch) + 1 and dec.shape[-1] == 2:
         dec = dec.flip(-1)

@@ -11,7 +11,7 @@ the second, so slot s holds k = 16 * (s % 2) + s // 2, and activations must be p
 
 A register of slot pair (block 0, block 1) in T(r) form has its magnitude at bits r..r+2 and its sign at bit r + 9 of
 each 16-bit half, modulo 32. Word x holds T(0), T(4), T(10), word y T(2), T(6), T(12), and the bits that these leave
-free, x's `X_OF_Z` and y's others, are the word z with T(8), T(14).
+free, x's `_X_OF_Z` and y's others, are the word z with T(8), T(14).
 
 A scale is a byte S0E5M3, the bits 4 to 11 of bf16(scale * 2^119): 104 to 246, and 0 for zero.
 """
@@ -33,9 +33,9 @@ UNIT_K = 128  # k of a slab
 _BLOCK = 16
 _TILES = GROUP_ROWS // 16
 _AT_ONCE = 1 << 24  # values; bounds the temporary memory
-X_OF_Z = 0xC180C180  # bits of z that x has
+_X_OF_Z = 0xC180C180
 # (slot quarter j // 4, row half) of each T(r), with its word; quarter and half name the operand register
-FORMS = {
+_FORMS = {
     "x": ((0, 0, 0), (0, 1, 4), (1, 0, 10)),
     "y": ((1, 1, 2), (2, 0, 6), (2, 1, 12)),
     "z": ((3, 0, 8), (3, 1, 14)),
@@ -130,19 +130,15 @@ def _padded(bytes_: Tensor, rows: int, cols: int) -> Tensor:
     return pad(bytes_, (0, cols - bytes_.shape[-1], 0, rows - bytes_.shape[-2]))
 
 
-def refuse(bad_scale: bool, bad_code: bool) -> None:
-    """Raises ArgumentError for weights that have no form in the layout; see `to_fragments`."""
-    if bad_scale:
-        raise ArgumentError("scales", "a negative or NaN block scale", "scales of 0 to 448 in the hopper layout")
-    if bad_code:
-        expected = "zero codes under a zero scale in the hopper layout (zero_guard='scale' quantises so)"
-        raise ArgumentError("codes", "a nonzero code under a zero block scale", expected)
-
-
 def _check(codes: Tensor, scales: Tensor) -> None:
+    if bool((scales >= 0x7F).any()):
+        raise ArgumentError("scales", "a negative or NaN block scale", "scales of 0 to 448 in the hopper layout")
     zero = scales == 0
-    some = bool(zero.any()) and bool((codes.reshape(*scales.shape, _BLOCK // 2)[zero] & 0x77).any())
-    refuse(bool((scales >= 0x7F).any()), some)
+    if bool(zero.any()):
+        magnitudes = codes.reshape(*scales.shape, _BLOCK // 2)[zero] & 0x77
+        if bool(magnitudes.any()):
+            expected = "zero codes under a zero scale in the hopper layout (zero_guard='scale' quantises so)"
+            raise ArgumentError("codes", "a nonzero code under a zero block scale", expected)
 
 
 def _pack(codes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -158,10 +154,10 @@ def _pack(codes: Tensor, size: tuple[int, int]) -> Tensor:
     # -> (quarter, row half, B, group, unit, tile, k64, g, t, k32, block): a register's pair is one 32-bit word
     pairs = parts.permute(10, 3, 0, 1, 5, 2, 6, 4, 9, 7, 8).contiguous().view(torch.int32)[..., 0]
     x, y, z = (
-        functools.reduce(torch.bitwise_or, (_rotate_left(pairs[quarter, half], r) for quarter, half, r in FORMS[word]))
+        functools.reduce(torch.bitwise_or, (_rotate_left(pairs[quarter, half], r) for quarter, half, r in _FORMS[word]))
         for word in "xyz"
     )  # each (B, group, unit, tile, k64, g, t, k32)
-    mask = _signed(X_OF_Z)
+    mask = _signed(_X_OF_Z)
     out = torch.stack((x | (z & mask), y | (z & ~mask)), dim=-1)
     return out.view(torch.uint8).view(-1, rows, k // 2)
 
@@ -170,10 +166,10 @@ def _unpack(codes: Tensor, size: tuple[int, int]) -> Tensor:
     rows, k = size
     words = codes.contiguous().view(torch.int32).view(-1, rows // 64, k // UNIT_K, _TILES, 2, 8, 4, 2, 2)
     x, y = words.unbind(-1)
-    mask = _signed(X_OF_Z)
+    mask = _signed(_X_OF_Z)
     source = {"x": x, "y": y, "z": (x & mask) | (y & ~mask)}
     pairs = x.new_empty((4, 2, *x.shape, 1))
-    for word, forms in FORMS.items():
+    for word, forms in _FORMS.items():
         for quarter, half, r in forms:
             pairs[quarter, half, ..., 0] = _rotate_left(source[word], 32 - r)
     # undoes the permutation of `_pack`: (quarter, row half, B, group, unit, tile, k64, g, t, k32, block)

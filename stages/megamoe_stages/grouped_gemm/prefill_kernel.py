@@ -18,7 +18,7 @@ _TURNED = 8 * 32 * 2  # bytes of 8 tokens by 32 columns
 WIDE, NARROW, SPARSE = (
     Shape((96, 104, 128), 4, _WARPS * 2 * _TURNED),
     Shape((32, 40, 48, 56, 64), 6, _WARPS * 2 * _TURNED),
-    Shape((16, 24, 32, 40), 7, _WARPS * 2 * _TURNED),
+    Shape((16, 24, 32, 40, 48), 6, _WARPS * 2 * _TURNED),
 )
 DENSE = (  # for one expert, whose pieces are too few for all SMs
     Shape((16, 32, 64), 6, _WARPS * 2 * _TURNED, shared=True),

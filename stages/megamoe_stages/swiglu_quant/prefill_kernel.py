@@ -27,7 +27,7 @@ _STAGING = WARP * _STRIDE * 4  # bytes of a warp
 WIDE, NARROW, SPARSE = (
     Shape((96, 104, 128), 4, _WARPS * _STAGING),
     Shape((32, 40, 48, 56, 64), 5, _WARPS * _STAGING),
-    Shape((16, 24, 32, 40), 7, _WARPS * _STAGING),
+    Shape((16, 24, 32, 40, 48), 6, _WARPS * _STAGING),
 )
 
 
