@@ -13,9 +13,10 @@ from megamoe.cute.arith import Target
 from megamoe.errors import ArgumentError
 from megamoe.numerics.layout import padded_shape
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
-from megamoe_stages.mhc_quant import contract, kernel, limits
+from megamoe_stages.mhc_quant import contract, kernel, limits, prefill
 from megamoe_stages.mhc_quant.contract import MhcOutput
 from megamoe_stages.mhc_quant.places import GROUP, Shape
+from megamoe_stages.mhc_quant.prefill_cut import Cut
 
 ALIGNMENT = 16  # bytes that a thread loads at once
 
@@ -67,16 +68,25 @@ def mhc_quant(
     scales = x.new_empty(padded_shape(tokens, cols) if tiled else (tokens, cols), dtype=torch.uint8)
     dec = torch.empty_like(global_scale_enc)
     if tokens:
-        shape = cut(hidden)
-        groups = (tokens + GROUP - 1) // GROUP
-        launch = _launcher(shape, norm_weight.dtype, target)
-        clusters = min(groups, _clusters(shape.ctas, x.device))
         outputs = (residual, normed, codes, scales, dec, new_post, new_comb)
-        launch(*tensors, *outputs, sinkhorn_iters, hc_eps, norm_eps, int(tiled), clusters)
+        run, clusters = _plan(tokens, hidden, norm_weight.dtype, x.device, target)
+        run(*tensors, *outputs, sinkhorn_iters, hc_eps, norm_eps, int(tiled), clusters)
     else:
         torch.reciprocal(global_scale_enc, out=dec)
     quantized = NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), dec, scale_layout)
     return MhcOutput(residual, normed, quantized, new_post, new_comb)
+
+
+def _plan(
+    tokens: int, hidden: int, norm_dtype: torch.dtype, device: torch.device, target: Target
+) -> tuple[Callable[..., None], int]:
+    """The launcher for so many tokens, and its clusters."""
+    groups = (tokens + GROUP - 1) // GROUP
+    if tokens >= limits.MANY and hidden in limits.MANY_HIDDEN:
+        many = cut_for_many(hidden)
+        return _launcher_for_many(many, norm_dtype, target), min(groups // many.teams, _clusters(many.ctas, device))
+    shape = cut(hidden)
+    return _launcher(shape, norm_dtype, target), min(groups, _clusters(shape.ctas, device))
 
 
 @functools.cache
@@ -86,6 +96,12 @@ def cut(hidden: int) -> Shape:
     teams, warps, parts = limits.TEAMS.get(covered, 4), limits.WARPS.get(covered, 4), limits.PARTS.get(covered, 10)
     shape = Shape(limits.CTAS[covered], teams, warps, parts, whole=False)
     return shape._replace(whole=shape.covers == hidden)
+
+
+@functools.cache
+def cut_for_many(hidden: int) -> Cut:
+    """The cut of the kernel for many tokens, for H of `limits.MANY_HIDDEN`."""
+    return Cut(limits.CTAS[hidden], limits.TEAMS.get(hidden, 4), limits.WARPS.get(hidden, 4), roomy=hidden <= 4096)
 
 
 @functools.cache
@@ -102,6 +118,11 @@ def _launcher(shape: Shape, norm_dtype: torch.dtype, target: Target) -> Callable
     return compiler.load(kernel.spec(shape, str(norm_dtype).removeprefix("torch."), target))
 
 
+@functools.cache
+def _launcher_for_many(cut: Cut, norm_dtype: torch.dtype, target: Target) -> Callable[..., None]:
+    return compiler.load(prefill.spec(cut, str(norm_dtype).removeprefix("torch."), target))
+
+
 def _refuse(problem: contract.Problem) -> None:
     facts = {key: value for key, value in problem._asdict().items() if key not in ("device", "dtype", "norm_dtype")}
     facts["dtype"] = str(problem.dtype).removeprefix("torch.")
@@ -116,4 +137,8 @@ def kernels(target: Target) -> list[compiler.KernelSpec]:
     cuts = [(4096, "float32"), (7168, "float32"), (2048, "float32"), (256, "float32"), (256, "bfloat16")]
     if target is Target.SM90:
         cuts.append((208, "float32"))
-    return [kernel.spec(cut(hidden), norm_dtype, target) for hidden, norm_dtype in cuts]
+    many = [(4096, "float32"), (2048, "float32"), (1024, "bfloat16")]
+    return [
+        *(kernel.spec(cut(hidden), norm_dtype, target) for hidden, norm_dtype in cuts),
+        *(prefill.spec(cut_for_many(hidden), norm_dtype, target) for hidden, norm_dtype in many),
+    ]

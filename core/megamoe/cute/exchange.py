@@ -1,0 +1,139 @@
+"""Plain stores to the shared memory of other CTAs of a cluster, and mbarriers that show them and global writes there.
+
+Shared memory by its 32-bit addresses. An arrival has release semantics and a wait has acquire semantics at the scope of the
+cluster: what the arriving thread wrote, or had been shown by a barrier of its CTA, global memory included, is seen by who
+waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cutlass import Float32, Int32, Int64, Numeric, Uint32, cute
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+
+from megamoe.cute import arith
+
+_LETTERS = {"Float32": "f", "Int64": "l"}
+
+
+def store4(at: Int32, values: Sequence[Float32], rank: Int32) -> None:
+    """Four fp32 to another CTA's shared memory, at the place that `at` is in this one's."""
+    text = "{.reg .b32 to; mapa.shared::cluster.u32 to, $0, $5; st.shared::cluster.v4.f32 [to], {$1, $2, $3, $4};}"
+    _asm(text, at, *values, rank)
+
+
+def arrive(barrier: Int32, rank: Int32) -> None:
+    """One arrival at another CTA's mbarrier, at the place that `barrier` is in this one's shared memory."""
+    text = (
+        "{.reg .b32 to; mapa.shared::cluster.u32 to, $0, $1;"
+        " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [to];}"
+    )
+    _asm(text, barrier, rank)
+
+
+def wait(barrier: Int32, parity: Int32) -> None:
+    """Until the phase of that parity of this CTA's mbarrier is complete."""
+    text = (
+        "{.reg .pred p; L: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], $1; @p bra D; bra L; D: }"
+    )
+    _asm(text, barrier, parity)
+
+
+def copy16(source: Int64, slot: Int32) -> None:
+    """Starts a copy of 16 bytes from global to shared memory, and of the 128 round them to L2; `wait_copies` ends it."""
+    _asm("cp.async.cg.shared.global.L2::128B [$0], [$1], 16;", slot, source)
+
+
+def wait_copies() -> None:
+    """Waits for this thread's copies, which only this thread may rely on then."""
+    _asm("cp.async.wait_all;")
+
+
+def load16_once(at: Int64) -> list[Uint32]:
+    """Four words of global memory that nobody reads again, so they need no place in L1."""
+    return _words("ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", 4, at)
+
+
+def load16(at: Int64) -> list[Uint32]:
+    """Four words of global memory."""
+    return _words("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", 4, at)
+
+
+def store_global(at: Int64, value: Float32) -> None:
+    """One fp32 to global memory."""
+    _asm("st.global.f32 [$0], $1;", at, value)
+
+
+def load_floats(at: Int32, count: int) -> list[Float32]:
+    """One fp32 or four of shared memory."""
+    if count == 1:
+        return [arith.number(word) for word in _words("ld.shared.b32 $0, [$1];", 1, at)]
+    return [arith.number(word) for word in _words("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", count, at)]
+
+
+def store_floats(at: Int32, values: Sequence[Float32]) -> None:
+    """One fp32 or four to shared memory."""
+    if len(values) == 1:
+        _asm("st.shared.f32 [$0], $1;", at, *values)
+    else:
+        _asm("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", at, *values)
+
+
+def store16(at: Int32, words: Sequence[Uint32]) -> None:
+    """Four words to shared memory."""
+    _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", at, *words)
+
+
+def meet(number: int | Int32, threads: int) -> None:
+    """A barrier of some whole warps of the CTA, which all wait."""
+    _asm("bar.sync $0, $1;", Int32(number), Int32(threads))
+
+
+def pass_by(number: int | Int32, threads: int) -> None:
+    """The same for a warp that does not wait for those that do."""
+    _asm("bar.arrive $0, $1;", Int32(number), Int32(threads))
+
+
+def address(pointer: cute.Pointer) -> Int32:
+    """Of a place in shared memory."""
+    return Int32(llvm.ptrtoint(Int32.mlir_type, pointer.to_llvm_ptr()))
+
+
+def global_address(tensor: cute.Tensor) -> Int64:
+    """Of a tensor in global memory."""
+    return Int64(llvm.ptrtoint(Int64.mlir_type, tensor.iterator.to_llvm_ptr()))
+
+
+def _words(text: str, count: int, at: Numeric) -> list[Uint32]:
+    single = Uint32.mlir_type
+    result = single if count == 1 else llvm.StructType.get_literal([single] * count)
+    out = llvm.inline_asm(
+        result,
+        [at.ir_value()],
+        text,
+        ",".join(["=r"] * count + [_letter(at), "~{memory}"]),
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    if count == 1:
+        return [Uint32(out)]
+    return [Uint32(llvm.extractvalue(single, out, ir.DenseI64ArrayAttr.get([i]))) for i in range(count)]
+
+
+def _letter(operand: Numeric) -> str:
+    return _LETTERS.get(type(operand).__name__, "r")
+
+
+def _asm(text: str, *operands: Numeric) -> None:
+    llvm.inline_asm(
+        None,
+        [operand.ir_value() for operand in operands],
+        text,
+        ",".join([*map(_letter, operands), "~{memory}"]),
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )

@@ -1,0 +1,210 @@
+"""Who owns what in the mhc_quant kernel for many tokens: tokens, hidden dims and shared memory.
+
+In the first half of the work a team of warps owns a slice of the hidden dims of 16 tokens, as in `places`: lane (g, q) =
+(lane // 4, lane % 4) of a warp has tokens g and g + 8, and of the warp's 64 dims the eights q (chunk 0) and 4 + q (chunk 1).
+In the second half a team owns whole tokens: a warp 1024 hidden dims of one, a lane two blocks of 16 that lie 512 apart.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from cutlass import Int32, Int64, cute
+
+from megamoe.cute import exchange, warp
+from megamoe.cute.mhc import LOGITS, STREAMS
+from megamoe.cute.warp import WARP
+from megamoe_stages.mhc_quant.places import CHUNK, FACTORS, GROUP, PIECES, UNIT, Inputs, Shape
+
+PARTS = 6  # of a piece of fn, see `prefill_mix`
+WORD = 4  # bytes
+LINE = 16  # bytes that a thread moves at once
+SHARE = 1024  # hidden dims of a warp in the second half
+RUN = 512  # of them, one block a lane
+MESSAGE = 28  # floats from a CTA to a token's owner: 24 dots, the squares, padding
+BARRIER = 8  # bytes
+
+
+class Cut(NamedTuple):
+    """How the work is cut; compile-time.
+
+    Attributes:
+        ctas: Of a cluster.
+        teams: Of a CTA, each with a group of its own.
+        warps: Of a team.
+        roomy: Streams come by way of shared memory, and the norm's weights lie there.
+    """
+
+    ctas: int
+    teams: int
+    warps: int
+    roomy: bool
+
+    @property
+    def hidden(self) -> int:
+        """Hidden dims: those of all CTAs."""
+        return self.ctas * self.warps * UNIT
+
+    @property
+    def shape(self) -> Shape:
+        """The cut of fn, which is the first half's."""
+        return Shape(self.ctas, self.teams, self.warps, PARTS, whole=True)
+
+    @property
+    def team(self) -> int:
+        """Threads of a team."""
+        return self.warps * WARP
+
+    @property
+    def all_warps(self) -> int:
+        """Warps of a CTA."""
+        return self.teams * self.warps
+
+    @property
+    def owned(self) -> int:
+        """Tokens of a group that a CTA finishes."""
+        return GROUP // self.ctas
+
+    @property
+    def sharers(self) -> int:
+        """Warps that finish a token."""
+        return self.hidden // SHARE
+
+    @property
+    def weights_at(self) -> int:
+        """Where the norm's weights begin, after fn."""
+        return self.warps * PIECES * PARTS * WARP * LINE
+
+    @property
+    def staged_at(self) -> int:
+        """Where the warps' streams of the next chunk begin."""
+        return self.weights_at + (self.hidden * WORD if self.roomy else 0)
+
+    @property
+    def staged_bytes(self) -> int:
+        """Of a warp: 2 tokens of a lane, a line of every stream."""
+        return 2 * STREAMS * WARP * LINE
+
+    @property
+    def teams_at(self) -> int:
+        """Where the teams' areas begin."""
+        return self.staged_at + (self.all_warps * self.staged_bytes if self.roomy else 0)
+
+    @property
+    def partial_at(self) -> int:
+        """In a team's area, after post and comb of two groups: (warps, GROUP, LOGITS), dots of each warp's dims."""
+        return 2 * GROUP * FACTORS * WORD
+
+    @property
+    def squares_at(self) -> int:
+        """(warps, GROUP), squares of the streams, the same."""
+        return self.partial_at + self.warps * GROUP * LOGITS * WORD
+
+    @property
+    def received_at(self) -> int:
+        """(2, owned, ctas, MESSAGE), of two groups what each CTA sent."""
+        return self.squares_at + self.warps * GROUP * WORD
+
+    @property
+    def received_bytes(self) -> int:
+        """Of one group."""
+        return GROUP * MESSAGE * WORD
+
+    @property
+    def y_squares_at(self) -> int:
+        """(warps), squares of y of each warp's share of its token."""
+        return self.received_at + 2 * self.received_bytes
+
+    @property
+    def team_bytes(self) -> int:
+        """Of a team's area."""
+        return -(-(self.y_squares_at + self.warps * WORD) // LINE) * LINE
+
+    @property
+    def barriers_at(self) -> int:
+        """An mbarrier a team: all CTAs have sent their sums and written their streams."""
+        return self.teams_at + self.teams * self.team_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a CTA."""
+        return self.barriers_at + self.teams * BARRIER
+
+
+class Spot(NamedTuple):
+    """Where a thread stands.
+
+    Attributes:
+        rank: Of its CTA in the cluster.
+        wide: Number of its warp in the CTA.
+        team: Its team in the CTA.
+        member: Of its warp in the team.
+        lane: Of the thread in the warp.
+    """
+
+    rank: Int32
+    wide: Int32
+    team: Int32
+    member: Int32
+    lane: Int32
+
+    @property
+    def row(self) -> Int32:
+        """First half: its tokens in a group are row and row + 8."""
+        return self.lane // 4
+
+    @property
+    def quad(self) -> Int32:
+        """First half: 0..3, its place among the lanes of a row."""
+        return self.lane % 4
+
+
+def spot(cut: Cut) -> Spot:
+    """Computed anew for every part of the work, which is cheaper than to keep it in registers."""
+    (cta, _, _), wide = cute.arch.block_idx(), warp.warp_number()
+    return Spot(cta % cut.ctas, wide, wide // cut.warps, wide % cut.warps, warp.thread() % WARP)
+
+
+def area(base: Int32, here: Spot, cut: Cut) -> Int32:
+    """Where the area of a thread's team begins; `base` is where the CTA's shared memory does."""
+    return base + (cut.teams_at + here.team * cut.team_bytes)
+
+
+def barrier(base: Int32, here: Spot, cut: Cut) -> Int32:
+    """The mbarrier of a thread's team."""
+    return base + (cut.barriers_at + here.team * BARRIER)
+
+
+def staged(base: Int32, here: Spot, t: int, stream: int, cut: Cut) -> Int32:
+    """Where this thread's line of a stream of its token number t, 0 or 1, waits."""
+    line = (t * STREAMS + stream) * WARP * LINE
+    return base + (cut.staged_at + line) + (here.wide * cut.staged_bytes + here.lane * LINE)
+
+
+def tokens_of(given: Inputs) -> Int32:
+    """Number of tokens."""
+    return cute.size(given.f, mode=[0])
+
+
+def first_half(tensor: cute.Tensor, streams: int, row: Int32, chunk: int, here: Spot, cut: Cut) -> Int64:
+    """Address of a thread's line of a bf16 tensor (tokens, streams, H), in stream 0."""
+    dims = (here.rank * cut.warps + here.member) * UNIT + here.quad * (LINE // 2)
+    return exchange.global_address(tensor) + (
+        Int64(row) * (streams * cut.hidden * 2) + Int64(dims * 2 + chunk * CHUNK * 2)
+    )
+
+
+def share(here: Spot, cut: Cut) -> Int32:
+    """Second half: which SHARE of its token a warp has."""
+    return here.member % cut.sharers
+
+
+def owned_token(group: Int32, here: Spot, cut: Cut) -> Int32:
+    """Second half: number of a warp's token."""
+    return group * GROUP + here.rank * cut.owned + here.member // cut.sharers
+
+
+def second_half(tensor: cute.Tensor, row_bytes: int, lane_bytes: int, row: Int32, here: Spot, cut: Cut) -> Int64:
+    """Address of what a tensor holds for a lane's first block: rows and blocks of so many bytes."""
+    at = share(here, cut) * (SHARE // 16 * lane_bytes) + here.lane * lane_bytes
+    return exchange.global_address(tensor) + (Int64(row) * row_bytes + Int64(at))
