@@ -51,6 +51,11 @@ def wait_copies() -> None:
     _asm("cp.async.wait_all;")
 
 
+def prefetch(at: Int64) -> None:
+    """Asks for the 128 bytes round an address of global memory to come into L2."""
+    _asm("prefetch.global.L2 [$0];", at)
+
+
 def load16_once(at: Int64) -> list[Uint32]:
     """Four words of global memory that nobody reads again, so they need no place in L1."""
     return _words("ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", 4, at)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import cutlass
-from cutlass import BFloat16, Boolean, Constexpr, Int32, Uint8, Uint32, cute
+from cutlass import BFloat16, Boolean, Constexpr, Float32, Int32, Uint8, Uint32, cute
 
 from megamoe.cute import arith, layout, recipe, strips
 from megamoe.cute.arith import Target
@@ -18,12 +18,12 @@ def quantize(
     col: Int32,
     cols: Int32 | int,
     here: Boolean,
+    encode: Float32,
     given: Constexpr[Inputs],
     out: Constexpr[Outputs],
     target: Constexpr[Target],
 ) -> None:
     """Writes codes and scale of a block of bf16 where it is `here`, at a scale column `col` of `cols`."""
-    encode = given.enc[()]
     scale = recipe.regular_global_scale(encode, target)
     block = recipe.encode_block(words, BFloat16, scale, target)
     _store(block, row, col, cols, here, given, out)

@@ -495,7 +495,7 @@ def _quantize(
     cols = places.hidden_of(given, shape) // BLOCK
     unit = place.rank * shape.warps + place.member
     col = unit * (UNIT // BLOCK) + place.quad % 2 * 2 + place.quad // 2
-    blocks.quantize([*low, *high], row, col, cols, here, given, out, target)
+    blocks.quantize([*low, *high], row, col, cols, here, given.enc[()], given, out, target)
 
 
 def _norm_weights(place: Place, given: Inputs) -> list[Float32]:

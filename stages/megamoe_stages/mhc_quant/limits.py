@@ -13,7 +13,7 @@ TEAMS = {MAX_HIDDEN: 2}  # of a CTA; 4 where not named
 WARPS = {MAX_HIDDEN: 7}  # of a team, 64 hidden dims each; 4 where not named
 PARTS = {MAX_HIDDEN: 6}  # fn as fp32; as three terms of bf16, 10, where not named
 MANY = 512  # tokens from which on the kernel for many of them is the faster one
-MANY_HIDDEN = (1024, 2048, 4096)  # hidden dims that it has
+MANY_HIDDEN = (1024, 2048, 4096, 7168)  # hidden dims that it has
 
 
 def covered(hidden: int) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import Constexpr, Float32, Int32, Int64, cute
+from cutlass import Boolean, Constexpr, Float32, Int32, Int64, cute
 
 from megamoe.cute import arith, exchange, mhc, recipe, ring, warp
 from megamoe.cute.arith import Target
@@ -33,6 +33,12 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     MESSAGE,
     RUN,
     SHARE,
+    UNIT,
+    Turn,
+    first_turn,
+    groups_of_a_turn,
+    set_turn,
+    turn_of,
     WORD,
     Cut,
     Spot,
@@ -43,11 +49,10 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     second_half,
     share,
     spot,
-    staged,
     tokens_of,
 )
 
-LANE_BYTES = 2 * BLOCK  # of a block of bf16
+AHEAD = (0, 1)  # sources of a chunk's first token that are loaded before its time, see `_load`
 
 
 @cute.jit
@@ -124,15 +129,15 @@ def mhc_quant_prefill(
     floats = exchange.address(cute.arch.get_dyn_smem(Float32, alignment=128))
     here = spot(cut)
     groups = (tokens_of(given) + GROUP - 1) // GROUP
-    step = ctas // cut.ctas * cut.teams
-    group = cta // cut.ctas * cut.teams + here.team  # neighbours in a CTA
+    group = first_turn(cut) >> 1
+    set_turn(floats, first_turn(cut), cut)
     if thread < cut.teams:
         ring.init(floats + (cut.barriers_at + thread * 8), cut.ctas)
     ring.init_fence()
     cute.arch.sync_threads()
     cute.arch.cluster_arrive_relaxed()
-    _fetch_factors(group, Int32(0), floats, given, cut)
-    ahead = _request(0, group, floats, given, cut)
+    _fetch_factors(Turn(group, Int32(0)), floats, given, cut)
+    ahead = _load(0, 0, AHEAD, group, given, cut)
     prefill_mix.fetch_fn(floats, here, given, target, cut)
     _fetch_weights(floats, given, target, cut)
     zero_padding(out, tokens_of(given), tiled, cta * (cut.all_warps * WARP) + thread, ctas * (cut.all_warps * WARP))
@@ -141,90 +146,91 @@ def mhc_quant_prefill(
     exchange.wait_copies()
     cute.arch.sync_threads()
     cute.arch.cluster_wait()
-    turn = Int32(0)
-    ahead = _turn(group, group, turn, ahead, floats, given, out, target, cut, follows=False)
-    while group + step < groups:
-        turn ^= 1
-        group += step
-        ahead = _turn(group, group - step, turn, ahead, floats, given, out, target, cut, follows=True)
-    _second_half(group, turn, floats, given, out, target, cut)
-    _sinkhorn(group, step, given, out, target, cut)
+    while turn_of(floats, cut).group < groups:
+        ahead = _turn(ahead, floats, given, out, target, cut)
+    turn = turn_of(floats, cut)
+    last = Turn(turn.group - groups_of_a_turn(cut), turn.parity ^ 1)
+    _second_half(last, floats, given, out, target, cut)
+    _sinkhorn(last.group, groups_of_a_turn(cut), given, out, target, cut)
     exchange.wait_copies()  # of a group that is not there
     cute.arch.cluster_arrive_relaxed()  # no CTA ends while another may still write to it
     cute.arch.cluster_wait()
 
 
 def _turn(
-    group: Int32,
-    last: Int32,
-    turn: Int32,
-    ahead: Words,
-    base: Int32,
-    given: Inputs,
-    out: Outputs,
-    target: Target,
-    cut: Cut,
-    *,
-    follows: bool,
-) -> Words:
-    """The first half of a group, and the second half of the team's `last` one where this `follows` one.
+    ahead: list[Words], base: Int32, given: Inputs, out: Outputs, target: Target, cut: Cut
+) -> list[Words]:
+    """The first half of a group, and the second half of the team's last one.
 
-    Takes what `_request` loaded of the group's chunk 0, and returns that of the team's next group. The second half is in
-    the middle, so that each chunk is on its way while something else is done.
+    Takes the first lines of the group's chunk 0, and returns those of the team's next group. The second half is in the
+    middle, so that each chunk is on its way while something else is done.
     """
-    step = cute.arch.grid_dim()[0] // cut.ctas * cut.teams
     sums, squares = prefill_mix.no_sums(), [Float32(0.0)] * 2
     for chunk in range(2):
-        if chunk and follows:
-            _second_half(last, turn ^ 1, base, given, out, target, cut)
-        exchange.wait_copies()
-        streams = _new_streams(chunk, ahead, group, turn, base, given, out, target, cut)
         if chunk:
-            ahead = _request(0, group + step, base, given, cut)
+            turn = turn_of(base, cut)
+            last = Turn(turn.group - groups_of_a_turn(cut), turn.parity ^ 1)
+            _second_half_if(last.group >= 0, last, base, given, out, target, cut)
+        streams, more = _new_streams(chunk, ahead, base, given, out, target, cut)
+        turn = turn_of(base, cut)
+        if chunk == 0:
+            ahead = _load(0, 1, AHEAD, turn.group, given, cut)
+            coming = Turn(turn.group + groups_of_a_turn(cut), turn.parity ^ 1)
+            _fetch_factors(coming, base, given, cut)
+            _prefetch(coming.group, given, cut)
         else:
-            ahead = _request(1, group, base, given, cut)
-            _fetch_factors(group + step, turn ^ 1, base, given, cut)
-        more = prefill_mix.squares(streams, spot(cut), target)
+            ahead = _load(0, 0, AHEAD, turn.group + groups_of_a_turn(cut), given, cut)
         squares = [arith.add(*pair, target) for pair in zip(squares, more, strict=True)]
         sums = prefill_mix.add_dots(streams, chunk, sums, base, spot(cut))
     _keep_sums(prefill_mix.dots(sums, target), squares, base, cut)
+    exchange.wait_copies()  # of the factors: the barrier shows them to the team
     exchange.meet(1 + spot(cut).team, cut.team)
-    _send_sums(turn, base, target, cut)
+    _send_sums(base, target, cut)
+    turn = turn_of(base, cut)
+    set_turn(base, 2 * (turn.group + groups_of_a_turn(cut)) + (turn.parity ^ 1), cut)
     return ahead
 
 
-def _request(chunk: int, group: Int32, base: Int32, given: Inputs, cut: Cut) -> Words:
-    """Asks for a chunk of this thread's two tokens; of those that do not exist, the last one's instead.
+def _load(t: int, chunk: int, sources: Sequence[int], group: Int32, given: Inputs, cut: Cut) -> list[Words]:
+    """Lines of a chunk of this thread's token number t of a group; if that does not exist, of the last token instead.
 
-    Returns the words that come in registers: of each token a line of F, then, where there is no room for them in shared
-    memory, a line of every stream.
+    Source 0 is F, the others are the streams.
     """
-    here, words = spot(cut), []
-    for t in range(2):
-        row = cutlass.min(group * GROUP + here.row + 8 * t, tokens_of(given) - 1)
-        words += exchange.load16_once(first_half(given.f, 1, row, chunk, here, cut))
-        x = first_half(given.x, STREAMS, row, chunk, here, cut)
-        for s in range(STREAMS):
-            at = x + s * cut.hidden * 2
-            if cut.roomy:
-                exchange.copy16(at, staged(base, here, t, s, cut))
-            else:
-                words += exchange.load16_once(at)
-    return words
+    here = spot(cut)
+    row = cutlass.min(group * GROUP + here.row + 8 * t, tokens_of(given) - 1)
+    x = first_half(given.x, STREAMS, row, chunk, here, cut)
+    lines = []
+    for source in sources:
+        at = x + (source - 1) * cut.hidden * 2 if source else first_half(given.f, 1, row, chunk, here, cut)
+        lines.append(exchange.load16_once(at))
+    return lines
+
+
+def _prefetch(group: Int32, given: Inputs, cut: Cut) -> None:
+    """Brings this warp's share of a group's streams and sublayer outputs into L2, 128 bytes a lane and step."""
+    here = spot(cut)
+    start = (here.rank * cut.warps + here.member) * (UNIT * 2)
+    last = tokens_of(given) - 1
+    for step in range(0, GROUP * STREAMS, WARP):
+        row = cutlass.min(group * GROUP + (here.lane + step) // STREAMS, last)
+        line = Int64(row * STREAMS + here.lane % STREAMS) * (cut.hidden * 2) + Int64(start)
+        exchange.prefetch(exchange.global_address(given.x) + line)
+    row = cutlass.min(group * GROUP + here.lane % GROUP, last)
+    exchange.prefetch(exchange.global_address(given.f) + (Int64(row) * (cut.hidden * 2) + Int64(start)))
 
 
 @cute.jit
-def _fetch_factors(group: Int32, parity: Int32, base: Int32, given: Constexpr[Inputs], cut: Constexpr[Cut]) -> None:
+def _fetch_factors(turn: Constexpr[Turn], base: Int32, given: Constexpr[Inputs], cut: Constexpr[Cut]) -> None:
     """Copies post and comb of a group's tokens to shared memory, 16 bytes a thread."""
     here = spot(cut)
     seat = here.member * WARP + here.lane
     token = arith.select(seat < GROUP * STREAMS, seat // STREAMS, seat - GROUP * STREAMS)
-    row = cutlass.min(group * GROUP + token, tokens_of(given) - 1)
+    row = cutlass.min(turn.group * GROUP + token, tokens_of(given) - 1)
     part = arith.select(seat < GROUP * STREAMS, seat % STREAMS + 1, Int32(0))
     comb = exchange.global_address(given.comb) + Int64(row * (MATRIX * WORD) + (part - 1) * LINE)
     source = arith.select(part > 0, comb, exchange.global_address(given.post) + Int64(row * LINE))
     if seat < GROUP * (STREAMS + 1):
-        exchange.copy16(source, _factors_at(token, parity, base, here, cut) + part * LINE)
+        exchange.copy16(source, _factors_at(token, turn.parity, base, here, cut) + part * LINE)
 
 
 def _factors_at(token: Int32, parity: Int32, base: Int32, here: Spot, cut: Cut) -> Int32:
@@ -239,55 +245,56 @@ def _fetch_weights(base: Int32, given: Constexpr[Inputs], target: Constexpr[Targ
         here = spot(cut)
         for run in cutlass.range(here.wide, cut.hidden // RUN, cut.all_warps, unroll=1):
             weights = _read_weights(run, here.lane, given)
-            for i in cutlass.range_constexpr(BLOCK // 4):
+            for i in cutlass.range_constexpr(2):
                 exchange.store_floats(_weights_at(base, run, i, here, cut), weights[4 * i : 4 * i + 4])
 
 
 def _weights_at(base: Int32, run: Int32, i: int, here: Spot, cut: Cut) -> Int32:
     """Where a lane's weights 4 i to 4 i + 3 of a run of hidden dims lie."""
-    return base + (cut.weights_at + i * WARP * LINE) + (run * (BLOCK // 4 * WARP * LINE) + here.lane * LINE)
+    return base + (cut.weights_at + i * WARP * LINE) + (run * (2 * WARP * LINE) + here.lane * LINE)
 
 
 def _read_weights(run: Int32, lane: Int32, given: Inputs) -> list[Float32]:
-    """The norm's weights of a lane's block of a run of hidden dims, from global memory."""
+    """The norm's weights of a lane's 8 dims of a run, from global memory."""
     dtype = given.norm_weight.element_type
     size = dtype.width // 8
-    at = exchange.global_address(given.norm_weight) + Int64((run * RUN + lane * BLOCK) * size)
-    words = [word for i in range(BLOCK * size // LINE) for word in exchange.load16(at + i * LINE)]
+    at = exchange.global_address(given.norm_weight) + Int64((run * RUN + lane * 8) * size)
+    words = [word for i in range(8 * size // LINE) for word in exchange.load16(at + i * LINE)]
     return recipe.values(words, dtype)
 
 
 def _new_streams(
     chunk: int,
-    ahead: Words,
-    group: Int32,
-    parity: Int32,
+    ahead: list[Words],
     base: Int32,
     given: Inputs,
     out: Outputs,
     target: Target,
     cut: Cut,
-) -> list[list[Words]]:
-    """The new streams of a chunk of this thread's two tokens, [token][stream][word], which it writes too."""
-    streams = []
+) -> tuple[list[list[Words]], list[Float32]]:
+    """The new streams of a chunk of this thread's two tokens, [token][stream][word], which it writes, and their squares.
+
+    Takes the lines that were loaded `ahead` and asks for the others, which come while it computes with those.
+    """
+    group = turn_of(base, cut).group
+    streams, squares = [], []
+    rest = range(len(AHEAD), STREAMS + 1)
+    late = _load(0, chunk, rest, group, given, cut)
+    second = _load(1, chunk, AHEAD, group, given, cut)
     for t in range(2):
-        here = spot(cut)
-        if cut.roomy:
-            lines = [ahead[4 * t : 4 * t + 4]]
-            lines += [ring.load16(staged(base, here, t, s, cut)) for s in range(STREAMS)]
-        else:
-            mine = ahead[20 * t : 20 * t + 20]
-            lines = [mine[i : i + 4] for i in range(0, 20, 4)]
-        factors_at = _factors_at(here.row + 8 * t, parity, base, here, cut)
+        lines = (second if t else ahead) + (_load(1, chunk, rest, turn_of(base, cut).group, given, cut) if t else late)
+        here, turn = spot(cut), turn_of(base, cut)
+        factors_at = _factors_at(here.row + 8 * t, turn.parity, base, here, cut)
         factors = functools.partial(_factors, factors_at)
         new = mhc.post_mix(lines, factors, target)
-        token = group * GROUP + here.row + 8 * t
+        token = turn.group * GROUP + here.row + 8 * t
         exists = arith.select(token < tokens_of(given), Int32(1), Int32(0))
         at = first_half(out.residual, STREAMS, token, chunk, here, cut)
-        for s, words in enumerate(new):
-            ring.store_global16_if(at + s * cut.hidden * 2, words, exists)
+        for s, four in enumerate(new):
+            ring.store_global16_if(at + s * cut.hidden * 2, four, exists)
         streams.append(new)
-    return streams
+        squares.append(prefill_mix.squares(new, spot(cut), target))
+    return streams, squares
 
 
 def _factors(at: Int32, row: int) -> list[Float32]:
@@ -312,11 +319,11 @@ def _keep_sums(
 
 
 @cute.jit
-def _send_sums(parity: Int32, base: Int32, target: Constexpr[Target], cut: Constexpr[Cut]) -> None:
+def _send_sums(base: Int32, target: Constexpr[Target], cut: Constexpr[Cut]) -> None:
     """Sums over the team's warps and sends each token's sums to its owner, then says so."""
     here = spot(cut)
     at = area(base, here, cut)
-    seat = here.member * WARP + here.lane
+    seat, parity = here.member * WARP + here.lane, turn_of(base, cut).parity
     fours = LOGITS // 4
     if seat < GROUP * fours:
         token, four = seat // fours, seat % fours
@@ -344,20 +351,33 @@ def _message_at(area_at: Int32, token: Int32, rank: Int32 | int, parity: Int32, 
     return area_at + cut.received_at + parity * cut.received_bytes + slot * (MESSAGE * WORD)
 
 
-def _second_half(
-    group: Int32, parity: Int32, base: Int32, given: Inputs, out: Outputs, target: Target, cut: Cut
+@cute.jit
+def _second_half_if(
+    follows: Boolean,
+    turn: Constexpr[Turn],
+    base: Int32,
+    given: Constexpr[Inputs],
+    out: Constexpr[Outputs],
+    target: Constexpr[Target],
+    cut: Constexpr[Cut],
 ) -> None:
+    if follows:
+        _second_half(turn, base, given, out, target, cut)
+
+
+def _second_half(turn: Turn, base: Int32, given: Inputs, out: Outputs, target: Target, cut: Cut) -> None:
     """From the new streams of this warp's token to its output: collapse, norm, quantisation of 1024 hidden dims."""
-    here = spot(cut)
+    here, group, parity = spot(cut), turn.group, turn.parity
     token = owned_token(group, here, cut)
     row = cutlass.min(token, tokens_of(given) - 1)
     exchange.wait(barrier(base, here, cut), parity)
-    at = second_half(out.residual, STREAMS * cut.hidden * 2, LANE_BYTES, row, here, cut)
-    lines = [_load_block(at + b * RUN * 2, cut) for b in range(2)]
+    at = second_half(out.residual, STREAMS, row, here, cut)
+    runs, encode = SHARE // RUN, given.enc[()]
+    lines = [[exchange.load16_once(at + (s * cut.hidden + i * RUN) * 2) for s in range(STREAMS)] for i in range(runs)]
     pre = _pre(token, parity, base, given, out, target, cut)
     y, total = [], Float32(0.0)
-    for block in lines:
-        words = [mhc.collapse([stream[w] for stream in block], pre, target) for w in range(BLOCK // 2)]
+    for run in lines:
+        words = [mhc.collapse([stream[w] for stream in run], pre, target) for w in range(4)]
         for word in words:
             total = mhc.add_squares(word, total, target)
         y.append(words)
@@ -367,17 +387,8 @@ def _second_half(
     _keep_y_squares(total, area(base, here, cut) + cut.y_squares_at + here.member * WORD, here)
     exchange.meet(1 + here.team, cut.team)
     factor = mhc.inverse_rms(_y_squares(base, target, cut), cut.hidden, given.norm_eps, target)
-    for b in range(2):
-        _finish(b, y[b], factor, group, base, given, out, target, cut)
-
-
-def _load_block(at: Int64, cut: Cut) -> list[Words]:
-    """The words of a block of every stream."""
-    streams = []
-    for s in range(STREAMS):
-        words = exchange.load16_once(at + s * cut.hidden * 2)
-        streams.append(words + exchange.load16_once(at + (s * cut.hidden * 2 + LINE)))
-    return streams
+    for i in range(0, runs, 2):
+        _finish(i, y[i : i + 2], factor, encode, group, base, given, out, target, cut)
 
 
 @cute.jit
@@ -438,9 +449,10 @@ def _write_logits(
 
 
 def _finish(
-    b: int,
-    y: Words,
+    first: int,
+    y: list[Words],
     factor: Float32,
+    encode: Float32,
     group: Int32,
     base: Int32,
     given: Inputs,
@@ -448,23 +460,28 @@ def _finish(
     target: Target,
     cut: Cut,
 ) -> None:
-    """Norm and quantisation of a lane's block b, 0 or 1."""
+    """Norm and quantisation of two runs of a warp's share, `first` and the next: two half blocks make a block each."""
     here = spot(cut)
-    run = share(here, cut) * (SHARE // RUN) + b
-    if cut.roomy:
-        places = [_weights_at(base, run, i, here, cut) for i in range(BLOCK // 4)]
-        weights = [value for at in places for value in exchange.load_floats(at, 4)]
-    else:
-        weights = _read_weights(run, here.lane, given)
-    words = [mhc.normalise(y[w], factor, weights[2 * w : 2 * w + 2], target) for w in range(BLOCK // 2)]
     token = owned_token(group, here, cut)
     exists = token < tokens_of(given)
-    at = second_half(out.normed, cut.hidden * 2, LANE_BYTES, token, here, cut) + b * RUN * 2
     flag = arith.select(exists, Int32(1), Int32(0))
-    for half in range(2):
-        ring.store_global16_if(at + half * LINE, words[4 * half : 4 * half + 4], flag)
-    col = run * (RUN // BLOCK) + here.lane
-    blocks.quantize(words, token, col, cut.hidden // BLOCK, exists, given, out, target)
+    halves = []
+    for i, line in enumerate(y):
+        run = share(here, cut) * (SHARE // RUN) + (first + i)
+        if cut.roomy:
+            weights = [value for k in range(2) for value in exchange.load_floats(_weights_at(base, run, k, here, cut), 4)]
+        else:
+            weights = _read_weights(run, here.lane, given)
+        words = [mhc.normalise(line[w], factor, weights[2 * w : 2 * w + 2], target) for w in range(4)]
+        at = second_half(out.normed, 1, token, here, cut) + (first + i) * RUN * 2
+        ring.store_global16_if(at, words, flag)
+        halves.append(words)
+    even = here.lane % 2 == 0
+    got = [warp.from_lane(arith.select(even, b, a), 1) for a, b in zip(*halves, strict=True)]
+    low = [arith.select(even, a, other) for a, other in zip(halves[0], got, strict=True)]
+    high = [arith.select(even, other, b) for b, other in zip(halves[1], got, strict=True)]
+    col = share(here, cut) * (SHARE // BLOCK) + (first + here.lane % 2) * (RUN // BLOCK) + here.lane // 2
+    blocks.quantize([*low, *high], token, col, cut.hidden // BLOCK, exists, encode, given, out, target)
 
 
 @cute.jit

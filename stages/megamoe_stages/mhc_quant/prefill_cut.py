@@ -2,16 +2,16 @@
 
 In the first half of the work a team of warps owns a slice of the hidden dims of 16 tokens, as in `places`: lane (g, q) =
 (lane // 4, lane % 4) of a warp has tokens g and g + 8, and of the warp's 64 dims the eights q (chunk 0) and 4 + q (chunk 1).
-In the second half a team owns whole tokens: a warp 1024 hidden dims of one, a lane two blocks of 16 that lie 512 apart.
+In the second half a team owns whole tokens: a warp 1024 hidden dims of one, in four runs of 256, 8 dims of each a lane.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from cutlass import Int32, Int64, cute
+from cutlass import Constexpr, Int32, Int64, cute
 
-from megamoe.cute import exchange, warp
+from megamoe.cute import exchange, ring, warp
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.warp import WARP
 from megamoe_stages.mhc_quant.places import CHUNK, FACTORS, GROUP, PIECES, UNIT, Inputs, Shape
@@ -20,7 +20,7 @@ PARTS = 6  # of a piece of fn, see `prefill_mix`
 WORD = 4  # bytes
 LINE = 16  # bytes that a thread moves at once
 SHARE = 1024  # hidden dims of a warp in the second half
-RUN = 512  # of them, one block a lane
+RUN = 256  # of them, 8 dims a lane
 MESSAGE = 28  # floats from a CTA to a token's owner: 24 dots, the squares, padding
 BARRIER = 8  # bytes
 
@@ -32,7 +32,7 @@ class Cut(NamedTuple):
         ctas: Of a cluster.
         teams: Of a CTA, each with a group of its own.
         warps: Of a team.
-        roomy: Streams come by way of shared memory, and the norm's weights lie there.
+        roomy: The norm's weights find room in shared memory.
     """
 
     ctas: int
@@ -76,19 +76,9 @@ class Cut(NamedTuple):
         return self.warps * PIECES * PARTS * WARP * LINE
 
     @property
-    def staged_at(self) -> int:
-        """Where the warps' streams of the next chunk begin."""
-        return self.weights_at + (self.hidden * WORD if self.roomy else 0)
-
-    @property
-    def staged_bytes(self) -> int:
-        """Of a warp: 2 tokens of a lane, a line of every stream."""
-        return 2 * STREAMS * WARP * LINE
-
-    @property
     def teams_at(self) -> int:
         """Where the teams' areas begin."""
-        return self.staged_at + (self.all_warps * self.staged_bytes if self.roomy else 0)
+        return self.weights_at + (self.hidden * WORD if self.roomy else 0)
 
     @property
     def partial_at(self) -> int:
@@ -126,9 +116,14 @@ class Cut(NamedTuple):
         return self.teams_at + self.teams * self.team_bytes
 
     @property
+    def turns_at(self) -> int:
+        """The turn of every warp: a register less in the tightest places."""
+        return self.barriers_at + self.teams * BARRIER
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self.barriers_at + self.teams * BARRIER
+        return self.turns_at + self.all_warps * WORD
 
 
 class Spot(NamedTuple):
@@ -175,10 +170,42 @@ def barrier(base: Int32, here: Spot, cut: Cut) -> Int32:
     return base + (cut.barriers_at + here.team * BARRIER)
 
 
-def staged(base: Int32, here: Spot, t: int, stream: int, cut: Cut) -> Int32:
-    """Where this thread's line of a stream of its token number t, 0 or 1, waits."""
-    line = (t * STREAMS + stream) * WARP * LINE
-    return base + (cut.staged_at + line) + (here.wide * cut.staged_bytes + here.lane * LINE)
+class Turn(NamedTuple):
+    """What a team works on.
+
+    Attributes:
+        group: Of 16 tokens.
+        parity: Of the team's turns.
+    """
+
+    group: Int32
+    parity: Int32
+
+
+def groups_of_a_turn(cut: Cut) -> Int32:
+    """Groups that all teams of the launch have in a turn: from one of a team's groups to the next."""
+    return cute.arch.grid_dim()[0] // cut.ctas * cut.teams
+
+
+def first_turn(cut: Cut) -> Int32:
+    """A team's turn as a number: twice its group, plus the parity."""
+    return 2 * (cute.arch.block_idx()[0] // cut.ctas * cut.teams + spot(cut).team)
+
+
+def turn_of(base: Int32, cut: Cut) -> Turn:
+    """The turn of this thread's warp."""
+    number = ring.load4(base + cut.turns_at + spot(cut).wide * WORD)
+    return Turn(number >> 1, number & 1)
+
+
+@cute.jit  # type: ignore[untyped-decorator]
+def set_turn(base: Int32, number: Int32, cut: Constexpr[Cut]) -> None:
+    """Its first lane writes the warp's next turn, once all lanes have read the last one."""
+    here = spot(cut)
+    cute.arch.sync_warp()
+    if here.lane == 0:
+        ring.store4(base + cut.turns_at + here.wide * WORD, number)
+    cute.arch.sync_warp()
 
 
 def tokens_of(given: Inputs) -> Int32:
@@ -204,7 +231,7 @@ def owned_token(group: Int32, here: Spot, cut: Cut) -> Int32:
     return group * GROUP + here.rank * cut.owned + here.member // cut.sharers
 
 
-def second_half(tensor: cute.Tensor, row_bytes: int, lane_bytes: int, row: Int32, here: Spot, cut: Cut) -> Int64:
-    """Address of what a tensor holds for a lane's first block: rows and blocks of so many bytes."""
-    at = share(here, cut) * (SHARE // 16 * lane_bytes) + here.lane * lane_bytes
-    return exchange.global_address(tensor) + (Int64(row) * row_bytes + Int64(at))
+def second_half(tensor: cute.Tensor, streams: int, row: Int32, here: Spot, cut: Cut) -> Int64:
+    """Address of a lane's line of a bf16 tensor (tokens, streams, H), in stream 0 and run 0 of its warp's share."""
+    at = share(here, cut) * (SHARE * 2) + here.lane * LINE
+    return exchange.global_address(tensor) + (Int64(row) * (streams * cut.hidden * 2) + Int64(at))

@@ -88,20 +88,18 @@ def dots(sums: list[Quads], target: Target) -> list[list[Float32]]:
     return found
 
 
-def squares(streams: list[list[Words]], here: Spot, target: Target) -> list[Float32]:
-    """The squares of a chunk of the streams, of tokens g and g + 8 in the lane with q = g // 2.
+def squares(streams: list[Words], here: Spot, target: Target) -> Float32:
+    """The squares of a token's streams over a chunk, in the lane with q = g // 2 of its four.
 
     They are a diagonal of each word times itself: even words in the upper half of a product, odd ones in the lower.
     """
-    found = []
-    for token in streams:
-        even, odd = [Float32(0.0)] * 4, [Float32(0.0)] * 4
-        for words in token:
-            for i in (0, 2):
-                even = _mma_k8(words[i : i + 2], words[i], even)
-                odd = _mma_k8(words[i : i + 2], words[i + 1], odd)
-        found.append(arith.select(here.row % 2 == 0, *_added(even[:2], odd[2:], target)))
-    return found
+    even, odd = [Float32(0.0)] * 4, [Float32(0.0)] * 4
+    for words in streams:
+        for i in (0, 2):
+            even = _mma_k8(words[i : i + 2], words[i], even)
+            odd = _mma_k8(words[i : i + 2], words[i + 1], odd)
+    first, second = _added(even[:2], odd[2:], target)
+    return arith.select(here.row % 2 == 0, first, second)
 
 
 def _mma_k8(a: Sequence[Uint32], b: Uint32, c: Sequence[Float32]) -> list[Float32]:
