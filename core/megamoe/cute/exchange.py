@@ -41,6 +41,29 @@ def wait(barrier: Int32, parity: Int32) -> None:
     _asm(text, barrier, parity)
 
 
+def count(at: Int64) -> None:
+    """Adds 1 in global memory; what this thread wrote, or was shown by a barrier, is seen by who reads it by `wait_count`."""
+    _asm("red.release.gpu.global.add.u32 [$0], 1;", at)
+
+
+def wait_count(at: Int64, least: Int32) -> None:
+    """Until so many have counted."""
+    text = (
+        "{.reg .pred p; .reg .u32 n; L: ld.acquire.gpu.global.u32 n, [$0]; setp.ge.u32 p, n, $1; @p bra D; bra L; D: }"
+    )
+    _asm(text, at, least)
+
+
+def count_and_tell(at: Int64) -> Int32:
+    """Adds 1 in global memory and returns what was there; orders all that this thread sees."""
+    return Int32(_words("atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", 1, at)[0])
+
+
+def load_float(at: Int64) -> Float32:
+    """One fp32 of global memory."""
+    return arith.number(_words("ld.global.b32 $0, [$1];", 1, at)[0])
+
+
 def copy16(source: Int64, slot: Int32) -> None:
     """Starts a copy of 16 bytes from global to shared memory, and of the 128 round them to L2; `wait_copies` ends it."""
     _asm("cp.async.cg.shared.global.L2::128B [$0], [$1], 16;", slot, source)

@@ -69,24 +69,21 @@ def mhc_quant(
     dec = torch.empty_like(global_scale_enc)
     if tokens:
         outputs = (residual, normed, codes, scales, dec, new_post, new_comb)
-        run, clusters = _plan(tokens, hidden, norm_weight.dtype, x.device, target)
-        run(*tensors, *outputs, sinkhorn_iters, hc_eps, norm_eps, int(tiled), clusters)
+        numbers = (sinkhorn_iters, hc_eps, norm_eps, int(tiled))
+        groups = (tokens + GROUP - 1) // GROUP
+        many = cut_for_many(hidden) if tokens >= limits.MANY and hidden in limits.MANY_HIDDEN else None
+        sets = min(groups // many.teams, _processors(x.device) // many.ctas) if many else 0
+        if many and sets:
+            launch = _launcher_for_many(many, norm_weight.dtype, target)
+            launch(*tensors, *outputs, _work(many, sets, x.device), *numbers, sets)
+        else:
+            shape = cut(hidden)
+            launch = _launcher(shape, norm_weight.dtype, target)
+            launch(*tensors, *outputs, *numbers, min(groups, _clusters(shape.ctas, x.device)))
     else:
         torch.reciprocal(global_scale_enc, out=dec)
     quantized = NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), dec, scale_layout)
     return MhcOutput(residual, normed, quantized, new_post, new_comb)
-
-
-def _plan(
-    tokens: int, hidden: int, norm_dtype: torch.dtype, device: torch.device, target: Target
-) -> tuple[Callable[..., None], int]:
-    """The launcher for so many tokens, and its clusters."""
-    groups = (tokens + GROUP - 1) // GROUP
-    if tokens >= limits.MANY and hidden in limits.MANY_HIDDEN:
-        many = cut_for_many(hidden)
-        return _launcher_for_many(many, norm_dtype, target), min(groups // many.teams, _clusters(many.ctas, device))
-    shape = cut(hidden)
-    return _launcher(shape, norm_dtype, target), min(groups, _clusters(shape.ctas, device))
 
 
 @functools.cache
@@ -102,6 +99,32 @@ def cut(hidden: int) -> Shape:
 def cut_for_many(hidden: int) -> Cut:
     """The cut of the kernel for many tokens, for H of `limits.MANY_HIDDEN`."""
     return Cut(limits.CTAS[hidden], limits.TEAMS.get(hidden, 4), limits.WARPS.get(hidden, 4), roomy=hidden <= 4096)
+
+
+_works: dict[tuple[Cut, int, torch.device, int], Tensor] = {}
+
+
+def _work(many: Cut, sets: int, device: torch.device) -> Tensor:
+    """Memory in which the CTAs of a launch meet, zeros before and after it.
+
+    Calls on one stream, which run one after the other, share it; a graph that is being captured gets its own.
+    """
+    size = many.exchange_words * many.teams * sets
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.float32, device=device)
+    key = (many, sets, device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _works:
+        _works[key] = torch.zeros(size, dtype=torch.float32, device=device)
+    return _works[key]
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """SMs of the GPU."""
+    from cutlass.utils import HardwareInfo
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(HardwareInfo(index).get_device_multiprocessor_count())
 
 
 @functools.cache

@@ -1,11 +1,12 @@
 """mhc_quant for many tokens: one CuTe DSL kernel that works in two halves, one source for sm_90a and sm_100a.
 
-First half: a cluster of CTAs has 16 tokens at a time, each CTA a slice of the hidden dims and that slice of fn in shared memory
+First half: some CTAs have 16 tokens at a time, each CTA a slice of the hidden dims and that slice of fn in shared memory
 for good. Each warp computes the new streams of 64 hidden dims, writes them, and multiplies them with fn while they are in
 registers. The 24 dot products and the squares of the slice go to the CTA that owns the token.
 
 Second half: the owner reads the token's new streams back, which are in L2, all hidden dims of them; so collapse, norm and
-quantisation need no other CTA. It comes one group after the first half, so nobody waits for a cluster that is late.
+quantisation need no other CTA. It comes one group after the first half, so hardly anyone waits for a CTA that is late. The CTAs
+meet in global memory, since clusters would leave a seventh of an H200 idle: a cooperative launch makes sure all of them run.
 
 The warps of a CTA are teams, each with a group of its own. Sinkhorn's iteration comes last, a thread a token.
 """
@@ -17,7 +18,9 @@ from collections.abc import Sequence
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import Boolean, Constexpr, Float32, Int32, Int64, cute
+from cutlass import BFloat16, Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.runtime import make_fake_compact_tensor
 
 from megamoe.cute import arith, exchange, mhc, recipe, ring, warp
 from megamoe.cute.arith import Target
@@ -27,8 +30,9 @@ from megamoe.cute.recipe import BLOCK
 from megamoe.cute.warp import WARP
 from megamoe_stages.mhc_quant import blocks, prefill_mix
 from megamoe_stages.mhc_quant.kernel import NORM_DTYPES, arguments, zero_padding
-from megamoe_stages.mhc_quant.places import FACTORS, GROUP, MATRIX, ROWS, Inputs, Outputs, Words, rows_of_streams
+from megamoe_stages.mhc_quant.places import CHUNK, FACTORS, GROUP, MATRIX, ROWS, Inputs, Outputs, Words, rows_of_streams
 from megamoe_stages.mhc_quant.prefill_cut import (
+    BARRIER,
     LINE,
     MESSAGE,
     RUN,
@@ -37,22 +41,26 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     Turn,
     first_turn,
     groups_of_a_turn,
+    message,
     set_turn,
     turn_of,
     WORD,
     Cut,
+    Source,
     Spot,
     area,
-    barrier,
+    arrived,
+    counter,
     first_half,
     owned_token,
+    parity_of,
     second_half,
     share,
     spot,
+    staged,
+    staged_layout,
     tokens_of,
 )
-
-AHEAD = (0, 1)  # sources of a chunk's first token that are loaded before its time, see `_load`
 
 
 @cute.jit
@@ -73,22 +81,33 @@ def launch(
     dec: cute.Tensor,
     new_post: cute.Tensor,
     new_comb: cute.Tensor,
+    work: cute.Tensor,
     iters: Int32,
     hc_eps: Float32,
     norm_eps: Float32,
     tiled: Int32,
-    clusters: Int32,
+    sets: Int32,
     stream: CUstream,
     target: Constexpr[Target],
     cut: Constexpr[Cut],
 ) -> None:
-    """Launches `clusters` clusters, with a group of tokens for every team at least; see Inputs and Outputs."""
+    """Launches `sets` sets of CTAs, with a group of tokens for every team at least; see Inputs and Outputs.
+
+    `work` is for the exchange of sums; its counters are 0 before and after.
+    """
     inputs = (x, f, post, comb, fn, base, scale, norm_weight, enc, iters, hc_eps, norm_eps, tiled)
     outputs = (residual, normed, codes, scales, dec, new_post, new_comb)
-    mhc_quant_prefill(*inputs, *outputs, target, cut).launch(
-        grid=[clusters * cut.ctas, 1, 1],
+    layout = cute.make_layout(
+        (cut.hidden, cute.size(f, mode=[0]), STREAMS), stride=(1, STREAMS * cut.hidden, cut.hidden)
+    )
+    box = (CHUNK, ROWS, STREAMS)
+    atom, tensor = cpasync.make_tiled_tma_atom(
+        cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(x.iterator, layout), staged_layout(), box
+    )
+    mhc_quant_prefill(*inputs, *outputs, work, atom, tensor, target, cut).launch(
+        grid=[sets * cut.ctas, 1, 1],
         block=[cut.all_warps * WARP, 1, 1],
-        cluster=[cut.ctas, 1, 1],
+        cooperative=True,
         smem=cut.shared_bytes,
         min_blocks_per_mp=1,  # or ptxas saves registers for a second CTA, for which there is no shared memory
         stream=stream,
@@ -117,6 +136,9 @@ def mhc_quant_prefill(
     dec: cute.Tensor,
     new_post: cute.Tensor,
     new_comb: cute.Tensor,
+    work: cute.Tensor,
+    atom: cute.CopyAtom,
+    streams: cute.Tensor,
     target: Constexpr[Target],
     cut: Constexpr[Cut],
 ) -> None:
@@ -126,18 +148,19 @@ def mhc_quant_prefill(
     thread, _, _ = cute.arch.thread_idx()
     cta, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
-    floats = exchange.address(cute.arch.get_dyn_smem(Float32, alignment=128))
-    here = spot(cut)
+    shared = cute.arch.get_dyn_smem(BFloat16, alignment=128)
+    floats, source, here = exchange.address(shared), Source(atom, streams), spot(cut)
     groups = (tokens_of(given) + GROUP - 1) // GROUP
     group = first_turn(cut) >> 1
     set_turn(floats, first_turn(cut), cut)
-    if thread < cut.teams:
-        ring.init(floats + (cut.barriers_at + thread * 8), cut.ctas)
+    if thread < cut.all_warps * cut.stages:
+        ring.init(floats + (cut.barriers_at + thread * BARRIER), 1)
     ring.init_fence()
     cute.arch.sync_threads()
-    cute.arch.cluster_arrive_relaxed()
     _fetch_factors(Turn(group, Int32(0)), floats, given, cut)
-    ahead = _load(0, 0, AHEAD, group, given, cut)
+    for t in range(cut.stages):
+        _ask(t, 0, group, shared, source, cut)
+    ahead = _load_f(0, group, given, cut)
     prefill_mix.fetch_fn(floats, here, given, target, cut)
     _fetch_weights(floats, given, target, cut)
     zero_padding(out, tokens_of(given), tiled, cta * (cut.all_warps * WARP) + thread, ctas * (cut.all_warps * WARP))
@@ -145,78 +168,94 @@ def mhc_quant_prefill(
         dec[()] = recipe.global_scale(enc[()], target).dec
     exchange.wait_copies()
     cute.arch.sync_threads()
-    cute.arch.cluster_wait()
     while turn_of(floats, cut).group < groups:
-        ahead = _turn(ahead, floats, given, out, target, cut)
+        ahead = _turn(ahead, shared, source, work, given, out, target, cut)
     turn = turn_of(floats, cut)
     last = Turn(turn.group - groups_of_a_turn(cut), turn.parity ^ 1)
-    _second_half(last, floats, given, out, target, cut)
+    _second_half(last, floats, work, given, out, target, cut)
     _sinkhorn(last.group, groups_of_a_turn(cut), given, out, target, cut)
     exchange.wait_copies()  # of a group that is not there
-    cute.arch.cluster_arrive_relaxed()  # no CTA ends while another may still write to it
-    cute.arch.cluster_wait()
+    for t in range(cut.stages):
+        ring.wait(arrived(floats, spot(cut), t, cut), Int32(0))
+    _leave(work, cut)
 
 
 def _turn(
-    ahead: list[Words], base: Int32, given: Inputs, out: Outputs, target: Target, cut: Cut
-) -> list[Words]:
+    ahead: Words,
+    shared: cute.Pointer,
+    source: Source,
+    work: cute.Tensor,
+    given: Inputs,
+    out: Outputs,
+    target: Target,
+    cut: Cut,
+) -> Words:
     """The first half of a group, and the second half of the team's last one.
 
-    Takes the first lines of the group's chunk 0, and returns those of the team's next group. The second half is in the
-    middle, so that each chunk is on its way while something else is done.
+    Takes F of the group's chunk 0, and returns that of the team's next group. The second half is in the middle, so that
+    each chunk is on its way while something else is done.
     """
+    base = exchange.address(shared)
     sums, squares = prefill_mix.no_sums(), [Float32(0.0)] * 2
     for chunk in range(2):
         if chunk:
             turn = turn_of(base, cut)
             last = Turn(turn.group - groups_of_a_turn(cut), turn.parity ^ 1)
-            _second_half_if(last.group >= 0, last, base, given, out, target, cut)
-        streams, more = _new_streams(chunk, ahead, base, given, out, target, cut)
+            _second_half_if(last.group >= 0, last, base, work, given, out, target, cut)
+        streams, more = _new_streams(chunk, ahead, shared, source, given, out, target, cut)
         turn = turn_of(base, cut)
         if chunk == 0:
-            ahead = _load(0, 1, AHEAD, turn.group, given, cut)
-            coming = Turn(turn.group + groups_of_a_turn(cut), turn.parity ^ 1)
-            _fetch_factors(coming, base, given, cut)
-            _prefetch(coming.group, given, cut)
+            ahead = _load_f(1, turn.group, given, cut)
+            _fetch_factors(Turn(turn.group + groups_of_a_turn(cut), turn.parity ^ 1), base, given, cut)
         else:
-            ahead = _load(0, 0, AHEAD, turn.group + groups_of_a_turn(cut), given, cut)
+            ahead = _load_f(0, turn.group + groups_of_a_turn(cut), given, cut)
         squares = [arith.add(*pair, target) for pair in zip(squares, more, strict=True)]
         sums = prefill_mix.add_dots(streams, chunk, sums, base, spot(cut))
     _keep_sums(prefill_mix.dots(sums, target), squares, base, cut)
     exchange.wait_copies()  # of the factors: the barrier shows them to the team
     exchange.meet(1 + spot(cut).team, cut.team)
-    _send_sums(base, target, cut)
+    _send_sums(base, work, target, cut)
     turn = turn_of(base, cut)
     set_turn(base, 2 * (turn.group + groups_of_a_turn(cut)) + (turn.parity ^ 1), cut)
     return ahead
 
 
-def _load(t: int, chunk: int, sources: Sequence[int], group: Int32, given: Inputs, cut: Cut) -> list[Words]:
-    """Lines of a chunk of this thread's token number t of a group; if that does not exist, of the last token instead.
+def _load_f(chunk: int, group: Int32, given: Inputs, cut: Cut) -> Words:
+    """A chunk of the sublayer's output of this thread's two tokens of a group; where there is none, the last one's."""
+    here, words = spot(cut), []
+    for t in range(2):
+        row = cutlass.min(group * GROUP + here.row + 8 * t, tokens_of(given) - 1)
+        words += exchange.load16_once(first_half(given.f, 1, row, chunk, here, cut))
+    return words
 
-    Source 0 is F, the others are the streams.
+
+@cute.jit
+def _ask(
+    t: Constexpr[int],
+    chunk: Constexpr[int],
+    group: Int32,
+    shared: cute.Pointer,
+    source: Constexpr[Source],
+    cut: Constexpr[Cut],
+) -> None:
+    """Asks for a chunk of the streams of this warp's tokens 8 t to 8 t + 7 of a group; there come zeros for none.
+
+    All lanes have read what is there before.
     """
     here = spot(cut)
-    row = cutlass.min(group * GROUP + here.row + 8 * t, tokens_of(given) - 1)
-    x = first_half(given.x, STREAMS, row, chunk, here, cut)
-    lines = []
-    for source in sources:
-        at = x + (source - 1) * cut.hidden * 2 if source else first_half(given.f, 1, row, chunk, here, cut)
-        lines.append(exchange.load16_once(at))
-    return lines
-
-
-def _prefetch(group: Int32, given: Inputs, cut: Cut) -> None:
-    """Brings this warp's share of a group's streams and sublayer outputs into L2, 128 bytes a lane and step."""
-    here = spot(cut)
-    start = (here.rank * cut.warps + here.member) * (UNIT * 2)
-    last = tokens_of(given) - 1
-    for step in range(0, GROUP * STREAMS, WARP):
-        row = cutlass.min(group * GROUP + (here.lane + step) // STREAMS, last)
-        line = Int64(row * STREAMS + here.lane % STREAMS) * (cut.hidden * 2) + Int64(start)
-        exchange.prefetch(exchange.global_address(given.x) + line)
-    row = cutlass.min(group * GROUP + here.lane % GROUP, last)
-    exchange.prefetch(exchange.global_address(given.f) + (Int64(row) * (cut.hidden * 2) + Int64(start)))
+    cute.arch.sync_warp()
+    bar = arrived(exchange.address(shared), here, t, cut)
+    if here.lane == 0:
+        ring.expect(bar, Int32(cut.staged_bytes))
+    box = (CHUNK, ROWS, STREAMS)
+    place = ((here.rank * cut.warps + here.member) * (UNIT // CHUNK) + chunk, group * (GROUP // ROWS) + t, 0)
+    tile = cute.local_tile(source.tensor, box, place)
+    room = cute.make_tensor((shared + staged(here, t, cut) // 2).align(128), staged_layout())
+    to, origin = cpasync.tma_partition(
+        source.atom, 0, cute.make_layout(1), cute.group_modes(room, 0, 3), cute.group_modes(tile, 0, 3)
+    )
+    pointer = (shared + (cut.barriers_at // 2 + (here.wide * cut.stages + t % cut.stages) * (BARRIER // 2))).align(8)
+    cute.copy(source.atom, origin, to, tma_bar_ptr=cute.recast_ptr(pointer, dtype=Int64))
 
 
 @cute.jit
@@ -265,8 +304,9 @@ def _read_weights(run: Int32, lane: Int32, given: Inputs) -> list[Float32]:
 
 def _new_streams(
     chunk: int,
-    ahead: list[Words],
-    base: Int32,
+    ahead: Words,
+    shared: cute.Pointer,
+    source: Source,
     given: Inputs,
     out: Outputs,
     target: Target,
@@ -274,16 +314,21 @@ def _new_streams(
 ) -> tuple[list[list[Words]], list[Float32]]:
     """The new streams of a chunk of this thread's two tokens, [token][stream][word], which it writes, and their squares.
 
-    Takes the lines that were loaded `ahead` and asks for the others, which come while it computes with those.
+    Asks for what comes next to the place of what it has read.
     """
-    group = turn_of(base, cut).group
-    streams, squares = [], []
-    rest = range(len(AHEAD), STREAMS + 1)
-    late = _load(0, chunk, rest, group, given, cut)
-    second = _load(1, chunk, AHEAD, group, given, cut)
+    streams, squares, base = [], [], exchange.address(shared)
     for t in range(2):
-        lines = (second if t else ahead) + (_load(1, chunk, rest, turn_of(base, cut).group, given, cut) if t else late)
         here, turn = spot(cut), turn_of(base, cut)
+        ring.wait(arrived(base, here, t, cut), Int32(parity_of(chunk, t, cut)))
+        at = base + staged(here, t, cut) + here.lane * LINE
+        lines = [ahead[4 * t : 4 * t + 4]]
+        lines += [ring.load16(at + s * (ROWS * CHUNK * 2)) for s in range(STREAMS)]
+        if t + cut.stages < 2:
+            _ask(t + 1, chunk, turn.group, shared, source, cut)
+        elif chunk == 0:
+            _ask((t + cut.stages) % 2, 1, turn.group, shared, source, cut)
+        else:
+            _ask((t + cut.stages) % 2, 0, turn.group + groups_of_a_turn(cut), shared, source, cut)
         factors_at = _factors_at(here.row + 8 * t, turn.parity, base, here, cut)
         factors = functools.partial(_factors, factors_at)
         new = mhc.post_mix(lines, factors, target)
@@ -319,7 +364,7 @@ def _keep_sums(
 
 
 @cute.jit
-def _send_sums(base: Int32, target: Constexpr[Target], cut: Constexpr[Cut]) -> None:
+def _send_sums(base: Int32, work: cute.Tensor, target: Constexpr[Target], cut: Constexpr[Cut]) -> None:
     """Sums over the team's warps and sends each token's sums to its owner, then says so."""
     here = spot(cut)
     at = area(base, here, cut)
@@ -330,25 +375,21 @@ def _send_sums(base: Int32, target: Constexpr[Target], cut: Constexpr[Cut]) -> N
         rows = [at + cut.partial_at + m * (GROUP * LOGITS * WORD) + seat * LINE for m in range(cut.warps)]
         loaded = [exchange.load_floats(row, 4) for row in rows]
         sums = [_in_order(values, target) for values in zip(*loaded, strict=True)]
-        exchange.store4(_message_at(at, token, here.rank, parity, cut) + four * LINE, sums, token // cut.owned)
+        words = [value.bitcast(Uint32) for value in sums]
+        ring.store_global16_if(message(work, token, here.rank, parity, here, cut) + four * LINE, words, Int32(1))
     elif seat < GROUP * (fours + 1):
         token = seat - GROUP * fours
         parts = [exchange.load_floats(at + cut.squares_at + (m * GROUP + token) * WORD, 1)[0] for m in range(cut.warps)]
-        message = [_in_order(parts, target), Float32(0.0), Float32(0.0), Float32(0.0)]
-        exchange.store4(_message_at(at, token, here.rank, parity, cut) + fours * LINE, message, token // cut.owned)
+        exchange.store_global(
+            message(work, token, here.rank, parity, here, cut) + fours * LINE, _in_order(parts, target)
+        )
     number = 1 + cut.teams + here.team
     if here.member == 0:
         exchange.meet(number, cut.team)  # all sums have been sent, all streams written
-        if here.lane < cut.ctas:
-            exchange.arrive(barrier(base, here, cut), here.lane)
+        if here.lane == 0:
+            exchange.count(counter(work, here, cut))
     else:
         exchange.pass_by(number, cut.team)
-
-
-def _message_at(area_at: Int32, token: Int32, rank: Int32 | int, parity: Int32, cut: Cut) -> Int32:
-    """Where a CTA's sums for a token of a group lie at its owner."""
-    slot = token % cut.owned * cut.ctas + rank
-    return area_at + cut.received_at + parity * cut.received_bytes + slot * (MESSAGE * WORD)
 
 
 @cute.jit
@@ -356,25 +397,28 @@ def _second_half_if(
     follows: Boolean,
     turn: Constexpr[Turn],
     base: Int32,
+    work: cute.Tensor,
     given: Constexpr[Inputs],
     out: Constexpr[Outputs],
     target: Constexpr[Target],
     cut: Constexpr[Cut],
 ) -> None:
     if follows:
-        _second_half(turn, base, given, out, target, cut)
+        _second_half(turn, base, work, given, out, target, cut)
 
 
-def _second_half(turn: Turn, base: Int32, given: Inputs, out: Outputs, target: Target, cut: Cut) -> None:
+def _second_half(
+    turn: Turn, base: Int32, work: cute.Tensor, given: Inputs, out: Outputs, target: Target, cut: Cut
+) -> None:
     """From the new streams of this warp's token to its output: collapse, norm, quantisation of 1024 hidden dims."""
     here, group, parity = spot(cut), turn.group, turn.parity
     token = owned_token(group, here, cut)
     row = cutlass.min(token, tokens_of(given) - 1)
-    exchange.wait(barrier(base, here, cut), parity)
+    exchange.wait_count(counter(work, here, cut), (group // groups_of_a_turn(cut) + 1) * cut.ctas)
     at = second_half(out.residual, STREAMS, row, here, cut)
     runs, encode = SHARE // RUN, given.enc[()]
     lines = [[exchange.load16_once(at + (s * cut.hidden + i * RUN) * 2) for s in range(STREAMS)] for i in range(runs)]
-    pre = _pre(token, parity, base, given, out, target, cut)
+    pre = _pre(token, parity, work, given, out, target, cut)
     y, total = [], Float32(0.0)
     for run in lines:
         words = [mhc.collapse([stream[w] for stream in run], pre, target) for w in range(4)]
@@ -405,13 +449,14 @@ def _y_squares(base: Int32, target: Target, cut: Cut) -> Float32:
 
 
 def _pre(
-    token: Int32, parity: Int32, base: Int32, given: Inputs, out: Outputs, target: Target, cut: Cut
+    token: Int32, parity: Int32, work: cute.Tensor, given: Inputs, out: Outputs, target: Target, cut: Cut
 ) -> list[Float32]:
     """The weights of the collapse of this warp's token; lane r computes logit r of all, and writes it if it is none of these."""
     here = spot(cut)
     lane = cutlass.min(here.lane, LOGITS)  # that one has the squares
-    first = _message_at(area(base, here, cut), here.member // cut.sharers, 0, parity, cut) + lane * WORD
-    got = [exchange.load_floats(first + r * (MESSAGE * WORD), 1)[0] for r in range(cut.ctas)]
+    place = here.rank * cut.owned + here.member // cut.sharers
+    first = message(work, place, 0, parity, here, cut) + Int64(lane * WORD)
+    got = [exchange.load_float(first + r * (MESSAGE * WORD)) for r in range(cut.ctas)]
     total = _in_order(got, target)
     squares = cute.arch.shuffle_sync(total, LOGITS)
     rms = mhc.inverse_rms(squares, cut.hidden * STREAMS, given.norm_eps, target)
@@ -469,7 +514,9 @@ def _finish(
     for i, line in enumerate(y):
         run = share(here, cut) * (SHARE // RUN) + (first + i)
         if cut.roomy:
-            weights = [value for k in range(2) for value in exchange.load_floats(_weights_at(base, run, k, here, cut), 4)]
+            weights = [
+                value for k in range(2) for value in exchange.load_floats(_weights_at(base, run, k, here, cut), 4)
+            ]
         else:
             weights = _read_weights(run, here.lane, given)
         words = [mhc.normalise(line[w], factor, weights[2 * w : 2 * w + 2], target) for w in range(4)]
@@ -510,6 +557,18 @@ def _sinkhorn(
                 cute.autovec_copy(comb[r, None], rows[token * STREAMS + r, None])
 
 
+@cute.jit
+def _leave(work: cute.Tensor, cut: Constexpr[Cut]) -> None:
+    """The last CTA of a team's to leave makes its counters 0 again: nobody waits for them any more."""
+    here = spot(cut)
+    exchange.meet(1 + here.team, cut.team)
+    if (here.member == 0) & (here.lane == 0):
+        at = counter(work, here, cut)
+        if exchange.count_and_tell(at + WORD) == cut.ctas - 1:
+            exchange.store_global(at, Float32(0.0))
+            exchange.store_global(at + WORD, Float32(0.0))
+
+
 def _in_order(values: Sequence[Float32], target: Target) -> Float32:
     """A sum in this very order, so that every run finds the same bits."""
     return functools.reduce(lambda total, value: arith.add(total, value, target), values)
@@ -524,5 +583,10 @@ def spec(cut: Cut, norm_dtype: str, target: Target) -> KernelSpec:
         target: A GPU.
     """
     name = f"mhc_quant_prefill_{cut.hidden}_{norm_dtype}"
-    make = functools.partial(arguments, NORM_DTYPES[norm_dtype], target, cut)
+
+    def make() -> tuple[object, ...]:
+        *tensors, iters, hc_eps, norm_eps, tiled, sets, stream, _, _ = arguments(NORM_DTYPES[norm_dtype], target, cut)
+        work = make_fake_compact_tensor(Float32, (cute.sym_int32(),), assumed_align=LINE)
+        return (*tensors, work, iters, hc_eps, norm_eps, tiled, sets, stream, target, cut)
+
     return KernelSpec(name, target.value, launch, make, (*cut, norm_dtype))

@@ -14,25 +14,25 @@ from cutlass import Constexpr, Int32, Int64, cute
 from megamoe.cute import exchange, ring, warp
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.warp import WARP
-from megamoe_stages.mhc_quant.places import CHUNK, FACTORS, GROUP, PIECES, UNIT, Inputs, Shape
+from megamoe_stages.mhc_quant.places import CHUNK, FACTORS, GROUP, PIECES, ROWS, UNIT, Inputs, Shape
 
 PARTS = 6  # of a piece of fn, see `prefill_mix`
 WORD = 4  # bytes
 LINE = 16  # bytes that a thread moves at once
 SHARE = 1024  # hidden dims of a warp in the second half
 RUN = 256  # of them, 8 dims a lane
-MESSAGE = 28  # floats from a CTA to a token's owner: 24 dots, the squares, padding
 BARRIER = 8  # bytes
+MESSAGE = 28  # floats from a CTA to a token's owner: 24 dots, the squares, padding
 
 
 class Cut(NamedTuple):
     """How the work is cut; compile-time.
 
     Attributes:
-        ctas: Of a cluster.
+        ctas: That share the hidden dims of a group.
         teams: Of a CTA, each with a group of its own.
         warps: Of a team.
-        roomy: The norm's weights find room in shared memory.
+        roomy: There is room in shared memory for the norm's weights, and for two tokens of a thread ahead instead of one.
     """
 
     ctas: int
@@ -76,9 +76,24 @@ class Cut(NamedTuple):
         return self.warps * PIECES * PARTS * WARP * LINE
 
     @property
+    def stages(self) -> int:
+        """Halves of a chunk, 8 tokens of every stream, that wait for a warp at once."""
+        return 2 if self.roomy else 1
+
+    @property
+    def staged_at(self) -> int:
+        """Where they do, after the norm's weights."""
+        return self.weights_at + (self.hidden * WORD if self.roomy else 0)
+
+    @property
+    def staged_bytes(self) -> int:
+        """Of one."""
+        return STREAMS * ROWS * CHUNK * 2
+
+    @property
     def teams_at(self) -> int:
         """Where the teams' areas begin."""
-        return self.weights_at + (self.hidden * WORD if self.roomy else 0)
+        return self.staged_at + self.all_warps * self.stages * self.staged_bytes
 
     @property
     def partial_at(self) -> int:
@@ -91,19 +106,14 @@ class Cut(NamedTuple):
         return self.partial_at + self.warps * GROUP * LOGITS * WORD
 
     @property
-    def received_at(self) -> int:
-        """(2, owned, ctas, MESSAGE), of two groups what each CTA sent."""
+    def y_squares_at(self) -> int:
+        """(warps), squares of y of each warp's share of its token."""
         return self.squares_at + self.warps * GROUP * WORD
 
     @property
-    def received_bytes(self) -> int:
-        """Of one group."""
-        return GROUP * MESSAGE * WORD
-
-    @property
-    def y_squares_at(self) -> int:
-        """(warps), squares of y of each warp's share of its token."""
-        return self.received_at + 2 * self.received_bytes
+    def exchange_words(self) -> int:
+        """Of global memory for the CTAs that share groups, a team: two turns of messages, see `message`, and a line of counters."""
+        return 2 * GROUP * self.ctas * MESSAGE + LINE // WORD
 
     @property
     def team_bytes(self) -> int:
@@ -111,19 +121,19 @@ class Cut(NamedTuple):
         return -(-(self.y_squares_at + self.warps * WORD) // LINE) * LINE
 
     @property
-    def barriers_at(self) -> int:
-        """An mbarrier a team: all CTAs have sent their sums and written their streams."""
+    def turns_at(self) -> int:
+        """The turn of every warp: a register less in the tightest places."""
         return self.teams_at + self.teams * self.team_bytes
 
     @property
-    def turns_at(self) -> int:
-        """The turn of every warp: a register less in the tightest places."""
-        return self.barriers_at + self.teams * BARRIER
+    def barriers_at(self) -> int:
+        """An mbarrier for everything that waits for a warp."""
+        return -(-(self.turns_at + self.all_warps * WORD) // BARRIER) * BARRIER
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self.turns_at + self.all_warps * WORD
+        return self.barriers_at + self.all_warps * self.stages * BARRIER
 
 
 class Spot(NamedTuple):
@@ -160,14 +170,57 @@ def spot(cut: Cut) -> Spot:
     return Spot(cta % cut.ctas, wide, wide // cut.warps, wide % cut.warps, warp.thread() % WARP)
 
 
+class Source(NamedTuple):
+    """The streams as the copy engine reads them.
+
+    Attributes:
+        atom: The copy of 8 tokens of every stream, CHUNK dims.
+        tensor: (H, tokens, STREAMS).
+    """
+
+    atom: cute.CopyAtom
+    tensor: cute.Tensor
+
+
+def staged_layout() -> cute.Layout:
+    """How 8 tokens of every stream of a chunk wait: lines of a token side by side, so that lanes find no bank twice."""
+    return cute.make_layout((CHUNK, ROWS, STREAMS), stride=(1, CHUNK, CHUNK * ROWS))
+
+
+def staged(here: Spot, t: int, cut: Cut) -> Int32:
+    """Where a thread's token number t of a chunk waits, from the beginning of shared memory on."""
+    return cut.staged_at + (here.wide * cut.stages + t % cut.stages) * cut.staged_bytes
+
+
+def arrived(base: Int32, here: Spot, t: int, cut: Cut) -> Int32:
+    """Its mbarrier. It completes twice or four times a turn, so the parity is `parity_of` in all turns."""
+    return base + (cut.barriers_at + (here.wide * cut.stages + t % cut.stages) * BARRIER)
+
+
+def parity_of(chunk: int, t: int, cut: Cut) -> int:
+    """Of the phase that a chunk's token completes."""
+    return chunk if cut.stages == 2 else t
+
+
 def area(base: Int32, here: Spot, cut: Cut) -> Int32:
     """Where the area of a thread's team begins; `base` is where the CTA's shared memory does."""
     return base + (cut.teams_at + here.team * cut.team_bytes)
 
 
-def barrier(base: Int32, here: Spot, cut: Cut) -> Int32:
-    """The mbarrier of a thread's team."""
-    return base + (cut.barriers_at + here.team * BARRIER)
+def message(work: cute.Tensor, token: Int32, rank: Int32 | int, parity: Int32, here: Spot, cut: Cut) -> Int64:
+    """Where a CTA's sums for a token of the group of this thread's team lie."""
+    slot = (parity * GROUP + token) * cut.ctas + rank
+    return _exchange(work, here, cut) + Int64(slot * (MESSAGE * WORD))
+
+
+def counter(work: cute.Tensor, here: Spot, cut: Cut) -> Int64:
+    """Where it is counted how often this team's CTAs have sent their sums; how many have ended comes next."""
+    return _exchange(work, here, cut) + Int64(2 * GROUP * cut.ctas * MESSAGE * WORD)
+
+
+def _exchange(work: cute.Tensor, here: Spot, cut: Cut) -> Int64:
+    number = cute.arch.block_idx()[0] // cut.ctas * cut.teams + here.team
+    return exchange.global_address(work) + Int64(number) * (cut.exchange_words * WORD)
 
 
 class Turn(NamedTuple):
@@ -175,7 +228,7 @@ class Turn(NamedTuple):
 
     Attributes:
         group: Of 16 tokens.
-        parity: Of the team's turns.
+        parity: Of the number of turns that the team has done.
     """
 
     group: Int32
