@@ -121,10 +121,7 @@ def _work(many: Cut, sets: int, device: torch.device) -> Tensor:
 @functools.cache
 def _processors(device: torch.device) -> int:
     """SMs of the GPU."""
-    from cutlass.utils import HardwareInfo
-
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(HardwareInfo(index).get_device_multiprocessor_count())
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache

@@ -22,6 +22,7 @@ LINE = 16  # bytes that a thread moves at once
 SHARE = 1024  # hidden dims of a warp in the second half
 RUN = 256  # of them, 8 dims a lane
 BARRIER = 8  # bytes
+MOST_THREADS = 1024  # of a CTA
 MESSAGE = 28  # floats from a CTA to a token's owner: 24 dots, the squares, padding
 
 
@@ -165,9 +166,13 @@ class Spot(NamedTuple):
 
 
 def spot(cut: Cut) -> Spot:
-    """Computed anew for every part of the work, which is cheaper than to keep it in registers."""
-    (cta, _, _), wide = cute.arch.block_idx(), warp.warp_number()
-    return Spot(cta % cut.ctas, wide, wide // cut.warps, wide % cut.warps, warp.thread() % WARP)
+    """The thread's spot; where registers are few it is computed anew for every part of the work."""
+    if cut.roomy:
+        thread = cute.arch.thread_idx()[0] & (MOST_THREADS - 1)  # the range makes divisions shifts
+        wide = thread // WARP
+    else:
+        wide, thread = warp.warp_number(), warp.thread()
+    return Spot(cute.arch.block_idx()[0] % cut.ctas, wide, wide // cut.warps, wide % cut.warps, thread % WARP)
 
 
 class Source(NamedTuple):
