@@ -46,19 +46,19 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     turn_of,
     WORD,
     Cut,
-    Source,
+    Engine,
     Spot,
     area,
     arrived,
     counter,
     first_half,
     owned_token,
-    parity_of,
     second_half,
     share,
     spot,
     staged,
     staged_layout,
+    staged_line,
     tokens_of,
 )
 
@@ -100,11 +100,14 @@ def launch(
     layout = cute.make_layout(
         (cut.hidden, cute.size(f, mode=[0]), STREAMS), stride=(1, STREAMS * cut.hidden, cut.hidden)
     )
-    box = (CHUNK, ROWS, STREAMS)
-    atom, tensor = cpasync.make_tiled_tma_atom(
-        cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(x.iterator, layout), staged_layout(), box
+    x_box, x_map = cpasync.make_tiled_tma_atom(
+        cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(x.iterator, layout), staged_layout(cut), cut.box
     )
-    mhc_quant_prefill(*inputs, *outputs, work, atom, tensor, target, cut).launch(
+    residual_box, residual_map = cpasync.make_tiled_tma_atom(
+        cpasync.CopyBulkTensorTileS2GOp(), cute.make_tensor(residual.iterator, layout), staged_layout(cut), cut.box
+    )
+    engine = (x_box, x_map, residual_box, residual_map)
+    mhc_quant_prefill(*inputs, *outputs, work, *engine, target, cut).launch(
         grid=[sets * cut.ctas, 1, 1],
         block=[cut.all_warps * WARP, 1, 1],
         cooperative=True,
@@ -137,8 +140,10 @@ def mhc_quant_prefill(
     new_post: cute.Tensor,
     new_comb: cute.Tensor,
     work: cute.Tensor,
-    atom: cute.CopyAtom,
-    streams: cute.Tensor,
+    x_box: cute.CopyAtom,
+    x_map: cute.Tensor,
+    residual_box: cute.CopyAtom,
+    residual_map: cute.Tensor,
     target: Constexpr[Target],
     cut: Constexpr[Cut],
 ) -> None:
@@ -149,17 +154,17 @@ def mhc_quant_prefill(
     cta, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
     shared = cute.arch.get_dyn_smem(BFloat16, alignment=128)
-    floats, source, here = exchange.address(shared), Source(atom, streams), spot(cut)
+    floats, here = exchange.address(shared), spot(cut)
+    engine = Engine(x_box, x_map, residual_box, residual_map)
     groups = (tokens_of(given) + GROUP - 1) // GROUP
     group = first_turn(cut) >> 1
     set_turn(floats, first_turn(cut), cut)
-    if thread < cut.all_warps * cut.stages:
+    if thread < cut.all_warps:
         ring.init(floats + (cut.barriers_at + thread * BARRIER), 1)
     ring.init_fence()
     cute.arch.sync_threads()
     _fetch_factors(Turn(group, Int32(0)), floats, given, cut)
-    for t in range(cut.stages):
-        _ask(t, 0, group, shared, source, cut)
+    _ask(0, 0, group, shared, engine, cut)
     ahead = _load_f(0, group, given, cut)
     prefill_mix.fetch_fn(floats, here, given, target, cut)
     _fetch_weights(floats, given, target, cut)
@@ -169,21 +174,20 @@ def mhc_quant_prefill(
     exchange.wait_copies()
     cute.arch.sync_threads()
     while turn_of(floats, cut).group < groups:
-        ahead = _turn(ahead, shared, source, work, given, out, target, cut)
+        ahead = _turn(ahead, shared, engine, work, given, out, target, cut)
     turn = turn_of(floats, cut)
     last = Turn(turn.group - groups_of_a_turn(cut), turn.parity ^ 1)
     _second_half(last, floats, work, given, out, target, cut)
     _sinkhorn(last.group, groups_of_a_turn(cut), given, out, target, cut)
     exchange.wait_copies()  # of a group that is not there
-    for t in range(cut.stages):
-        ring.wait(arrived(floats, spot(cut), t, cut), Int32(0))
+    ring.wait(arrived(floats, spot(cut), cut), Int32(0))
     _leave(work, cut)
 
 
 def _turn(
     ahead: Words,
     shared: cute.Pointer,
-    source: Source,
+    engine: Engine,
     work: cute.Tensor,
     given: Inputs,
     out: Outputs,
@@ -202,7 +206,7 @@ def _turn(
             turn = turn_of(base, cut)
             last = Turn(turn.group - groups_of_a_turn(cut), turn.parity ^ 1)
             _second_half_if(last.group >= 0, last, base, work, given, out, target, cut)
-        streams, more = _new_streams(chunk, ahead, shared, source, given, out, target, cut)
+        streams, more = _new_streams(chunk, ahead, shared, engine, given, out, target, cut)
         turn = turn_of(base, cut)
         if chunk == 0:
             ahead = _load_f(1, turn.group, given, cut)
@@ -211,8 +215,15 @@ def _turn(
             ahead = _load_f(0, turn.group + groups_of_a_turn(cut), given, cut)
         squares = [arith.add(*pair, target) for pair in zip(squares, more, strict=True)]
         sums = prefill_mix.add_dots(streams, chunk, sums, base, spot(cut))
+        if cut.roomy:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # the place is free again
+            turn = turn_of(base, cut)
+            coming = turn.group + groups_of_a_turn(cut) if chunk else turn.group
+            _ask(0, 1 - chunk, coming, shared, engine, cut)
     _keep_sums(prefill_mix.dots(sums, target), squares, base, cut)
     exchange.wait_copies()  # of the factors: the barrier shows them to the team
+    if cut.roomy:
+        cute.arch.cp_async_bulk_wait_group(0)  # the streams have been written
     exchange.meet(1 + spot(cut).team, cut.team)
     _send_sums(base, work, target, cut)
     turn = turn_of(base, cut)
@@ -235,27 +246,42 @@ def _ask(
     chunk: Constexpr[int],
     group: Int32,
     shared: cute.Pointer,
-    source: Constexpr[Source],
+    engine: Constexpr[Engine],
     cut: Constexpr[Cut],
 ) -> None:
-    """Asks for a chunk of the streams of this warp's tokens 8 t to 8 t + 7 of a group; there come zeros for none.
+    """Asks for a chunk of the streams of a group, or of its tokens 8 t to 8 t + 7; there come zeros for none.
 
     All lanes have read what is there before.
     """
     here = spot(cut)
     cute.arch.sync_warp()
-    bar = arrived(exchange.address(shared), here, t, cut)
     if here.lane == 0:
-        ring.expect(bar, Int32(cut.staged_bytes))
-    box = (CHUNK, ROWS, STREAMS)
-    place = ((here.rank * cut.warps + here.member) * (UNIT // CHUNK) + chunk, group * (GROUP // ROWS) + t, 0)
-    tile = cute.local_tile(source.tensor, box, place)
-    room = cute.make_tensor((shared + staged(here, t, cut) // 2).align(128), staged_layout())
-    to, origin = cpasync.tma_partition(
-        source.atom, 0, cute.make_layout(1), cute.group_modes(room, 0, 3), cute.group_modes(tile, 0, 3)
+        ring.expect(arrived(exchange.address(shared), here, cut), Int32(cut.staged_bytes))
+    room, origin = _box(t, chunk, group, engine.load, engine.x, shared, cut)
+    bar = (shared + (cut.barriers_at // 2 + here.wide * (BARRIER // 2))).align(BARRIER)
+    cute.copy(engine.load, origin, room, tma_bar_ptr=cute.recast_ptr(bar, dtype=Int64))
+
+
+def _box(
+    t: int, chunk: int, group: Int32, atom: cute.CopyAtom, tensor: cute.Tensor, shared: cute.Pointer, cut: Cut
+) -> tuple[cute.Tensor, cute.Tensor]:
+    """A warp's box in shared memory and in a tensor (H, tokens, STREAMS), for the copy engine."""
+    here = spot(cut)
+    place = ((here.rank * cut.warps + here.member) * (UNIT // CHUNK) + chunk, group * (GROUP // cut.box[1]) + t, 0)
+    tile = cute.local_tile(tensor, cut.box, place)
+    room = cute.make_tensor((shared + staged(here, cut) // 2).align(128), staged_layout(cut))
+    return cpasync.tma_partition(
+        atom, 0, cute.make_layout(1), cute.group_modes(room, 0, 3), cute.group_modes(tile, 0, 3)
     )
-    pointer = (shared + (cut.barriers_at // 2 + (here.wide * cut.stages + t % cut.stages) * (BARRIER // 2))).align(8)
-    cute.copy(source.atom, origin, to, tma_bar_ptr=cute.recast_ptr(pointer, dtype=Int64))
+
+
+def _write_box(chunk: int, group: Int32, shared: cute.Pointer, engine: Engine, cut: Cut) -> None:
+    """Starts to write this warp's box, all of whose lanes have put their lines there."""
+    cute.arch.fence_proxy("async.shared", space="cta")
+    cute.arch.sync_warp()
+    room, target = _box(0, chunk, group, engine.store, engine.residual, shared, cut)
+    cute.copy(engine.store, room, target)
+    cute.arch.cp_async_bulk_commit_group()
 
 
 @cute.jit
@@ -306,7 +332,7 @@ def _new_streams(
     chunk: int,
     ahead: Words,
     shared: cute.Pointer,
-    source: Source,
+    engine: Engine,
     given: Inputs,
     out: Outputs,
     target: Target,
@@ -319,26 +345,29 @@ def _new_streams(
     streams, squares, base = [], [], exchange.address(shared)
     for t in range(2):
         here, turn = spot(cut), turn_of(base, cut)
-        ring.wait(arrived(base, here, t, cut), Int32(parity_of(chunk, t, cut)))
-        at = base + staged(here, t, cut) + here.lane * LINE
+        if not t or not cut.roomy:
+            ring.wait(arrived(base, here, cut), Int32(chunk if cut.roomy else t))
         lines = [ahead[4 * t : 4 * t + 4]]
-        lines += [ring.load16(at + s * (ROWS * CHUNK * 2)) for s in range(STREAMS)]
-        if t + cut.stages < 2:
-            _ask(t + 1, chunk, turn.group, shared, source, cut)
-        elif chunk == 0:
-            _ask((t + cut.stages) % 2, 1, turn.group, shared, source, cut)
-        else:
-            _ask((t + cut.stages) % 2, 0, turn.group + groups_of_a_turn(cut), shared, source, cut)
+        lines += [ring.load16(staged_line(base, here, t, s, cut)) for s in range(STREAMS)]
+        if not cut.roomy:
+            coming = turn.group + groups_of_a_turn(cut) if t and chunk else turn.group
+            _ask(1 - t, chunk ^ t, coming, shared, engine, cut)
         factors_at = _factors_at(here.row + 8 * t, turn.parity, base, here, cut)
         factors = functools.partial(_factors, factors_at)
         new = mhc.post_mix(lines, factors, target)
-        token = turn.group * GROUP + here.row + 8 * t
-        exists = arith.select(token < tokens_of(given), Int32(1), Int32(0))
-        at = first_half(out.residual, STREAMS, token, chunk, here, cut)
-        for s, four in enumerate(new):
-            ring.store_global16_if(at + s * cut.hidden * 2, four, exists)
+        if cut.roomy:
+            for s, four in enumerate(new):
+                exchange.store16(staged_line(base, here, t, s, cut), four)
+        else:
+            token = turn.group * GROUP + here.row + 8 * t
+            exists = arith.select(token < tokens_of(given), Int32(1), Int32(0))
+            at = first_half(out.residual, STREAMS, token, chunk, here, cut)
+            for s, four in enumerate(new):
+                ring.store_global16_if(at + s * cut.hidden * 2, four, exists)
         streams.append(new)
         squares.append(prefill_mix.squares(new, spot(cut), target))
+    if cut.roomy:
+        _write_box(chunk, turn_of(base, cut).group, shared, engine, cut)
     return streams, squares
 
 
