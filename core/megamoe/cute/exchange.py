@@ -1,8 +1,7 @@
-"""Plain stores to the shared memory of other CTAs of a cluster, and mbarriers that show them and global writes there.
+"""What CTAs that work on the same tokens say to each other in global memory, and raw accesses beside it.
 
-Shared memory by its 32-bit addresses. An arrival has release semantics and a wait has acquire semantics at the scope of the
-cluster: what the arriving thread wrote, or had been shown by a barrier of its CTA, global memory included, is seen by who
-waits.
+Shared memory by its 32-bit addresses, global memory by its 64-bit ones. Who waits for a count sees what those who
+counted wrote, or had been shown by a barrier of their CTA. All CTAs must run at once: a cooperative launch makes sure.
 """
 
 from __future__ import annotations
@@ -18,31 +17,8 @@ from megamoe.cute import arith
 _LETTERS = {"Float32": "f", "Int64": "l"}
 
 
-def store4(at: Int32, values: Sequence[Float32], rank: Int32) -> None:
-    """Four fp32 to another CTA's shared memory, at the place that `at` is in this one's."""
-    text = "{.reg .b32 to; mapa.shared::cluster.u32 to, $0, $5; st.shared::cluster.v4.f32 [to], {$1, $2, $3, $4};}"
-    _asm(text, at, *values, rank)
-
-
-def arrive(barrier: Int32, rank: Int32) -> None:
-    """One arrival at another CTA's mbarrier, at the place that `barrier` is in this one's shared memory."""
-    text = (
-        "{.reg .b32 to; mapa.shared::cluster.u32 to, $0, $1;"
-        " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [to];}"
-    )
-    _asm(text, barrier, rank)
-
-
-def wait(barrier: Int32, parity: Int32) -> None:
-    """Until the phase of that parity of this CTA's mbarrier is complete."""
-    text = (
-        "{.reg .pred p; L: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], $1; @p bra D; bra L; D: }"
-    )
-    _asm(text, barrier, parity)
-
-
 def count(at: Int64) -> None:
-    """Adds 1 in global memory; what this thread wrote, or was shown by a barrier, is seen by who reads it by `wait_count`."""
+    """Adds 1 in global memory; who sees it by `wait_count` sees what this thread wrote or was shown by a barrier."""
     _asm("red.release.gpu.global.add.u32 [$0], 1;", at)
 
 
@@ -65,18 +41,13 @@ def load_float(at: Int64) -> Float32:
 
 
 def copy16(source: Int64, slot: Int32) -> None:
-    """Starts a copy of 16 bytes from global to shared memory, and of the 128 round them to L2; `wait_copies` ends it."""
-    _asm("cp.async.cg.shared.global.L2::128B [$0], [$1], 16;", slot, source)
+    """Starts a copy of 16 bytes from global to shared memory; `wait_copies` ends it."""
+    _asm("cp.async.cg.shared.global [$0], [$1], 16;", slot, source)
 
 
 def wait_copies() -> None:
     """Waits for this thread's copies, which only this thread may rely on then."""
     _asm("cp.async.wait_all;")
-
-
-def prefetch(at: Int64) -> None:
-    """Asks for the 128 bytes round an address of global memory to come into L2."""
-    _asm("prefetch.global.L2 [$0];", at)
 
 
 def load16_once(at: Int64) -> list[Uint32]:

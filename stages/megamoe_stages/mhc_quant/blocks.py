@@ -11,7 +11,7 @@ from megamoe.cute.recipe import Block
 from megamoe_stages.mhc_quant.places import Inputs, Outputs, Words
 
 
-@cute.jit
+@cute.jit  # type: ignore[untyped-decorator]
 def quantize(
     words: Constexpr[Words],
     row: Int32,
@@ -33,7 +33,7 @@ def quantize(
             _store(recipe.encode_any_block(words, BFloat16, exact, target), row, col, cols, here, given, out)
 
 
-@cute.jit
+@cute.jit  # type: ignore[untyped-decorator]
 def _store(
     block: Constexpr[Block],
     row: Int32,

@@ -347,7 +347,7 @@ def _send_to_all(
 
 
 def _send(values: list[Float32], slot: cute.Pointer, arrived: cute.Pointer, rank: Int32, shape: Shape) -> None:
-    """Sends four numbers to a CTA; alone it keeps them by a plain store, since memcheck takes `st.async` there amiss."""
+    """Sends four numbers to a CTA; a CTA alone keeps them by a plain store: memcheck takes `st.async` there amiss."""
     if shape.ctas > 1:
         cluster.send(values, slot, arrived, rank)
     else:

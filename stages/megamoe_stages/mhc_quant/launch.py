@@ -13,7 +13,7 @@ from megamoe.cute.arith import Target
 from megamoe.errors import ArgumentError
 from megamoe.numerics.layout import padded_shape
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
-from megamoe_stages.mhc_quant import contract, kernel, limits, prefill
+from megamoe_stages.mhc_quant import contract, kernel, limits, prefill_kernel
 from megamoe_stages.mhc_quant.contract import MhcOutput
 from megamoe_stages.mhc_quant.places import GROUP, Shape
 from megamoe_stages.mhc_quant.prefill_cut import Cut
@@ -140,7 +140,7 @@ def _launcher(shape: Shape, norm_dtype: torch.dtype, target: Target) -> Callable
 
 @functools.cache
 def _launcher_for_many(cut: Cut, norm_dtype: torch.dtype, target: Target) -> Callable[..., None]:
-    return compiler.load(prefill.spec(cut, str(norm_dtype).removeprefix("torch."), target))
+    return compiler.load(prefill_kernel.spec(cut, str(norm_dtype).removeprefix("torch."), target))
 
 
 def _refuse(problem: contract.Problem) -> None:
@@ -160,5 +160,5 @@ def kernels(target: Target) -> list[compiler.KernelSpec]:
     many = [(4096, "float32"), (2048, "float32"), (1024, "bfloat16")]
     return [
         *(kernel.spec(cut(hidden), norm_dtype, target) for hidden, norm_dtype in cuts),
-        *(prefill.spec(cut_for_many(hidden), norm_dtype, target) for hidden, norm_dtype in many),
+        *(prefill_kernel.spec(cut_for_many(hidden), norm_dtype, target) for hidden, norm_dtype in many),
     ]

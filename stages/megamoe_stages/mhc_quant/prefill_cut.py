@@ -1,7 +1,7 @@
 """Who owns what in the mhc_quant kernel for many tokens: tokens, hidden dims and shared memory.
 
-In the first half of the work a team of warps owns a slice of the hidden dims of 16 tokens, as in `places`: lane (g, q) =
-(lane // 4, lane % 4) of a warp has tokens g and g + 8, and of the warp's 64 dims the eights q (chunk 0) and 4 + q (chunk 1).
+In the first half a team of warps owns a slice of the hidden dims of 16 tokens, as in `places`: lane (g, q) =
+(lane // 4, lane % 4) of a warp has tokens g and g + 8, and of the warp's 64 dims the eights q (chunk 0) and 4 + q (1).
 In the second half a team owns whole tokens: a warp 1024 hidden dims of one, in four runs of 256, 8 dims of each a lane.
 """
 
@@ -33,8 +33,8 @@ class Cut(NamedTuple):
         ctas: That share the hidden dims of a group.
         teams: Of a CTA, each with a group of its own.
         warps: Of a team.
-        roomy: There is room in shared memory for the norm's weights, and for a chunk of all 16 tokens of every warp, which
-            come and go by the copy engine; else for 8, which come by it.
+        roomy: There is room in shared memory for the norm's weights, and for a chunk of 16 tokens of every warp, which
+            comes and goes by the copy engine; else for one of 8, which comes by it.
     """
 
     ctas: int
@@ -114,7 +114,7 @@ class Cut(NamedTuple):
 
     @property
     def exchange_words(self) -> int:
-        """Of global memory for the CTAs that share groups, a team: two turns of messages, see `message`, and a line of counters."""
+        """Of global memory a team of the CTAs that share groups: messages of two turns, see `message`, and two counters."""
         return 2 * GROUP * self.ctas * MESSAGE + LINE // WORD
 
     @property

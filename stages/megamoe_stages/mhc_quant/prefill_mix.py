@@ -1,7 +1,7 @@
 """The projection of mHC's mix for many tokens: fn as two terms of bf16 in shared memory, on the left of `mma`.
 
-The two terms keep 16 significant bits of fn (TF32 keeps 11), in the 4 bytes that fp32 takes; a third would cost 64 KB and
-80 products a turn. fn lies in pieces, CHUNK dims of a stream by all rows, and a piece in parts of 16 bytes a lane:
+The two terms keep 16 significant bits of fn (TF32 keeps 11), in the 4 bytes that fp32 takes; a third would cost 64 KB
+and 64 products a turn. fn lies in pieces, CHUNK dims of a stream by all rows, and a piece in parts of 16 bytes a lane:
 
     for each half of the dims:  hi0 hi1 | hi2 lo2 | lo0 lo1     (rows in groups of 8)
 
@@ -68,7 +68,7 @@ def no_sums() -> list[Quads]:
 
 
 def add_dots(streams: list[list[Words]], chunk: int, sums: list[Quads], base: Int32, here: Spot) -> list[Quads]:
-    """Adds the products of fn with the streams of a chunk, [token][stream][word], a product of each part to each quad."""
+    """Adds the products of fn with the streams of a chunk, [token][stream][word]: those of each part to a quad."""
     for s in range(STREAMS):
         piece = here.member * PIECES + (2 * s + chunk)
         for half in range(2):

@@ -1,12 +1,13 @@
 """mhc_quant for many tokens: one CuTe DSL kernel that works in two halves, one source for sm_90a and sm_100a.
 
-First half: some CTAs have 16 tokens at a time, each CTA a slice of the hidden dims and that slice of fn in shared memory
-for good. Each warp computes the new streams of 64 hidden dims, writes them, and multiplies them with fn while they are in
-registers. The 24 dot products and the squares of the slice go to the CTA that owns the token.
+First half: some CTAs have 16 tokens at a time, each CTA a slice of the hidden dims and that slice of fn in shared
+memory for good. Each warp computes the new streams of 64 hidden dims, writes them, and multiplies them with fn while
+they are in registers. The 24 dot products and the squares of the slice go to the CTA that owns the token.
 
-Second half: the owner reads the token's new streams back, which are in L2, all hidden dims of them; so collapse, norm and
-quantisation need no other CTA. It comes one group after the first half, so hardly anyone waits for a CTA that is late. The CTAs
-meet in global memory, since clusters would leave a seventh of an H200 idle: a cooperative launch makes sure all of them run.
+Second half: the owner reads the token's new streams back, which are in L2, all hidden dims of them; so collapse, norm
+and quantisation need no other CTA. It comes one group after the first half, so hardly anyone waits for a CTA that is
+late. The CTAs meet in global memory, since clusters of 16 would leave a seventh of an H200 idle: a cooperative launch
+makes sure that all of them run.
 
 The warps of a CTA are teams, each with a group of its own. Sinkhorn's iteration comes last, a thread a token.
 """
@@ -30,36 +31,46 @@ from megamoe.cute.recipe import BLOCK
 from megamoe.cute.warp import WARP
 from megamoe_stages.mhc_quant import blocks, prefill_mix
 from megamoe_stages.mhc_quant.kernel import NORM_DTYPES, arguments, zero_padding
-from megamoe_stages.mhc_quant.places import CHUNK, FACTORS, GROUP, MATRIX, ROWS, Inputs, Outputs, Words, rows_of_streams
+from megamoe_stages.mhc_quant.places import (
+    CHUNK,
+    FACTORS,
+    GROUP,
+    MATRIX,
+    ROWS,
+    UNIT,
+    Inputs,
+    Outputs,
+    Words,
+    rows_of_streams,
+)
 from megamoe_stages.mhc_quant.prefill_cut import (
     BARRIER,
     LINE,
     MESSAGE,
     RUN,
     SHARE,
-    UNIT,
-    Turn,
-    first_turn,
-    groups_of_a_turn,
-    message,
-    set_turn,
-    turn_of,
     WORD,
     Cut,
     Engine,
     Spot,
+    Turn,
     area,
     arrived,
     counter,
     first_half,
+    first_turn,
+    groups_of_a_turn,
+    message,
     owned_token,
     second_half,
+    set_turn,
     share,
     spot,
     staged,
     staged_layout,
     staged_line,
     tokens_of,
+    turn_of,
 )
 
 
@@ -270,9 +281,9 @@ def _box(
     place = ((here.rank * cut.warps + here.member) * (UNIT // CHUNK) + chunk, group * (GROUP // cut.box[1]) + t, 0)
     tile = cute.local_tile(tensor, cut.box, place)
     room = cute.make_tensor((shared + staged(here, cut) // 2).align(128), staged_layout(cut))
-    return cpasync.tma_partition(
-        atom, 0, cute.make_layout(1), cute.group_modes(room, 0, 3), cute.group_modes(tile, 0, 3)
-    )
+    whole = [cute.group_modes(tensor, 0, 3) for tensor in (room, tile)]
+    here_and_there: tuple[cute.Tensor, cute.Tensor] = cpasync.tma_partition(atom, 0, cute.make_layout(1), *whole)
+    return here_and_there
 
 
 def _write_box(chunk: int, group: Int32, shared: cute.Pointer, engine: Engine, cut: Cut) -> None:
@@ -338,7 +349,7 @@ def _new_streams(
     target: Target,
     cut: Cut,
 ) -> tuple[list[list[Words]], list[Float32]]:
-    """The new streams of a chunk of this thread's two tokens, [token][stream][word], which it writes, and their squares.
+    """The new streams of a chunk of this thread's two tokens, [token][stream][word], which it writes; their squares.
 
     Asks for what comes next to the place of what it has read.
     """
@@ -480,7 +491,7 @@ def _y_squares(base: Int32, target: Target, cut: Cut) -> Float32:
 def _pre(
     token: Int32, parity: Int32, work: cute.Tensor, given: Inputs, out: Outputs, target: Target, cut: Cut
 ) -> list[Float32]:
-    """The weights of the collapse of this warp's token; lane r computes logit r of all, and writes it if it is none of these."""
+    """The weights of the collapse of this warp's token; lane r computes logit r, of post and comb too, and writes those."""
     here = spot(cut)
     lane = cutlass.min(here.lane, LOGITS)  # that one has the squares
     place = here.rank * cut.owned + here.member // cut.sharers
