@@ -491,7 +491,7 @@ def _y_squares(base: Int32, target: Target, cut: Cut) -> Float32:
 def _pre(
     token: Int32, parity: Int32, work: cute.Tensor, given: Inputs, out: Outputs, target: Target, cut: Cut
 ) -> list[Float32]:
-    """The weights of the collapse of this warp's token; lane r computes logit r, of post and comb too, and writes those."""
+    """The weights of the collapse of this warp's token; lane r computes logit r, and writes it if of post or comb."""
     here = spot(cut)
     lane = cutlass.min(here.lane, LOGITS)  # that one has the squares
     place = here.rank * cut.owned + here.member // cut.sharers
