@@ -33,8 +33,7 @@ class Cut(NamedTuple):
         ctas: That share the hidden dims of a group.
         teams: Of a CTA, each with a group of its own.
         warps: Of a team.
-        roomy: There is room in shared memory for the norm's weights, and for a chunk of 16 tokens of every warp, which
-            comes and goes by the copy engine; else for one of 8, which comes by it.
+        roomy: There is room in shared memory for the norm's weights, and for both tokens of a thread ahead.
     """
 
     ctas: int
@@ -78,9 +77,9 @@ class Cut(NamedTuple):
         return self.warps * PIECES * PARTS * WARP * LINE
 
     @property
-    def box(self) -> tuple[int, int, int]:
-        """What the copy engine moves at once: hidden dims, tokens, streams."""
-        return CHUNK, GROUP if self.roomy else ROWS, STREAMS
+    def stages(self) -> int:
+        """Halves of a chunk, 8 tokens of every stream, that wait for a warp at once."""
+        return 2 if self.roomy else 1
 
     @property
     def staged_at(self) -> int:
@@ -89,13 +88,13 @@ class Cut(NamedTuple):
 
     @property
     def staged_bytes(self) -> int:
-        """Of a warp."""
-        return self.box[0] * self.box[1] * self.box[2] * 2
+        """Of one."""
+        return STREAMS * ROWS * CHUNK * 2
 
     @property
     def teams_at(self) -> int:
         """Where the teams' areas begin."""
-        return self.staged_at + self.all_warps * self.staged_bytes
+        return self.staged_at + self.all_warps * self.stages * self.staged_bytes
 
     @property
     def partial_at(self) -> int:
@@ -114,7 +113,7 @@ class Cut(NamedTuple):
 
     @property
     def exchange_words(self) -> int:
-        """Of global memory a team of the CTAs that share groups: messages of two turns, see `message`, and two counters."""
+        """Of global memory for a team of all CTAs that share groups: messages of two turns, and a line of counters."""
         return 2 * GROUP * self.ctas * MESSAGE + LINE // WORD
 
     @property
@@ -135,7 +134,7 @@ class Cut(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self.barriers_at + self.all_warps * BARRIER
+        return self.barriers_at + self.all_warps * self.stages * BARRIER
 
 
 class Spot(NamedTuple):
@@ -176,43 +175,36 @@ def spot(cut: Cut) -> Spot:
     return Spot(cute.arch.block_idx()[0] % cut.ctas, wide, wide // cut.warps, wide % cut.warps, thread % WARP)
 
 
-class Engine(NamedTuple):
-    """How the copy engine sees the streams.
+class Source(NamedTuple):
+    """The streams as the copy engine reads them.
 
     Attributes:
-        load: The copy of a box to shared memory.
-        x: Where from, (H, tokens, STREAMS).
-        store: The copy of a box from shared memory.
-        residual: Where to, the same.
+        atom: The copy of 8 tokens of every stream, CHUNK dims.
+        tensor: (H, tokens, STREAMS).
     """
 
-    load: cute.CopyAtom
-    x: cute.Tensor
-    store: cute.CopyAtom
-    residual: cute.Tensor
+    atom: cute.CopyAtom
+    tensor: cute.Tensor
 
 
-def staged_layout(cut: Cut) -> cute.Layout:
-    """How a box lies in shared memory: lines of tokens side by side, so that lanes find no bank twice."""
-    dims, tokens, streams = cut.box
-    return cute.make_layout((dims, tokens, streams), stride=(1, dims, dims * tokens))
+def staged_layout() -> cute.Layout:
+    """How 8 tokens of every stream of a chunk wait: lines of a token side by side, so that lanes find no bank twice."""
+    return cute.make_layout((CHUNK, ROWS, STREAMS), stride=(1, CHUNK, CHUNK * ROWS))
 
 
-def staged(here: Spot, cut: Cut) -> Int32:
-    """Where a warp's box lies, from the beginning of shared memory on."""
-    return cut.staged_at + here.wide * cut.staged_bytes
+def staged(here: Spot, t: int, cut: Cut) -> Int32:
+    """Where a thread's token number t of a chunk waits, from the beginning of shared memory on."""
+    return cut.staged_at + (here.wide * cut.stages + t % cut.stages) * cut.staged_bytes
 
 
-def staged_line(base: Int32, here: Spot, t: int, stream: int, cut: Cut) -> Int32:
-    """Where a thread's line of a stream of its token number t lies."""
-    line = CHUNK * 2
-    place = (stream * cut.box[1] + t * ROWS % cut.box[1]) * line
-    return base + place + staged(here, cut) + here.lane * LINE
+def arrived(base: Int32, here: Spot, t: int, cut: Cut) -> Int32:
+    """Its mbarrier. It completes twice or four times a turn, so the parity is `parity_of` in all turns."""
+    return base + (cut.barriers_at + (here.wide * cut.stages + t % cut.stages) * BARRIER)
 
 
-def arrived(base: Int32, here: Spot, cut: Cut) -> Int32:
-    """Its mbarrier, which completes twice or four times a turn, so that the parity is the same in all turns."""
-    return base + (cut.barriers_at + here.wide * BARRIER)
+def parity_of(chunk: int, t: int, cut: Cut) -> int:
+    """Of the phase that a chunk's token completes."""
+    return chunk if cut.stages == 2 else t
 
 
 def area(base: Int32, here: Spot, cut: Cut) -> Int32:

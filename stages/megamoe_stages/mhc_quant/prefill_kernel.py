@@ -5,9 +5,8 @@ memory for good. Each warp computes the new streams of 64 hidden dims, writes th
 they are in registers. The 24 dot products and the squares of the slice go to the CTA that owns the token.
 
 Second half: the owner reads the token's new streams back, which are in L2, all hidden dims of them; so collapse, norm
-and quantisation need no other CTA. It comes one group after the first half, so hardly anyone waits for a CTA that is
-late. The CTAs meet in global memory, since clusters of 16 would leave a seventh of an H200 idle: a cooperative launch
-makes sure that all of them run.
+and quantisation need no other CTA. The CTAs meet in global memory, since clusters of 16 would leave a seventh of an
+H200 idle: a cooperative launch makes sure that all of them run.
 
 The warps of a CTA are teams, each with a group of its own. Sinkhorn's iteration comes last, a thread a token.
 """
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
+from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint32, cute
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_compact_tensor
 
@@ -51,7 +50,7 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     SHARE,
     WORD,
     Cut,
-    Engine,
+    Source,
     Spot,
     Turn,
     area,
@@ -62,13 +61,13 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     groups_of_a_turn,
     message,
     owned_token,
+    parity_of,
     second_half,
     set_turn,
     share,
     spot,
     staged,
     staged_layout,
-    staged_line,
     tokens_of,
     turn_of,
 )
@@ -111,14 +110,11 @@ def launch(
     layout = cute.make_layout(
         (cut.hidden, cute.size(f, mode=[0]), STREAMS), stride=(1, STREAMS * cut.hidden, cut.hidden)
     )
-    x_box, x_map = cpasync.make_tiled_tma_atom(
-        cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(x.iterator, layout), staged_layout(cut), cut.box
+    box = (CHUNK, ROWS, STREAMS)
+    atom, tensor = cpasync.make_tiled_tma_atom(
+        cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(x.iterator, layout), staged_layout(), box
     )
-    residual_box, residual_map = cpasync.make_tiled_tma_atom(
-        cpasync.CopyBulkTensorTileS2GOp(), cute.make_tensor(residual.iterator, layout), staged_layout(cut), cut.box
-    )
-    engine = (x_box, x_map, residual_box, residual_map)
-    mhc_quant_prefill(*inputs, *outputs, work, *engine, target, cut).launch(
+    mhc_quant_prefill(*inputs, *outputs, work, atom, tensor, target, cut).launch(
         grid=[sets * cut.ctas, 1, 1],
         block=[cut.all_warps * WARP, 1, 1],
         cooperative=True,
@@ -151,10 +147,8 @@ def mhc_quant_prefill(
     new_post: cute.Tensor,
     new_comb: cute.Tensor,
     work: cute.Tensor,
-    x_box: cute.CopyAtom,
-    x_map: cute.Tensor,
-    residual_box: cute.CopyAtom,
-    residual_map: cute.Tensor,
+    atom: cute.CopyAtom,
+    streams: cute.Tensor,
     target: Constexpr[Target],
     cut: Constexpr[Cut],
 ) -> None:
@@ -165,17 +159,18 @@ def mhc_quant_prefill(
     cta, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
     shared = cute.arch.get_dyn_smem(BFloat16, alignment=128)
-    floats, here = exchange.address(shared), spot(cut)
-    engine = Engine(x_box, x_map, residual_box, residual_map)
+    floats, source, here = exchange.address(shared), Source(atom, streams), spot(cut)
     groups = (tokens_of(given) + GROUP - 1) // GROUP
     group = first_turn(cut) >> 1
     set_turn(floats, first_turn(cut), cut)
-    if thread < cut.all_warps:
+    if thread < cut.all_warps * cut.stages:
         ring.init(floats + (cut.barriers_at + thread * BARRIER), 1)
     ring.init_fence()
     cute.arch.sync_threads()
     _fetch_factors(Turn(group, Int32(0)), floats, given, cut)
-    _ask(0, 0, group, shared, engine, cut)
+    _prefetch(group, given, cut)
+    for t in range(cut.stages):
+        _ask(t, 0, group, shared, source, cut)
     ahead = _load_f(0, group, given, cut)
     prefill_mix.fetch_fn(floats, here, given, target, cut)
     _fetch_weights(floats, given, target, cut)
@@ -185,39 +180,36 @@ def mhc_quant_prefill(
     exchange.wait_copies()
     cute.arch.sync_threads()
     while turn_of(floats, cut).group < groups:
-        ahead = _turn(ahead, shared, engine, work, given, out, target, cut)
+        ahead = _turn(ahead, shared, source, work, given, out, target, cut)
     turn = turn_of(floats, cut)
     last = Turn(turn.group - groups_of_a_turn(cut), turn.parity ^ 1)
-    _second_half(last, floats, work, given, out, target, cut)
     _sinkhorn(last.group, groups_of_a_turn(cut), given, out, target, cut)
     exchange.wait_copies()  # of a group that is not there
-    ring.wait(arrived(floats, spot(cut), cut), Int32(0))
+    for t in range(cut.stages):
+        ring.wait(arrived(floats, spot(cut), t, cut), Int32(0))
     _leave(work, cut)
 
 
 def _turn(
     ahead: Words,
     shared: cute.Pointer,
-    engine: Engine,
+    source: Source,
     work: cute.Tensor,
     given: Inputs,
     out: Outputs,
     target: Target,
     cut: Cut,
 ) -> Words:
-    """The first half of a group, and the second half of the team's last one.
+    """Both halves of a group.
 
-    Takes F of the group's chunk 0, and returns that of the team's next group. The second half is in the middle, so that
-    each chunk is on its way while something else is done.
+    Takes F of the group's chunk 0, and returns that of the team's next group.
     """
     base = exchange.address(shared)
     sums, squares = prefill_mix.no_sums(), [Float32(0.0)] * 2
     for chunk in range(2):
         if chunk:
-            turn = turn_of(base, cut)
-            last = Turn(turn.group - groups_of_a_turn(cut), turn.parity ^ 1)
-            _second_half_if(last.group >= 0, last, base, work, given, out, target, cut)
-        streams, more = _new_streams(chunk, ahead, shared, engine, given, out, target, cut)
+            _prefetch(turn_of(base, cut).group + groups_of_a_turn(cut), given, cut)
+        streams, more = _new_streams(chunk, ahead, shared, source, given, out, target, cut)
         turn = turn_of(base, cut)
         if chunk == 0:
             ahead = _load_f(1, turn.group, given, cut)
@@ -226,17 +218,12 @@ def _turn(
             ahead = _load_f(0, turn.group + groups_of_a_turn(cut), given, cut)
         squares = [arith.add(*pair, target) for pair in zip(squares, more, strict=True)]
         sums = prefill_mix.add_dots(streams, chunk, sums, base, spot(cut))
-        if cut.roomy:
-            cute.arch.cp_async_bulk_wait_group(0, read=True)  # the place is free again
-            turn = turn_of(base, cut)
-            coming = turn.group + groups_of_a_turn(cut) if chunk else turn.group
-            _ask(0, 1 - chunk, coming, shared, engine, cut)
     _keep_sums(prefill_mix.dots(sums, target), squares, base, cut)
     exchange.wait_copies()  # of the factors: the barrier shows them to the team
-    if cut.roomy:
-        cute.arch.cp_async_bulk_wait_group(0)  # the streams have been written
     exchange.meet(1 + spot(cut).team, cut.team)
     _send_sums(base, work, target, cut)
+    turn = turn_of(base, cut)
+    _second_half(turn, base, work, given, out, target, cut)
     turn = turn_of(base, cut)
     set_turn(base, 2 * (turn.group + groups_of_a_turn(cut)) + (turn.parity ^ 1), cut)
     return ahead
@@ -252,47 +239,43 @@ def _load_f(chunk: int, group: Int32, given: Inputs, cut: Cut) -> Words:
 
 
 @cute.jit
+def _prefetch(group: Int32, given: Constexpr[Inputs], cut: Constexpr[Cut]) -> None:
+    """Brings the streams and the sublayer outputs of the tokens of a group that this CTA owns into L2."""
+    here = spot(cut)
+    first = group * GROUP + here.rank * cut.owned
+    if (here.member == 0) & (here.lane < cut.owned) & (first + here.lane < tokens_of(given)):
+        row = Int64(first + here.lane)
+        exchange.prefetch(exchange.global_address(given.x) + row * (STREAMS * cut.hidden * 2), STREAMS * cut.hidden * 2)
+        exchange.prefetch(exchange.global_address(given.f) + row * (cut.hidden * 2), cut.hidden * 2)
+
+
+@cute.jit
 def _ask(
     t: Constexpr[int],
     chunk: Constexpr[int],
     group: Int32,
     shared: cute.Pointer,
-    engine: Constexpr[Engine],
+    source: Constexpr[Source],
     cut: Constexpr[Cut],
 ) -> None:
-    """Asks for a chunk of the streams of a group, or of its tokens 8 t to 8 t + 7; there come zeros for none.
+    """Asks for a chunk of the streams of this warp's tokens 8 t to 8 t + 7 of a group; there come zeros for none.
 
     All lanes have read what is there before.
     """
     here = spot(cut)
     cute.arch.sync_warp()
+    bar = arrived(exchange.address(shared), here, t, cut)
     if here.lane == 0:
-        ring.expect(arrived(exchange.address(shared), here, cut), Int32(cut.staged_bytes))
-    room, origin = _box(t, chunk, group, engine.load, engine.x, shared, cut)
-    bar = (shared + (cut.barriers_at // 2 + here.wide * (BARRIER // 2))).align(BARRIER)
-    cute.copy(engine.load, origin, room, tma_bar_ptr=cute.recast_ptr(bar, dtype=Int64))
-
-
-def _box(
-    t: int, chunk: int, group: Int32, atom: cute.CopyAtom, tensor: cute.Tensor, shared: cute.Pointer, cut: Cut
-) -> tuple[cute.Tensor, cute.Tensor]:
-    """A warp's box in shared memory and in a tensor (H, tokens, STREAMS), for the copy engine."""
-    here = spot(cut)
-    place = ((here.rank * cut.warps + here.member) * (UNIT // CHUNK) + chunk, group * (GROUP // cut.box[1]) + t, 0)
-    tile = cute.local_tile(tensor, cut.box, place)
-    room = cute.make_tensor((shared + staged(here, cut) // 2).align(128), staged_layout(cut))
-    whole = [cute.group_modes(tensor, 0, 3) for tensor in (room, tile)]
-    here_and_there: tuple[cute.Tensor, cute.Tensor] = cpasync.tma_partition(atom, 0, cute.make_layout(1), *whole)
-    return here_and_there
-
-
-def _write_box(chunk: int, group: Int32, shared: cute.Pointer, engine: Engine, cut: Cut) -> None:
-    """Starts to write this warp's box, all of whose lanes have put their lines there."""
-    cute.arch.fence_proxy("async.shared", space="cta")
-    cute.arch.sync_warp()
-    room, target = _box(0, chunk, group, engine.store, engine.residual, shared, cut)
-    cute.copy(engine.store, room, target)
-    cute.arch.cp_async_bulk_commit_group()
+        ring.expect(bar, Int32(cut.staged_bytes))
+    box = (CHUNK, ROWS, STREAMS)
+    place = ((here.rank * cut.warps + here.member) * (UNIT // CHUNK) + chunk, group * (GROUP // ROWS) + t, 0)
+    tile = cute.local_tile(source.tensor, box, place)
+    room = cute.make_tensor((shared + staged(here, t, cut) // 2).align(128), staged_layout())
+    to, origin = cpasync.tma_partition(
+        source.atom, 0, cute.make_layout(1), cute.group_modes(room, 0, 3), cute.group_modes(tile, 0, 3)
+    )
+    pointer = (shared + (cut.barriers_at // 2 + (here.wide * cut.stages + t % cut.stages) * (BARRIER // 2))).align(8)
+    cute.copy(source.atom, origin, to, tma_bar_ptr=cute.recast_ptr(pointer, dtype=Int64))
 
 
 @cute.jit
@@ -343,7 +326,7 @@ def _new_streams(
     chunk: int,
     ahead: Words,
     shared: cute.Pointer,
-    engine: Engine,
+    source: Source,
     given: Inputs,
     out: Outputs,
     target: Target,
@@ -351,34 +334,31 @@ def _new_streams(
 ) -> tuple[list[list[Words]], list[Float32]]:
     """The new streams of a chunk of this thread's two tokens, [token][stream][word], which it writes; their squares.
 
-    Asks for what comes next to the place of what it has read.
+    Asks for what comes next to a place once it has used what was there: a copy may not overtake the reads.
     """
     streams, squares, base = [], [], exchange.address(shared)
     for t in range(2):
         here, turn = spot(cut), turn_of(base, cut)
-        if not t or not cut.roomy:
-            ring.wait(arrived(base, here, cut), Int32(chunk if cut.roomy else t))
+        ring.wait(arrived(base, here, t, cut), Int32(parity_of(chunk, t, cut)))
+        at = base + staged(here, t, cut) + here.lane * LINE
         lines = [ahead[4 * t : 4 * t + 4]]
-        lines += [ring.load16(staged_line(base, here, t, s, cut)) for s in range(STREAMS)]
-        if not cut.roomy:
-            coming = turn.group + groups_of_a_turn(cut) if t and chunk else turn.group
-            _ask(1 - t, chunk ^ t, coming, shared, engine, cut)
+        lines += [ring.load16(at + s * (ROWS * CHUNK * 2)) for s in range(STREAMS)]
         factors_at = _factors_at(here.row + 8 * t, turn.parity, base, here, cut)
         factors = functools.partial(_factors, factors_at)
         new = mhc.post_mix(lines, factors, target)
-        if cut.roomy:
-            for s, four in enumerate(new):
-                exchange.store16(staged_line(base, here, t, s, cut), four)
-        else:
-            token = turn.group * GROUP + here.row + 8 * t
-            exists = arith.select(token < tokens_of(given), Int32(1), Int32(0))
-            at = first_half(out.residual, STREAMS, token, chunk, here, cut)
-            for s, four in enumerate(new):
-                ring.store_global16_if(at + s * cut.hidden * 2, four, exists)
+        token = turn.group * GROUP + here.row + 8 * t
+        exists = arith.select(token < tokens_of(given), Int32(1), Int32(0))
+        at = first_half(out.residual, STREAMS, token, chunk, here, cut)
+        for s, four in enumerate(new):
+            ring.store_global16_if(at + s * cut.hidden * 2, four, exists)
         streams.append(new)
+        if t + cut.stages < 2:
+            _ask(t + 1, chunk, turn.group, shared, source, cut)
+        elif chunk == 0:
+            _ask((t + cut.stages) % 2, 1, turn.group, shared, source, cut)
+        else:
+            _ask((t + cut.stages) % 2, 0, turn.group + groups_of_a_turn(cut), shared, source, cut)
         squares.append(prefill_mix.squares(new, spot(cut), target))
-    if cut.roomy:
-        _write_box(chunk, turn_of(base, cut).group, shared, engine, cut)
     return streams, squares
 
 
@@ -430,21 +410,6 @@ def _send_sums(base: Int32, work: cute.Tensor, target: Constexpr[Target], cut: C
             exchange.count(counter(work, here, cut))
     else:
         exchange.pass_by(number, cut.team)
-
-
-@cute.jit
-def _second_half_if(
-    follows: Boolean,
-    turn: Constexpr[Turn],
-    base: Int32,
-    work: cute.Tensor,
-    given: Constexpr[Inputs],
-    out: Constexpr[Outputs],
-    target: Constexpr[Target],
-    cut: Constexpr[Cut],
-) -> None:
-    if follows:
-        _second_half(turn, base, work, given, out, target, cut)
 
 
 def _second_half(
