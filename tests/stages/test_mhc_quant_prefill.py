@@ -11,8 +11,19 @@ import torch
 import ptxemu
 from megamoe.cute import arith, compiler, inspect, warp
 from megamoe.cute.arith import Target
+from megamoe.errors import ArgumentError
 from megamoe.numerics import nvfp4
-from megamoe_stages.mhc_quant import launch, limits, mix, places, prefill_cut, prefill_kernel, prefill_mix, reference
+from megamoe_stages.mhc_quant import (
+    launch,
+    limits,
+    mix,
+    places,
+    prefill_cut,
+    prefill_kernel,
+    prefill_mix,
+    reference,
+    sm90_many,
+)
 from megamoe_stages.mhc_quant.cases import make
 from megamoe_stages.mhc_quant.contract import BOUNDS
 from megamoe_stages.mhc_quant.prefill_cut import Cut
@@ -132,3 +143,27 @@ def test_calls_of_a_stream_share_their_meeting_place_only_outside_of_graphs(monk
     assert first is second and first is not other
     capturing[0] = True
     assert launch._work(cut, 1, device) is not launch._work(cut, 1, device)
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"hidden": 512}, "H = 512: the kernel has 1024, 2048, 4096, 7168"),
+        ({"hidden": 4096, "rows": 256}, "about 256 tokens"),
+        ({"dtype": "float16"}, "float16"),
+    ],
+)
+def test_limits_name_the_reason(facts: dict[str, Any], reason: str) -> None:
+    (found,) = limits.supports_many(facts)
+    assert reason in found
+
+
+def test_limits_take_the_models() -> None:
+    for hidden in (4096, 7168):
+        assert limits.supports_many({"dtype": "bfloat16", "streams": 4, "hidden": hidden, "rows": 8192}) == []
+
+
+@pytest.mark.parametrize("params", [{"hidden": 512, "tokens": 64}, {"hidden": 1024, "tokens": 48}])
+def test_what_the_kernel_cannot_do_is_refused_before_a_launch(params: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match="64 tokens and more"):
+        sm90_many.mhc_quant(**make(torch.Generator().manual_seed(0), **params))

@@ -50,11 +50,6 @@ def wait_copies() -> None:
     _asm("cp.async.wait_all;")
 
 
-def prefetch(at: Int64, size: int) -> None:
-    """Asks for a run of memory, a multiple of 16 bytes, to come into L2 in one piece."""
-    _asm("cp.async.bulk.prefetch.L2.global [$0], $1;", at, Int32(size))
-
-
 def load16_once(at: Int64) -> list[Uint32]:
     """Four words of global memory that nobody reads again, so they need no place in L1."""
     return _words("ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", 4, at)

@@ -37,11 +37,13 @@ def mhc_quant(
     hc_eps: float,
     norm_eps: float,
     scale_layout: str,
+    many: bool = False,
 ) -> MhcOutput:
-    """See `reference.mhc_quant`; one launch on the current stream, no synchronisation.
+    """See `reference.mhc_quant`; one launch on the current stream, no synchronisation; `many` picks the kernel.
 
     Raises:
-        ArgumentError: As the reference, and for what `limits.supports` names, and a tensor not aligned to 16 bytes.
+        ArgumentError: As the reference, for what `limits.supports` or `limits.supports_many` names, and for a tensor
+            that is not aligned to 16 bytes.
     """
     tensors = (x, f, post, comb, fn, base, scale, norm_weight, global_scale_enc)
     options = {
@@ -56,6 +58,8 @@ def mhc_quant(
         _refuse(contract.problem(*tensors, **options))  # type: ignore[arg-type]
     if hidden > limits.SMALL and hidden not in limits.CTAS:
         _refuse(contract.problem(*tensors, **options))  # type: ignore[arg-type]
+    if many and (hidden not in limits.MANY_HIDDEN or tokens < GROUP * cut_for_many(hidden).teams):
+        raise ArgumentError("x", f"shape {tuple(x.shape)}", f"64 tokens and more, H of {limits.MANY_HIDDEN}")
     for name, tensor in zip(("x", "f", "post", "comb", "fn", "norm_weight"), (*tensors[:5], norm_weight), strict=True):
         if tensor.data_ptr() % ALIGNMENT:
             raise ArgumentError(
@@ -71,11 +75,11 @@ def mhc_quant(
         outputs = (residual, normed, codes, scales, dec, new_post, new_comb)
         numbers = (sinkhorn_iters, hc_eps, norm_eps, int(tiled))
         groups = (tokens + GROUP - 1) // GROUP
-        many = cut_for_many(hidden) if tokens >= limits.MANY and hidden in limits.MANY_HIDDEN else None
-        sets = min(groups // many.teams, _processors(x.device) // many.ctas) if many else 0
-        if many and sets:
-            launch = _launcher_for_many(many, norm_weight.dtype, target)
-            launch(*tensors, *outputs, _work(many, sets, x.device), *numbers, sets)
+        if many:
+            parts = cut_for_many(hidden)
+            sets = min(groups // parts.teams, _processors(x.device) // parts.ctas)
+            launch = _launcher_for_many(parts, norm_weight.dtype, target)
+            launch(*tensors, *outputs, _work(parts, sets, x.device), *numbers, sets)
         else:
             shape = cut(hidden)
             launch = _launcher(shape, norm_weight.dtype, target)
@@ -157,8 +161,10 @@ def kernels(target: Target) -> list[compiler.KernelSpec]:
     cuts = [(4096, "float32"), (7168, "float32"), (2048, "float32"), (256, "float32"), (256, "bfloat16")]
     if target is Target.SM90:
         cuts.append((208, "float32"))
-    many = [(4096, "float32"), (2048, "float32"), (1024, "bfloat16")]
-    return [
-        *(kernel.spec(cut(hidden), norm_dtype, target) for hidden, norm_dtype in cuts),
-        *(prefill_kernel.spec(cut_for_many(hidden), norm_dtype, target) for hidden, norm_dtype in many),
-    ]
+    return [kernel.spec(cut(hidden), norm_dtype, target) for hidden, norm_dtype in cuts]
+
+
+def kernels_for_many(target: Target) -> list[compiler.KernelSpec]:
+    """The same for many tokens."""
+    cuts = [(4096, "float32"), (7168, "float32"), (2048, "float32"), (1024, "bfloat16")]
+    return [prefill_kernel.spec(cut_for_many(hidden), norm_dtype, target) for hidden, norm_dtype in cuts]

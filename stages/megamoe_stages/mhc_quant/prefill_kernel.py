@@ -168,7 +168,6 @@ def mhc_quant_prefill(
     ring.init_fence()
     cute.arch.sync_threads()
     _fetch_factors(Turn(group, Int32(0)), floats, given, cut)
-    _prefetch(group, given, cut)
     for t in range(cut.stages):
         _ask(t, 0, group, shared, source, cut)
     ahead = _load_f(0, group, given, cut)
@@ -207,8 +206,6 @@ def _turn(
     base = exchange.address(shared)
     sums, squares = prefill_mix.no_sums(), [Float32(0.0)] * 2
     for chunk in range(2):
-        if chunk:
-            _prefetch(turn_of(base, cut).group + groups_of_a_turn(cut), given, cut)
         streams, more = _new_streams(chunk, ahead, shared, source, given, out, target, cut)
         turn = turn_of(base, cut)
         if chunk == 0:
@@ -236,17 +233,6 @@ def _load_f(chunk: int, group: Int32, given: Inputs, cut: Cut) -> Words:
         row = cutlass.min(group * GROUP + here.row + 8 * t, tokens_of(given) - 1)
         words += exchange.load16_once(first_half(given.f, 1, row, chunk, here, cut))
     return words
-
-
-@cute.jit
-def _prefetch(group: Int32, given: Constexpr[Inputs], cut: Constexpr[Cut]) -> None:
-    """Brings the streams and the sublayer outputs of the tokens of a group that this CTA owns into L2."""
-    here = spot(cut)
-    first = group * GROUP + here.rank * cut.owned
-    if (here.member == 0) & (here.lane < cut.owned) & (first + here.lane < tokens_of(given)):
-        row = Int64(first + here.lane)
-        exchange.prefetch(exchange.global_address(given.x) + row * (STREAMS * cut.hidden * 2), STREAMS * cut.hidden * 2)
-        exchange.prefetch(exchange.global_address(given.f) + row * (cut.hidden * 2), cut.hidden * 2)
 
 
 @cute.jit
