@@ -194,20 +194,6 @@ def copy_unit(
         attention_mma.copy4(at, scales + Int64(there) * scale_bytes + column * 4, size // 4)
 
 
-def prefetch(row: Int32, work: Work, shape: Shape) -> None:
-    """Asks for the row that this thread's copies come from after the next ones; wide rows only, a line a thread."""
-    if shape.shared:
-        thread, _, _ = cute.arch.thread_idx()
-        line = thread // TILE  # two of codes and one of scales
-        far = row < -1
-        codes, scales = work.keys.codes, work.keys.scales
-        if shape.extra:
-            codes, scales = arith.select(far, work.extra.codes, codes), arith.select(far, work.extra.scales, scales)
-        there = Int64(arith.select(far, -2 - row, row))
-        at = arith.select(line < 2, codes + there * work.keys.code_bytes + line * 128, scales + there * 32)
-        attention_mma.prefetch_if(at, arith.select((row != -1) & (line < 3), Int32(1), Int32(0)))
-
-
 def load_unit(unit: int, slot: Int32, shape: Shape) -> list[Uint32]:
     """Eight words of codes and one of scales of one of this thread's units, from a slot of the ring."""
     thread, _, _ = cute.arch.thread_idx()
@@ -264,25 +250,21 @@ def produce(
     lane, wide = thread % WARP, thread // WARP
     exist = Uint32(0)  # a bit a tile on its way: this thread's token exists; the last tile in the lowest
     stages = shape.stages
-    found = [find_token(Int32(tile), work, shape) for tile in range(stages + 3)]
-    pages = [find_page(found[tile], Int32(tile), work, shape) for tile in range(stages + 2)]
+    found = [find_token(Int32(tile), work, shape) for tile in range(stages + 2)]
+    pages = [find_page(found[tile], Int32(tile), work, shape) for tile in range(stages + 1)]
     for tile in cutlass.range_constexpr(stages):
         row = find_row(pages[tile][0], pages[tile][1], Int32(tile), work, shape)
         for unit in cutlass.range_constexpr(shape.units):
             copy_unit(row, unit, base + shape.ring_at + tile * shape.stage_bytes, work, shape)
             attention_mma.commit_copies()
         exist = exist << 1 | arith.select(row != -1, Uint32(1), Uint32(0))
-    ahead = find_row(pages[stages][0], pages[stages][1], Int32(stages), work, shape)
-    prefetch(ahead, work, shape)
-    home, within = pages[stages + 1]
-    token = found[stages + 2]
+    home, within = pages[stages]
+    token = found[stages + 1]
     stage, buffer, parity = Int32(0), Int32(0), Int32(1)
     for tile in cutlass.range(work.tiles, unroll=1):
-        row = ahead
-        ahead = find_row(home, within, tile + shape.stages + 1, work, shape)
-        prefetch(ahead, work, shape)
-        home, within = find_page(token, tile + shape.stages + 2, work, shape)  # a tile before its row is needed
-        token = find_token(tile + shape.stages + 3, work, shape)  # a tile before its page is looked up
+        row = find_row(home, within, tile + shape.stages, work, shape)
+        home, within = find_page(token, tile + shape.stages + 1, work, shape)  # a tile before its row is needed
+        token = find_token(tile + shape.stages + 2, work, shape)  # a tile before its page is looked up
         slot = base + shape.ring_at + stage * shape.stage_bytes
         full = base + shape.barriers_at + buffer * 16
         ring.wait(full + 8, parity)
