@@ -405,7 +405,3 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text + "\n")
     except OSError as error:
         raise MegamoeError(f"--json {path}: {(error.strerror or str(error)).lower()}") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

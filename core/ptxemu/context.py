@@ -136,6 +136,12 @@ class Context:
 
     def read_all(self, operands: Sequence[Operand]) -> NDArray[np.uint32]:
         """Many 32-bit registers at once: uint32 (registers, 32)."""
+        registers = [o for o in operands if isinstance(o, Register) and o.width == 4]
+        if len(registers) == len(operands):
+            if self.warp.tokens:
+                for register in registers:
+                    self._check_pending(register)
+            return self.warp.matrix(tuple([r.index for r in registers]))
         return np.stack([self.read(operand) for operand in operands]).astype(np.uint32, copy=False)
 
     def write_all(self, operands: Sequence[Operand], values: NDArray[np.uint32]) -> None:

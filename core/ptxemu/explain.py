@@ -37,7 +37,8 @@ def note(machine: Machine, found: Any, kind: FindingKind, instruction: Instructi
     if kind is FindingKind.PENDING_REGISTER and (warp := machine.warps.get(found.warp)):
         names = [
             f"{register.name} is touched before {why}"
-            for registers, why in warp.tokens.values()
+            for parts, why in warp.tokens.values()
+            for registers, _ in parts
             for register in registers
             if machine.program.places.register_offsets[register.index] == address
         ]

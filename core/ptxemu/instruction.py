@@ -15,16 +15,16 @@ class Register:
         name: As written, with "@scope" appended when it was declared inside a block of inline assembly.
         type: "pred", "b16", "b32", "b64" or "b128", whatever the kind of number it was declared for.
         index: Number among the registers of its kernel.
+        width: Bytes of one lane; 0 for a predicate.
     """
 
     name: str
     type: str
     index: int
+    width: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def width(self) -> int:
-        """Bytes of one lane; 0 for a predicate."""
-        return 0 if self.type == "pred" else BYTES[self.type[1:]]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "width", 0 if self.type == "pred" else BYTES[self.type[1:]])
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,8 @@ def _real_flags(form: Form) -> int:
 def _add(form: Form) -> Native:
     name = form.instruction.opcode
     kind = form.type()
+    if kind in {"f16", "bf16"} and form.flag("f32"):
+        return _mixed(form, kind, halves=1)
     places = form.same(kind, sources=2)
     if kind in HALVES.split():
         return Native(f"{name}_half", places, _real_flags(form) | half(kind))
@@ -117,10 +119,21 @@ def _multiply_24_bits(form: Form) -> Native:
 @rule("fma", "9.7.3.6, 9.7.4.4")
 def _fused_multiply_add(form: Form) -> Native:
     kind = form.type("f32 f64 f32x2 " + HALVES)
+    if kind in {"f16", "bf16"} and form.flag("f32"):
+        return _mixed(form, kind, halves=2)
     places = form.same(kind, sources=3)
     if kind in HALVES.split():
         return Native("fma_half", places, _real_flags(form) | form.flag("relu", RELU) | half(kind))
     return Native(f"fma_{kind}", places, _real_flags(form))
+
+
+def _mixed(form: Form, kind: str, *, halves: int) -> Native:
+    """Mixed precision, 9.7.5: the first operands are halves, the last one and the result f32."""
+    d, *sources = form.operands
+    if len(sources) != halves + 1:
+        raise form.unsupported(f"{len(form.operands)} operands")
+    places = (form.destination(d, 4), *(form.place(x, 2) for x in sources[:-1]), form.place(sources[-1], 4))
+    return Native(f"{form.instruction.opcode}_mixed", places, _real_flags(form) | half(kind))
 
 
 @rule("div", "9.7.1.8, 9.7.3.8")
@@ -168,7 +181,7 @@ def _extreme(form: Form) -> Native:
 @rule("rcp sqrt", "9.7.3.13, 9.7.3.14, 9.7.3.15, 9.7.3.16")
 def _reciprocal(form: Form) -> Native:
     kind = form.type("f32 f64")
-    approximate = "_approx" if form.flag("approx") else ""
+    approximate = ("_gross" if kind == "f64" else "_approx") if form.flag("approx") else ""
     return Native(f"{form.instruction.opcode}{approximate}_{kind}", form.same(kind, sources=1), _real_flags(form))
 
 
@@ -180,7 +193,9 @@ def _approximate(form: Form) -> Native:
     flags = form.flag("ftz", FTZ)
     if kind in HALVES.split():
         return Native(f"{name}_half", form.same(kind, sources=1), half(kind) | (0 if kind.startswith("bf") else flags))
-    return Native(f"{name}_approx_{kind}", form.same(kind, sources=1), flags)
+    return Native(
+        f"{name}_{'gross' if kind == 'f64' and flags else 'approx'}_{kind}", form.same(kind, sources=1), flags
+    )
 
 
 @rule("copysign", "9.7.3.2")

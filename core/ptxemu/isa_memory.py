@@ -84,7 +84,7 @@ def _load(form: Form) -> Native:
     places = tuple(SINK if isinstance(value, Sink) else form.destination(value, width, wider=True) for value in values)
     sinks = sum(1 << k for k, value in enumerate(values) if isinstance(value, Sink))
     aux = width | room << 4 | (_SIGNED if kind[0] == "s" else 0) | sinks << _SINK_SHIFT
-    if is_param:
+    if is_param and not (isinstance(address := form.at(1), Address) and isinstance(address.base, Register)):
         return Native("ld_param", places, aux, _parameter_offset(form, width * vector))
     base, offset, narrow = form.address(form.at(1), narrow=space == 2)
     aux |= space << _SPACE_SHIFT | (_NARROW if narrow else 0)
@@ -95,7 +95,7 @@ def _parameter_offset(form: Form, size: int) -> int:
     """Where a parameter's bytes lie in the block of all parameters."""
     address = form.at(1)
     if not isinstance(address, Address) or not isinstance(address.base, Symbol):
-        raise form.unsupported("ld.param of an address in a register")
+        raise form.unsupported("ld.param of this address")
     found = form.places.symbols.get(address.base.name)
     parameter = next((p for p in form.places.kernel.parameters if p.name == address.base.name), None)
     if found is None or parameter is None:

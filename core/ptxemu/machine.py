@@ -72,10 +72,11 @@ class Warp:
     specials: NDArray[np.uint8]
     offsets: Sequence[int]
     pending_bytes: NDArray[np.uint8]
+    file_pointer: int
     state: dict[Hashable, Any] = field(default_factory=dict)
     blocked: dict[int, str] = field(default_factory=dict)
     views: dict[int, NDArray[Any]] = field(default_factory=dict)
-    tokens: dict[Hashable, tuple[list[Register], str]] = field(default_factory=dict)
+    tokens: dict[Hashable, tuple[list[tuple[Sequence[Register], NDArray[np.int64]]], str]] = field(default_factory=dict)
 
     @property
     def state_struct(self) -> Any:
@@ -109,6 +110,13 @@ class Warp:
         """A predicate, one bit a lane."""
         start = self.offsets[register.index]
         return int.from_bytes(self.file[start : start + 4].tobytes(), "little")
+
+    def same_in_all_lanes(self, register: Register) -> int | None:
+        """The value of a register that is the same in all lanes, or None."""
+        start = self.offsets[register.index]
+        raw = self.file[start : start + 32 * register.width].tobytes()
+        first = raw[: register.width]
+        return int.from_bytes(first, "little") if raw == first * 32 else None
 
     def write(self, register: Register, values: object, mask: int = 0xFFFFFFFF) -> None:
         """Writes lanes of a register: (32,) values of its width, or one for all."""
@@ -153,26 +161,34 @@ class Warp:
             found = known[numbers] = first[:, None] + np.arange(32)
         return found
 
-    def pend(self, registers: list[Register], token: Hashable, why: str) -> None:
-        """See `Context.pend`. A token may be used again; a register may be pending for several."""
-        self.tokens.setdefault(token, ([], why))[0].extend(registers)
-        for register in registers:
-            self.pending_bytes[self.offsets[register.index] >> 2] += 1
+    def pend(self, registers: Sequence[Register], token: Hashable, why: str) -> None:
+        """See `Context.pend`. A token may be used again; a register may be pending for several, once for each."""
+        slots = self.slots(tuple([r.index for r in registers]))
+        self.tokens.setdefault(token, ([], why))[0].append((registers, slots))
+        self.pending_bytes[slots] += 1
         self.struct.contents.pending_count += len(registers)
 
     def unpend(self, token: Hashable) -> None:
         """Gives registers back."""
-        registers, _ = self.tokens.pop(token, ([], ""))
-        for register in registers:
-            self.pending_bytes[self.offsets[register.index] >> 2] -= 1
-        self.struct.contents.pending_count -= len(registers)
+        for _, slots in self.tokens.pop(token, ([], ""))[0]:
+            self.pending_bytes[slots] -= 1
+            self.struct.contents.pending_count -= len(slots)
+
+    def slots(self, numbers: tuple[int, ...]) -> NDArray[np.int64]:
+        """Where registers start in the file, in words, by their numbers; the same for all warps of a launch."""
+        known = self.cta.machine.register_slots
+        if (found := known.get(numbers)) is None:
+            found = known[numbers] = np.array([self.offsets[k] >> 2 for k in numbers])
+        return found
 
     def pending_reason(self, register: Register) -> str:
         """What a register waits for; nothing for one that may be touched."""
-        if not self.tokens or not self.pending_bytes[self.offsets[register.index] >> 2]:
+        slot = self.offsets[register.index] >> 2
+        if not self.tokens or not self.pending_bytes[slot]:
             return ""
-        same = register.index
-        return next((why for registers, why in self.tokens.values() if any(r.index == same for r in registers)), "")
+        return next(
+            (why for parts, why in self.tokens.values() if any((slots == slot).any() for _, slots in parts)), ""
+        )
 
 
 @dataclass(eq=False)
@@ -234,6 +250,7 @@ class Machine:
         self.findings: list[Finding] = []
         self.warps: dict[int, Warp] = {}
         self.register_places: dict[tuple[int, ...], NDArray[np.int64]] = {}
+        self.register_slots: dict[tuple[int, ...], NDArray[np.int64]] = {}
         self.clusters: dict[int, Cluster] = {}
         self.shared_bytes = -(-max(program.static_shared + launch.shared_bytes, 16) // 16) * 16
         for region in (program.parameters, *program.regions):
@@ -398,7 +415,7 @@ class Machine:
                 specials[start : start + 4].view(np.uint32)[0] = 0xFFFFFFFF if shown[0] else 0
         pointers = (file.ctypes.data, self.program.constants.ctypes.data, specials.ctypes.data, pending.ctypes.data)
         struct = self._core.emu_warp_new(self.native, cta.struct, number, index, (1 << live) - 1, *pointers)
-        warp = Warp(number, index, cta, struct, file, specials, places.register_offsets, pending)
+        warp = Warp(number, index, cta, struct, file, specials, places.register_offsets, pending, pointers[0])
         if self.program.local:
             data, flags = self._room(32 * self.program.local), np.zeros(32 * self.program.local, np.uint8)
             warp.state["local memory"] = (data, flags)

@@ -49,6 +49,7 @@ class Region:
     readers: NDArray[np.uint16] | None = None
     keep: object = field(default=None, repr=False)
     pointers: tuple[int, int, int, int] = field(init=False, repr=False)
+    _readers_pointer: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
         self.pointers = (self.data.ctypes.data, self.flags.ctypes.data, self.epoch.ctypes.data, self.writer.ctypes.data)
@@ -57,6 +58,13 @@ class Region:
     def size(self) -> int:
         """Bytes."""
         return self.data.size
+
+    def readers_pointer(self) -> int:
+        """Where `readers` lies; it is made if need be."""
+        if self.readers is None:
+            self.readers = np.zeros(self.data.size, np.uint16)
+            self._readers_pointer = self.readers.ctypes.data
+        return self._readers_pointer
 
 
 def region(

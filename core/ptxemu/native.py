@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import functools
-from ctypes import POINTER, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
 
 import numpy as np
 
@@ -100,10 +100,7 @@ class Cta(ctypes.Structure):
 
     _fields_ = [
         ("shared", Region),
-        ("bar_index", POINTER(c_uint32)),
         ("bars", POINTER(Mbarrier)),
-        ("bar_count", c_uint32),
-        ("bar_room", c_uint32),
         ("rank", c_uint32),
         ("live_warps", c_uint32),
         ("named", NamedBarrier * 16),
@@ -179,6 +176,22 @@ class Note(ctypes.Structure):
     ]
 
 
+class Product(ctypes.Structure):
+    """Factors of a matrix product, and how it is summed."""
+
+    _fields_ = [
+        ("a", c_void_p),
+        ("bt", c_void_p),
+        ("n", c_uint32),
+        ("depth", c_uint32),
+        ("fraction", c_int32),
+        ("kept", c_int32),
+        ("smallest_a", c_int32),
+        ("smallest_b", c_int32),
+        ("to", c_uint32),
+    ]
+
+
 TRACE = ctypes.CFUNCTYPE(None, c_uint32, c_uint32, c_uint32)
 
 
@@ -220,6 +233,10 @@ class Machine(ctypes.Structure):
         ("event_mask", c_uint32),
         ("event_cluster", c_uint32),
         ("trace", TRACE),
+        ("lag", c_uint32),
+        ("lag_rounds", c_uint32),
+        ("lag_warp", c_uint32),
+        ("lag_cta", c_void_p),
     ]
 
 
@@ -244,8 +261,16 @@ _FUNCTIONS = {
     "emu_warp_local": (None, [POINTER(Warp), c_void_p, c_void_p, c_uint64]),
     "emu_warp_free": (None, [POINTER(Machine), POINTER(Warp)]),
     "emu_mbarrier": (POINTER(Mbarrier), [POINTER(Cluster), c_uint32]),
-    "emu_gather": (c_uint32, [c_void_p] * 4 + [c_uint64, c_uint32, c_void_p, c_void_p]),
-    "emu_scatter": (c_uint32, [c_void_p] * 5 + [c_uint64, c_uint32, c_void_p, c_uint32, c_uint32]),
+    "emu_gather": (c_uint32, [*[c_void_p] * 3, c_uint64, c_uint64, c_void_p, c_uint64, c_uint32, c_void_p, c_void_p]),
+    "emu_scatter": (
+        c_uint32,
+        [*[c_void_p] * 4, c_uint64, c_uint64, c_void_p, c_uint64, c_uint32, c_void_p, c_uint32, c_uint32, c_void_p],
+    ),
+    "emu_hold": (c_uint32, [c_void_p, c_void_p, c_uint64, c_uint64, c_void_p, c_uint64, c_uint32, c_void_p]),
+    "emu_release": (None, [c_void_p, c_void_p, c_uint64, c_void_p, c_uint64, c_uint32]),
+    "emu_product": (None, [POINTER(Product), c_uint32, c_void_p, c_void_p]),
+    "emu_fma": (ctypes.c_double, [ctypes.c_double] * 3),
+    "emu_wgmma": (None, [POINTER(Product), c_void_p, c_void_p, c_void_p]),
     "emu_mbarrier_update": (ctypes.c_int, [POINTER(Machine), POINTER(Mbarrier), c_uint32, c_int64]),
 }
 
@@ -261,9 +286,9 @@ def core() -> ctypes.CDLL:
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    ours = [ctypes.sizeof(s) for s in (Region, Mbarrier, NamedBarrier, Cta, Cluster, Group, Warp, Note, Machine)] + [
-        INSTRUCTION.itemsize
-    ]
+    ours = [
+        ctypes.sizeof(s) for s in (Region, Mbarrier, NamedBarrier, Cta, Cluster, Group, Warp, Note, Machine, Product)
+    ] + [INSTRUCTION.itemsize]
     theirs = [library.emu_size(k) for k in range(len(ours))]
     if ours != theirs:
         raise PtxemuError(f"the structures of the native core have sizes {theirs}, expected {ours}")

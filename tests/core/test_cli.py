@@ -133,7 +133,7 @@ def test_bench_quick_checks_then_times() -> None:
     """In a process of its own, which must not take itself for a worker of this test run."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     done = subprocess.run(
-        [sys.executable, "-m", "megamoe.cli", "bench", "inverse_rope_quant", "--quick"],
+        [sys.executable, "-m", "megamoe", "bench", "inverse_rope_quant", "--quick"],
         capture_output=True,
         text=True,
         check=False,

@@ -27,7 +27,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call(unpacked: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     """The command line of the wheel, run in its own folder, which comes before the checkout on the path."""
     environ = {**os.environ, "PYTHONPATH": str(unpacked)}
-    command = [sys.executable, "-m", "megamoe.cli", *argv]
+    command = [sys.executable, "-m", "megamoe", *argv]
     return subprocess.run(command, cwd=unpacked, env=environ, capture_output=True, text=True, check=False)
 
 

@@ -149,8 +149,9 @@ def test_min_and_max(name: str) -> None:
 def test_signs_and_special_values() -> None:
     a, b = pairs()
     x, y = words(a), words(b)
-    np.testing.assert_array_equal(apply("neg.f32 d, a", "b32", ("b32", x)), x ^ np.uint32(1 << 31))
-    np.testing.assert_array_equal(apply("abs.f32 d, a", "b32", ("b32", x)), x & np.uint32((1 << 31) - 1))
+    for name, bits in (("neg", x ^ np.uint32(1 << 31)), ("abs", x & np.uint32((1 << 31) - 1))):
+        expected = np.where(np.isnan(a), np.uint32(0x7FFFFFFF), bits)
+        np.testing.assert_array_equal(apply(f"{name}.f32 d, a", "b32", ("b32", x)), expected)
     got = apply("copysign.f32 d, a, b", "b32", ("b32", x), ("b32", y))
     np.testing.assert_array_equal(got, x & np.uint32(1 << 31) | y & np.uint32((1 << 31) - 1))
     for name, oracle in {"finite": np.isfinite, "infinite": np.isinf, "notanumber": np.isnan}.items():
@@ -209,6 +210,25 @@ def test_f64() -> None:
     np.testing.assert_array_equal(got, words(a.astype(np.float32)))
     got = apply("cvt.f64.f32 d, a", "b64", ("b32", words(EDGES[np.isfinite(EDGES)])))
     np.testing.assert_array_equal(got.view(np.float64), EDGES[np.isfinite(EDGES)].astype(np.float64))
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@np.errstate(all="ignore")
+def test_mixed_precision(kind: str) -> None:
+    dtype = HALVES[kind]
+    rng = np.random.default_rng(17)
+    a, b = (rng.normal(size=200).astype(dtype) for _ in range(2))
+    c = (rng.normal(size=200) * 100).astype(np.float32)
+    x, y, z = a.astype(np.float64), b.astype(np.float64), c.astype(np.float64)
+    half = [("b16", v.view(np.uint16)) for v in (a, b)]
+    for text, expected in (
+        (f"add.rn.f32.{kind} d, a, b", x + z),
+        (f"sub.rn.f32.{kind} d, a, b", x - z),
+    ):
+        got = apply(text, "b32", half[0], ("b32", words(c)))
+        np.testing.assert_array_equal(got, words(expected.astype(np.float32)))
+    got = apply(f"fma.rn.f32.{kind} d, a, b, c", "b32", *half, ("b32", words(c)))
+    np.testing.assert_array_equal(got, words((x * y + z).astype(np.float32)))
 
 
 HALVES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}

@@ -153,7 +153,8 @@ def test_fields() -> None:
     places, lengths = [0, 1, 7, 31, 32, 60, 255], [0, 1, 5, 31, 32, 64, 255]
 
     def bfe(a: int, pos: int, length: int, bits: int, is_signed: bool) -> int:
-        a, pos, length = a & ((1 << bits) - 1), pos & 255, length & 255
+        a = a & ((1 << bits) - 1)
+        pos, length = (pos & 255, length & 255) if bits == 32 else (pos, length)
         sign = a >> min(pos + length - 1, bits - 1) & 1 if is_signed and length else 0
         field = 0
         for k in range(bits):
@@ -161,8 +162,8 @@ def test_fields() -> None:
         return field
 
     def bfi(a: int, b: int, pos: int, length: int, bits: int) -> int:
-        pos &= 255
-        for k in range(min(length & 255, max(0, bits - pos))):
+        pos, length = (pos & 255, length & 255) if bits == 32 else (pos, length)
+        for k in range(min(length, max(0, bits - pos))):
             b = b & ~(1 << (pos + k)) | (a >> k & 1) << (pos + k)
         return b
 

@@ -171,6 +171,13 @@ def test_parameters_are_read_only() -> None:
     assert finding.kind is FindingKind.READ_ONLY
 
 
+def test_parameters_by_address() -> None:
+    out = words()
+    body = "mov.b64 %d5, p0; ld.param.u64 %d6, [%d5]; sub.u64 %d6, %d6, %d1; cvt.u32.u64 %r10, %d6;"
+    clean(f"{THREAD} {body} add.u32 %r10, %r10, 7; {STORE}", out)
+    assert (out == 7).all()
+
+
 def test_uninitialised_reads() -> None:
     body = (
         "mov.u32 %r1, buffer; mov.u32 %r2, %tid.x; shl.b32 %r2, %r2, 2; "

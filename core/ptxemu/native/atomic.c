@@ -31,6 +31,13 @@ static u16 half(u32 op, u16 old, u16 b, const Format *format) {
     int first = op == A_MIN ? x < y || (x == y && signbit(x)) : x > y || (x == y && !signbit(x));
     return first ? old : b;
 }
+static int is_nan(u64 x) { return (x & ~(1ull << 63)) > 0x7ffull << 52; }
+/* Of NaNs, global memory takes what is added first, as it is; shared memory keeps its own first, made quiet. */
+static u64 add_f64(u64 old, u64 b, int global) {
+    if (is_nan(old) || is_nan(b)) return global ? (is_nan(b) ? b : old) : (is_nan(old) ? old : b) | 1ull << 51;
+    f64 sum = as_f64(old) + as_f64(b);
+    return sum == sum ? bits_f64(sum) : 0xfff8000000000000ull;
+}
 /* Only additions to global memory flush f32. */
 static u64 combine(u32 op, u32 type, u64 old, u64 b, u64 c, int global) {
     const Format *format = type == T_F16 || type == T_F16X2 ? &F16 : &BF16;
@@ -40,7 +47,7 @@ static u64 combine(u32 op, u32 type, u64 old, u64 b, u64 c, int global) {
         f32 x = as_f32((u32)old), y = as_f32((u32)b);
         return bits_f32(global ? flush(canonical(flush(x) + flush(y))) : canonical(x + y));
     }
-    case T_F64: return bits_f64(as_f64(old) + as_f64(b));
+    case T_F64: return add_f64(old, b, global);
     case T_F16: case T_BF16: return half(op, (u16)old, (u16)b, format);
     case T_F16X2: case T_BF16X2:
         return (u64)half(op, (u16)(old >> 16), (u16)(b >> 16), format) << 16 | half(op, (u16)old, (u16)b, format);

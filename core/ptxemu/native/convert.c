@@ -49,11 +49,12 @@ static f64 to_integral(f64 x, u32 aux) {
     default: return ceil(x);
     }
 }
-/* Float to integer saturates always; a NaN becomes 0, or 1 << 63 for 64 bits. */
-static u64 real_to_integer(f64 x, u32 kind, u32 aux) {
+/* Float to integer saturates always; a NaN becomes 0, but the top bit where either type has 64 bits. */
+static u64 real_to_integer(f64 x, u32 kind, u32 from, u32 aux) {
+    static const u8 bits[] = {8, 8, 16, 16, 32, 32, 64, 64};
     static const f64 low[] = {0, -128, 0, -32768, 0, -0x1p31, 0, -0x1p63};
     static const f64 high[] = {255, 127, 65535, 32767, 4294967295.0, 2147483647.0, 0x1p64, 0x1p63};
-    if (x != x) return kind >= U64_ ? 1ull << 63 : 0;
+    if (x != x) return kind >= U64_ || from == F64_ ? 1ull << (bits[kind] - 1) : 0;
     x = to_integral(x, aux);
     if (x <= low[kind]) return (u64)(s64)low[kind];
     if (x >= high[kind]) return kind == U64_ ? ~0ull : kind == S64_ ? (u64)INT64_MAX : (u64)(s64)high[kind];
@@ -91,8 +92,8 @@ static f64 integer_to_odd(Value v) {
     f64 x = (f64)(kept | (u64)(kept != n) << shift);
     return v.large || v.i >= 0 ? x : -x;
 }
-static u64 write_value(Value v, u32 kind, u32 aux) {
-    if (kind <= S64_) return v.real ? real_to_integer(v.f, kind, aux) : integer_to_integer(v, kind, aux);
+static u64 write_value(Value v, u32 kind, u32 from, u32 aux) {
+    if (kind <= S64_) return v.real ? real_to_integer(v.f, kind, from, aux) : integer_to_integer(v, kind, aux);
     if (kind == F16_ || kind == BF16_) {
         f64 x = v.real ? v.f : integer_to_odd(v);
         if (v.real && aux & TO_INTEGER) x = to_integral(x, aux);
@@ -107,6 +108,19 @@ static u64 write_value(Value v, u32 kind, u32 aux) {
     return bits_f32(aux & FTZ ? flush(s) : s);
 }
 
+/* A NaN that is converted to or from f64 keeps the upper bits of its payload and becomes quiet. */
+static int nan_through_f64(const u8 *lane, u32 from, u32 to, u64 *out) {
+    u64 x = 0;
+    memcpy(&x, lane, from == F64_ ? 8 : from == F32_ ? 4 : 2);
+    u32 bits = from == F64_ ? 64 : from == F32_ ? 32 : 16, fraction = from == F64_ ? 52 : from == F32_ ? 23 : from == F16_ ? 10 : 7;
+    u64 sign = x >> (bits - 1), payload = x & ((1ull << fraction) - 1);
+    if ((x << (65 - bits) >> (65 - bits) >> fraction) != (1ull << (bits - 1 - fraction)) - 1 || !payload) return 0;
+    if (to == F64_) *out = sign << 63 | 0xfffull << 51 | payload << (52 - fraction);
+    else if (from == F64_) *out = sign << 31 | 0x7fc00000 | payload >> 29;
+    else return 0;
+    return 1;
+}
+
 /* Lanes of both operands may be wider than the types: `from` and `to` widths of the registers are in aux2 (Ins.offset). */
 static Outcome op_cvt(Machine *m, Warp *w, const Ins *i, u32 mask) {
     UNUSED(m);
@@ -116,7 +130,9 @@ static Outcome op_cvt(Machine *m, Warp *w, const Ins *i, u32 mask) {
     const u8 *A = SRC(u8, 1);
     u8 *d = DST(u8, 0);
     EACH_LANE if (mask >> l & 1) {
-        u64 r = write_value(read_value(A + (u32)l * source, from, i->aux), to, i->aux);
+        const u8 *lane = A + (u32)l * source;
+        u64 r = 0;
+        if (!(from >= F16_ && to >= F32_ && !(i->aux & SAT) && nan_through_f64(lane, from, to, &r))) r = write_value(read_value(lane, from, i->aux), to, from, i->aux);
         if (to <= S64_ && widths[to] < 8) { /* extended to a wider register by the sign of the type */
             u32 shift = 64 - 8 * widths[to];
             r = is_signed ? (u64)((s64)(r << shift) >> shift) : r << shift >> shift;
@@ -151,7 +167,7 @@ static Outcome op_cvt_tf32_f32(Machine *m, Warp *w, const Ins *i, u32 mask) {
     UNUSED(m);
     const f32 *A = SRC(f32, 1);
     u32 r[LANES];
-    EACH_LANE r[l] = A[l] != A[l] ? 0x7fffffff : encode(&TF32, A[l], i->aux) << 13;
+    EACH_LANE r[l] = A[l] == A[l] ? encode(&TF32, A[l], i->aux) << 13 : i->aux & RNA ? bits_f32(A[l]) & 0xffffe000 : 0x7fffe000;
     put_u32(DST(u32, 0), mask, r);
     return NEXT;
 }

@@ -11,19 +11,19 @@ static inline f64 read_half(u16 h, u32 aux) {
 static u16 write_half(f64 x, u32 aux) {
     if (x != x) return aux & SAT ? 0 : 0x7fff;
     if (aux & SAT) x = x > 0 ? (x < 1 ? x : 1) : 0;
-    if (aux & RELU && x < 0) x = 0;
+    if (aux & RELU && signbit(x)) x = 0;
     u16 h = (u16)encode(aux & BF ? &BF16 : &F16, x, 0);
     return aux & FTZ && !(h & 0x7c00) ? h & 0x8000 : h;
 }
 static inline f64 add_half(f64 a, f64 b) { return add_to_odd(a, b); }
-static f64 extreme(f64 a, f64 b, u32 aux, int most) {
-    f64 sign = signbit(a) != signbit(b) ? -1 : 1;
+/* different: the signs differ, those of NaNs too, which a double does not keep. */
+static f64 extreme(f64 a, f64 b, u32 aux, int most, u32 different) {
     if (aux & (ABS | XORSIGN)) a = fabs(a), b = fabs(b);
     f64 r;
     if (a != a || b != b) r = aux & PROPAGATE_NAN ? NAN : a != a ? b : a;
     else if (most) r = a > b || (a == b && !signbit(a)) ? a : b;
     else r = a < b || (a == b && signbit(a)) ? a : b;
-    return aux & XORSIGN && r == r ? copysign(r, sign) : r;
+    return aux & XORSIGN && r == r ? copysign(r, different ? -1 : 1) : r;
 }
 
 #define HALF(name, operands, value) \
@@ -47,21 +47,47 @@ static f64 extreme(f64 a, f64 b, u32 aux, int most) {
     }
 #define HALF_OPS(X) \
     X(add, 2, add_half(a, b)) X(sub, 2, add_half(a, -b)) X(mul, 2, a * b) X(fma, 3, add_half(a * b, c)) \
-    X(min, 2, extreme(a, b, aux, 0)) X(max, 2, extreme(a, b, aux, 1)) \
-    X(min3, 3, extreme(extreme(a, b, aux, 0), c, aux, 0)) X(max3, 3, extreme(extreme(a, b, aux, 1), c, aux, 1)) \
+    X(min, 2, extreme(a, b, aux, 0, (x ^ y) & 0x8000)) X(max, 2, extreme(a, b, aux, 1, (x ^ y) & 0x8000)) \
+    X(min3, 3, extreme(extreme(a, b, aux, 0, 0), c, aux, 0, 0)) X(max3, 3, extreme(extreme(a, b, aux, 1, 0), c, aux, 1, 0)) \
     X(tanh, 1, tanh(a)) X(ex2, 1, exp2(a))
 HALF_OPS(HALF)
 
-/* 9.7.4.5 neg, 9.7.4.6 abs: on the bits. */
+/* Mixed precision 9.7.5: add, sub and fma of f32 with halves as the first operands. */
+#define MIXED(name, halves, value) \
+    static Outcome op_##name##_mixed(Machine *m, Warp *w, const Ins *i, u32 mask) { \
+        UNUSED(m); const u16 *A = SRC(u16, 1), *B = SRC(u16, halves); const f32 *C = SRC(f32, halves + 1); \
+        u32 r[LANES]; fesetround(host_rounding(i->aux)); \
+        EACH_LANE { \
+            volatile f32 a = (f32)read_half(A[l], i->aux & BF), b = (f32)read_half(B[l], i->aux & BF), c = C[l]; UNUSED(b); \
+            volatile f32 v = value; f32 x = canonical(v); r[l] = bits_f32(i->aux & SAT ? saturate(x) : x); \
+        } \
+        fesetround(FE_TONEAREST); put_u32(DST(u32, 0), mask, r); return NEXT; \
+    }
+MIXED(add, 1, a + c)
+MIXED(sub, 1, a - c)
+MIXED(fma, 2, fmaf(a, b, c))
+
+/* 9.7.4.5 neg, 9.7.4.6 abs: on the bits, but of a NaN they make the canonical one. */
+static inline u16 sign_half(u16 h, u32 aux, u16 result) {
+    return (h & 0x7fff) > (aux & BF ? 0x7f80 : 0x7c00) ? 0x7fff : result;
+}
 #define SIGN(name, value) \
     static Outcome op_##name##_half(Machine *m, Warp *w, const Ins *i, u32 mask) { \
-        UNUSED(m); u32 both = i->aux & PAIR ? 0x80008000u : 0x8000u; UNUSED(both); \
-        if (i->aux & PAIR) { const u32 *A = SRC(u32, 1); u32 r[LANES]; EACH_LANE { u32 a = A[l]; r[l] = value; } put_u32(DST(u32, 0), mask, r); } \
-        else { const u16 *A = SRC(u16, 1); u16 r[LANES]; EACH_LANE { u32 a = A[l]; r[l] = (u16)(value); } put_u16(DST(u16, 0), mask, r); } \
+        UNUSED(m); \
+        if (i->aux & PAIR) { \
+            const u32 *A = SRC(u32, 1); u32 r[LANES]; \
+            EACH_LANE { \
+                u16 a = (u16)A[l], low = sign_half(a, i->aux, (u16)(value)); a = (u16)(A[l] >> 16); \
+                r[l] = low | (u32)sign_half(a, i->aux, (u16)(value)) << 16; \
+            } \
+            put_u32(DST(u32, 0), mask, r); \
+        } else { \
+            const u16 *A = SRC(u16, 1); u16 r[LANES]; EACH_LANE { u16 a = A[l]; r[l] = sign_half(a, i->aux, (u16)(value)); } put_u16(DST(u16, 0), mask, r); \
+        } \
         return NEXT; \
     }
-SIGN(neg, a ^ both)
-SIGN(abs, a & ~both)
+SIGN(neg, a ^ 0x8000)
+SIGN(abs, a & 0x7fff)
 
 static u32 compare_half(const Warp *w, const Ins *i, int k, u32 aux, int shift) {
     u32 r = 0;
@@ -84,4 +110,5 @@ static Outcome op_setp_half(Machine *m, Warp *w, const Ins *i, u32 mask) {
 }
 
 #define ENTRY(name, ...) {#name "_half", op_##name##_half},
-const Op half_ops[] = {HALF_OPS(ENTRY) ENTRY(neg) ENTRY(abs) ENTRY(setp) {0, 0}};
+const Op half_ops[] = {HALF_OPS(ENTRY) ENTRY(neg) ENTRY(abs) ENTRY(setp)
+    {"add_mixed", op_add_mixed}, {"sub_mixed", op_sub_mixed}, {"fma_mixed", op_fma_mixed}, {0, 0}};

@@ -44,12 +44,12 @@ static inline u32 bfe_u32(u32 a, u32 pos, u32 len) {
 static inline u64 bfe_u64(u64 a, u32 pos, u32 len) {
     return pos > 63 || !len ? 0 : (a >> pos) & (len > 63 ? ~0ull : (1ull << len) - 1);
 }
-static inline u64 bfe_signed(u64 a, u32 pos, u32 len, u32 bits) {
-    u64 value = 0, sign = !len ? 0 : a >> (pos + len - 1 > bits - 1 ? bits - 1 : pos + len - 1) & 1;
+static inline u64 bfe_signed(u64 a, u32 position, u32 length, u32 bits) {
+    u64 pos = position, len = length, value = 0, sign = !len ? 0 : a >> (pos + len - 1 > bits - 1 ? bits - 1 : pos + len - 1) & 1;
     for (u32 k = 0; k < bits; k++) value |= (k < len && pos + k < bits ? a >> (pos + k) & 1 : sign) << k;
     return value;
 }
-static inline u64 bfi(u64 a, u64 b, u32 pos, u32 len, u32 bits) {
+static inline u64 bfi(u64 a, u64 b, u64 pos, u32 len, u32 bits) {
     for (u32 k = 0; k < len && pos + k < bits; k++) b = (b & ~(1ull << (pos + k))) | (a >> k & 1) << (pos + k);
     return b;
 }
@@ -194,11 +194,12 @@ TERNARY_OPS(TERNARY)
 MIXED2_OPS(MIXED2)
 MIXED3_OPS(MIXED3)
 
-/* bfe.u64, bfe.s64 9.7.1.20, bfi 9.7.1.21: the position and length are 32 bits wide whatever the type. */
+/* bfe.u64, bfe.s64 9.7.1.20, bfi 9.7.1.21: the position and length are 32 bits wide whatever the type. Of 32-bit fields
+   the low 8 bits of both count; of 64-bit ones all do, and what the ISA does not define is as on an H200. */
 #define FIELD(name, T, value) \
     static Outcome op_##name(Machine *m, Warp *w, const Ins *i, u32 mask) { \
         UNUSED(m); const T *A = SRC(T, 1); const u32 *B = SRC(u32, 2), *C = SRC(u32, 3); T r[LANES]; \
-        EACH_LANE { T a = A[l]; u32 b = B[l] & 255, c = C[l] & 255; r[l] = (T)(value); } \
+        EACH_LANE { T a = A[l]; u32 b = B[l], c = C[l]; r[l] = (T)(value); } \
         put_##T(DST(T, 0), mask, r); return NEXT; \
     }
 FIELD(bfe_u64, u64, bfe_u64(a, b, c))
@@ -206,7 +207,7 @@ FIELD(bfe_s64, u64, bfe_signed(a, b, c, 64))
 #define INSERT(name, T, bits) \
     static Outcome op_##name(Machine *m, Warp *w, const Ins *i, u32 mask) { \
         UNUSED(m); const T *A = SRC(T, 1), *B = SRC(T, 2); const u32 *C = SRC(u32, 3), *E = SRC(u32, 4); T r[LANES]; \
-        EACH_LANE r[l] = (T)bfi(A[l], B[l], C[l] & 255, E[l] & 255, bits); \
+        EACH_LANE r[l] = (T)bfi(A[l], B[l], C[l] & (bits == 32 ? 255 : ~0u), E[l] & (bits == 32 ? 255 : ~0u), bits); \
         put_##T(DST(T, 0), mask, r); return NEXT; \
     }
 INSERT(bfi_b32, u32, 32)

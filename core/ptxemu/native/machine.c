@@ -111,12 +111,34 @@ static void shuffle(Machine *m) {
     }
 }
 
+/* The random schedule is unfair: at times a warp or a CTA is held back, or all warps but one, so that the others run far
+   ahead of what they should have waited for. */
+enum { LAG_NONE, LAG_WARP, LAG_CTA, LAG_OTHERS, LAG_KINDS, LAG_MOST_ROUNDS = 200 };
+static void begin_round(Machine *m) {
+    shuffle(m);
+    if (m->lag_rounds) { m->lag_rounds--; return; }
+    Warp *victim = m->warp_count ? m->warps[random_bits(m) % m->warp_count] : NULL;
+    m->lag = victim ? (u32)(random_bits(m) % LAG_KINDS) : LAG_NONE;
+    m->lag_rounds = (u32)(random_bits(m) % LAG_MOST_ROUNDS);
+    if (m->lag) m->lag_warp = victim->id, m->lag_cta = victim->cta;
+}
+static int lags(const Machine *m, const Warp *w) {
+    return m->lag == LAG_WARP ? w->id == m->lag_warp : m->lag == LAG_CTA ? w->cta == m->lag_cta : m->lag == LAG_OTHERS && w->id != m->lag_warp;
+}
+/* Nobody but those held back can go on: now and then something asynchronous happens first, or they may run. */
+static int release_lag(Machine *m) {
+    if (!m->lag) return 0;
+    if (!m->poll || random_bits(m) & 1) m->lag = LAG_NONE;
+    return 1;
+}
+
 /* Runs until Python is needed. */
 int emu_run(Machine *m) {
+    if (m->random && !m->executed && !m->lag_rounds) begin_round(m);
     for (;;) {
         while (m->cursor < m->warp_count) {
             Warp *w = m->warps[m->order[m->cursor]];
-            if (!w || !w->group_count) { m->cursor++; continue; }
+            if (!w || !w->group_count || lags(m, w)) { m->cursor++; continue; }
             u64 quantum = m->random ? 1 + random_bits(m) % RANDOM_QUANTUM : QUANTUM;
             int r = turn(m, w, quantum);
             if (r == OVER) return EVENT_FAULT;
@@ -131,8 +153,9 @@ int emu_run(Machine *m) {
         u32 progressed = m->progressed;
         m->idle_spin = m->spinning;
         m->cursor = m->progressed = m->spinning = 0;
-        if (m->random) shuffle(m);
-        if (!progressed) return EVENT_STUCK;
+        int held = !progressed && release_lag(m);
+        if (m->random) begin_round(m);
+        if (!progressed && !held) return EVENT_STUCK;
         if (m->executed > m->budget) return EVENT_BUDGET;
         if (m->poll) return EVENT_ROUND;
     }
@@ -175,7 +198,7 @@ Cta *emu_cta_new(Cluster *c, u32 rank, u32 warps, u8 *data, u8 *flags, u32 *epoc
     Cta *cta = calloc(1, sizeof *cta);
     Region shared = {((u64)rank << 24) + 0x400, size, data, flags, epoch, writer, 0, 0};
     cta->shared = shared, cta->rank = rank, cta->live_warps = warps, cta->cluster = c;
-    cta->bar_index = calloc(size / 8 + 1, sizeof *cta->bar_index);
+    cta->bars = calloc(size / 8 + 1, sizeof *cta->bars);
     c->ctas[rank] = cta;
     return cta;
 }
@@ -203,7 +226,7 @@ void emu_warp_free(Machine *m, Warp *w) {
     free(w);
 }
 void emu_cluster_free(Cluster *c) {
-    for (u32 k = 0; k < c->cta_count; k++) free(c->ctas[k]->bar_index), free(c->ctas[k]->bars), free(c->ctas[k]);
+    for (u32 k = 0; k < c->cta_count; k++) free(c->ctas[k]->bars), free(c->ctas[k]);
     free(c->ctas), free(c);
 }
 Mbarrier *emu_mbarrier(const Cluster *c, u32 address) {
@@ -212,8 +235,8 @@ Mbarrier *emu_mbarrier(const Cluster *c, u32 address) {
     Cta *cta = c->ctas[rank];
     u64 offset = address - cta->shared.base;
     if (offset >= cta->shared.size) return NULL;
-    u32 index = cta->bar_index[offset >> 3];
-    return index ? &cta->bars[index - 1] : NULL;
+    Mbarrier *b = &cta->bars[offset >> 3];
+    return b->valid ? b : NULL;
 }
 /* 0, or why not: 3 bad count, 4 over-arrive, 5 transaction count out of range. */
 int emu_mbarrier_update(Machine *m, Mbarrier *b, u32 arrivals, s64 tx) {
@@ -228,37 +251,6 @@ int emu_mbarrier_update(Machine *m, Mbarrier *b, u32 arrivals, s64 tx) {
 }
 /* Sizes of the structures that Python mirrors, in the order of native.py. */
 u32 emu_size(u32 which) {
-    static const u32 sizes[] = {sizeof(Region), sizeof(Mbarrier), sizeof(NamedBarrier), sizeof(Cta), sizeof(Cluster), sizeof(Group), sizeof(Warp), sizeof(Note), sizeof(Machine), sizeof(Ins)};
+    static const u32 sizes[] = {sizeof(Region), sizeof(Mbarrier), sizeof(NamedBarrier), sizeof(Cta), sizeof(Cluster), sizeof(Group), sizeof(Warp), sizeof(Note), sizeof(Machine), sizeof(Product), sizeof(Ins)};
     return sizes[which];
-}
-/* Copies `width` bytes from each offset of a region. Gives the flags that are not as those of readable bytes are, and in
-   *newest the latest proxy epoch of a write by a thread among the words touched. */
-u32 emu_gather(const u8 *data, const u8 *flags, const u32 *epoch, const s64 *offsets, u64 count, u32 width, u8 *out, u32 *newest) {
-    u32 bad = 0, latest = 0;
-    for (u64 k = 0; k < count; k++) {
-        u64 at = (u64)offsets[k], seen = 0;
-        u32 b = 0;
-        memcpy(out + k * width, data + at, width);
-        for (; b + 8 <= width; b += 8) {
-            u64 f;
-            memcpy(&f, flags + at + b, 8);
-            seen |= (f ^ 0x0101010101010101ull * INIT) & ~(0x0101010101010101ull * IN_FLIGHT_READ);
-        }
-        for (; b < width; b++) seen |= (flags[at + b] ^ INIT) & ~IN_FLIGHT_READ & 255;
-        bad |= seen != 0;
-        for (u64 word = at >> 2; word <= (at + width - 1) >> 2; word++) if (epoch[word] > latest) latest = epoch[word];
-    }
-    *newest = latest;
-    return bad;
-}
-/* Copies rows of `width` bytes to each offset and marks them as written; gives all flags that were there before. */
-u32 emu_scatter(u8 *data, u8 *flags, u32 *epoch, u32 *writer, const s64 *offsets, u64 count, u32 width, const u8 *rows, u32 now, u32 warp) {
-    u32 before = 0;
-    for (u64 k = 0; k < count; k++) {
-        u64 at = (u64)offsets[k];
-        memcpy(data + at, rows + k * width, width);
-        for (u32 b = 0; b < width; b++) before |= flags[at + b], flags[at + b] |= INIT;
-        for (u64 word = at >> 2; word <= (at + width - 1) >> 2; word++) epoch[word] = now, writer[word] = warp;
-    }
-    return before;
 }

@@ -66,9 +66,7 @@ typedef struct {
 struct Cluster;
 typedef struct {
     Region shared;
-    u32 *bar_index; /* per 8 bytes of shared memory: 1 + index of its mbarrier */
-    Mbarrier *bars;
-    u32 bar_count, bar_room;
+    Mbarrier *bars; /* one per 8 bytes of shared memory, never moved: operations in flight point to theirs */
     u32 rank, live_warps;
     NamedBarrier named[NAMED_BARRIERS];
     struct Cluster *cluster;
@@ -147,7 +145,19 @@ typedef struct Machine {
     /* event, for Python */
     u32 event_warp, event_group, event_pc, event_mask, event_cluster;
     void (*trace)(u32 warp, u32 pc, u32 mask);
+    /* of the random schedule: who is held back, for how many more rounds */
+    u32 lag, lag_rounds, lag_warp;
+    const Cta *lag_cta;
 } Machine;
+
+/* A matrix product of numbers that f32 holds, see product.c. */
+enum { TO_F32, TO_F16, TO_S32, TO_S32_SATURATED };
+typedef struct {
+    const f32 *a, *bt; /* (rows, depth), (depth, n) */
+    u32 n, depth;
+    s32 fraction, kept, smallest_a, smallest_b; /* exponents of the smallest normal numbers */
+    u32 to;
+} Product;
 
 typedef Outcome (*Handler)(Machine *, Warp *, const Ins *, u32 mask);
 typedef struct {

@@ -157,8 +157,7 @@ def ldmatrix(ins: Instruction) -> Execute:
     def execute(ctx: Context) -> None:
         addresses = _row_addresses(ctx, source, count * fragment.rows)
         rows = ctx.load(addresses, 16, space="shared", proxy="generic").reshape(count, fragment.rows, 16)
-        for target, values in zip(targets, gather(fragment, expand(rows, packed) if packed else rows), strict=True):
-            ctx.write(target, values)
+        ctx.write_all(targets, gather(fragment, expand(rows, packed) if packed else rows))
 
     return execute
 
@@ -179,7 +178,7 @@ def stmatrix(ins: Instruction) -> Execute:
         raise UnsupportedInstruction(ins, "a target that is not an address")
 
     def execute(ctx: Context) -> None:
-        registers = np.stack([ctx.read(source) for source in sources])
+        registers = ctx.read_all(sources)
         addresses = _row_addresses(ctx, target, count * fragment.rows)
         ctx.store(addresses, scatter(fragment, registers).reshape(-1, 16), space="shared", proxy="generic")
 

@@ -1,8 +1,7 @@
 """mma.sync: the warp-wide matrix multiply-accumulate on register fragments.
 
-Sources: PTX ISA 9.7.14.5 (fragment layouts of m16n8k4 to m16n8k32 and of m8n8k4 for f64). Products are exact, they
-and the accumulator are added in float64, and the sum is rounded once to the type of D; integers wrap, or saturate
-with `.satfinite`.
+Sources: PTX ISA 9.7.14.5 (fragment layouts of m16n8k4 to m16n8k32 and of m8n8k4 for f64). Sums are those of Hopper,
+see `sums`; integers wrap, or saturate with `.satfinite`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from ptxemu.errors import UnsupportedInstruction
 from ptxemu.instruction import Vector
 from ptxemu.registry import Execute, operation
-from ptxemu.tensor import formats
+from ptxemu.tensor import formats, sums
 
 if TYPE_CHECKING:
     from ptxemu.context import Context
@@ -83,15 +82,12 @@ def to_accumulator(name: str, total: npt.NDArray[Any], *, saturate: bool = False
         return np.asarray(np.asarray(total, np.float64).astype(np.int64) & 0xFFFFFFFF, np.uint32)
     if name == "f16":
         return np.asarray(total, np.float64).astype(np.float16).view(np.uint16).astype(np.uint32)
-    return np.asarray(total, np.float64).astype(np.float32).view(np.uint32)
+    codes = np.asarray(total, np.float64).astype(np.float32).view(np.uint32)
+    return np.where(np.isnan(total), np.uint32(0x7FFFFFFF), codes)
 
 
 def _items(operand: Operand) -> tuple[Operand, ...]:
     return operand.items if isinstance(operand, Vector) else (operand,)
-
-
-def _stack(ctx: Context, operands: tuple[Operand, ...]) -> Words:
-    return np.stack([ctx.read(operand) for operand in operands])
 
 
 @operation("mma.sync.aligned", section="9.7.14.5.14", converged=True)
@@ -116,16 +112,38 @@ def mma(ins: Instruction) -> Execute:
     saturate = ins.has("satfinite")
 
     def execute(ctx: Context) -> None:
-        product = a_values(a_type, _stack(ctx, a), depth) @ b_values(b_type, _stack(ctx, b), depth).T  # (16, 8)
+        left, right = a_values(a_type, ctx.read_all(a), depth), b_values(b_type, ctx.read_all(b), depth).T  # (16, 8)
         rows, columns = c_positions(4)
-        total = product[rows, columns] + _accumulator(c_type, _stack(ctx, c))  # (4, 32)
-        codes = to_accumulator(d_type, total, saturate=saturate)
+        start = _accumulator(c_type, ctx.read_all(c))  # (4, 32)
+        if d_type == "s32":
+            codes = to_accumulator(d_type, (left @ right)[rows, columns] + start, saturate=saturate)
+        else:
+            codes = _hopper(left, right, start, (a_type, b_type), d_type)
         if d_type == "f16":
             codes = codes[0::2] | codes[1::2] << np.uint32(16)
-        for register, values in zip(d, codes, strict=True):
-            ctx.write(register, values)
+        ctx.write_all(d, codes)
 
     return execute
+
+
+def _hopper(left: Values, right: Values, start: Values, types: tuple[str, str], d_type: str) -> Words:
+    """Sums as Hopper makes them, (4, 32), from A (16, depth) and B (depth, 8).
+
+    ptxas makes products of f16 of those of 8-bit floats: first of the lower two of each four elements along K, then of
+    the upper two, each sum rounded to the type of D; the accumulator is added last.
+    """
+    rows, columns = c_positions(4)
+    a, bt = left.astype(np.float32), right.astype(np.float32)
+    c = np.zeros((16, 8), np.float32)
+    if types[0] not in {"e4m3", "e5m2"}:
+        c[rows, columns] = start
+        return np.asarray(sums.product(a, bt, c, types, d_type)[rows, columns])
+    k = np.arange(a.shape[1])
+    for part in (k[k % 4 < 2], k[k % 4 >= 2]):
+        codes = sums.product(a[:, part], bt[part], c, types, d_type)
+        c = codes.view(np.float32) if d_type == "f32" else codes.astype(np.uint16).view(np.float16).astype(np.float32)
+    with np.errstate(over="ignore"):
+        return to_accumulator(d_type, c[rows, columns] + start.astype(np.float32))
 
 
 def _accumulator(name: str, registers: Words) -> Values:
@@ -143,9 +161,13 @@ def _mma_f64(ins: Instruction) -> Execute:
         left, right = np.zeros((8, 4)), np.zeros((8, 4))
         left[GROUP, THREAD] = ctx.read(a[0], np.uint64).view(np.float64)
         right[GROUP, THREAD] = ctx.read(b[0], np.uint64).view(np.float64)
-        total = left @ right.T
         for i, (target, source) in enumerate(zip(d, c, strict=True)):
-            old = ctx.read(source, np.uint64).view(np.float64)
-            ctx.write(target, (total[GROUP, 2 * THREAD + i] + old).view(np.uint64))
+            total = ctx.read(source, np.uint64).view(np.float64).tolist()
+            for lane, column in enumerate(2 * THREAD + i):
+                for x, y in zip(
+                    left[lane // 4].tolist(), right[column].tolist(), strict=True
+                ):  # one fma after the other
+                    total[lane] = sums.fma(x, y, total[lane])
+            ctx.write(target, np.array(total).view(np.uint64))
 
     return execute

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from ptxemu.instruction import Immediate
+from ptxemu.instruction import Immediate, Register
 from ptxemu.tensor import formats, layouts
 
 if TYPE_CHECKING:
@@ -53,10 +53,9 @@ def decode_chunks(name: str, data: npt.NDArray[np.uint8], *, mn_major: bool, pad
 
 def flag(ctx: Context, operand: Operand) -> bool:
     """A predicate operand of an instruction of which one value counts for the warp."""
-    if isinstance(operand, Immediate):
-        return bool(operand.value)
-    values: Any = ctx.read(operand, np.bool_)
-    return bool(values[ctx.lane])
+    return bool(
+        ctx.scalar(operand) if isinstance(operand, Immediate | Register) else ctx.read(operand, np.bool_)[ctx.lane]
+    )
 
 
 def sign(operand: Operand) -> int:

@@ -14,7 +14,19 @@ Array = npt.NDArray[Any]
 INTEGERS: dict[str, type[np.generic]] = {
     "u32": np.uint32, "s32": np.int32, "u64": np.uint64, "s64": np.int64, "b32": np.uint32, "b64": np.uint64,
 }  # fmt: skip
-WIDTH = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "u32": 4, "s32": 4, "b32": 4, "u64": 8, "s64": 8, "b64": 8}
+WIDTH = {
+    "f32_ftz": 4,
+    "f16": 2,
+    "bf16": 2,
+    "f32": 4,
+    "f64": 8,
+    "u32": 4,
+    "s32": 4,
+    "b32": 4,
+    "u64": 8,
+    "s64": 8,
+    "b64": 8,
+}
 OPERATIONS = ("add", "min", "max", "inc", "dec", "and", "or", "xor")
 
 
@@ -26,16 +38,22 @@ def _widen(name: str, data: npt.NDArray[np.uint8]) -> Array:
     return np.asarray(data.view(kinds[name]))
 
 
+NAN = {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF}
+
+
 def _narrow(name: str, values: Array) -> npt.NDArray[np.uint8]:
-    if name != "bf16":
+    """Codes of numbers, rounded to nearest even; every NaN is the canonical one, but of f64 it stays what it was."""
+    codes = np.dtype(f"u{WIDTH[name]}")
+    if name == "bf16":
+        with np.errstate(over="ignore"):  # two bf16 add exactly in float64, nearly so in f32
+            bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+        out = ((bits + np.uint64(0x7FFF) + (bits >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)).astype(codes)
+    else:
         kinds: dict[str, type[np.generic]] = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
-        return np.ascontiguousarray(values.astype(kinds[name])).view(np.uint8)
-    bits = (
-        values.astype(np.float32).view(np.uint32).astype(np.uint64)
-    )  # two bf16 add exactly in float64, nearly so in f32
-    nan = np.isnan(values)
-    rounded = (bits + np.uint64(0x7FFF) + (bits >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)
-    return np.ascontiguousarray(np.where(nan, np.uint64(0x7FFF), rounded).astype(np.uint16)).view(np.uint8)
+        out = values.astype(kinds[name]).view(codes)
+    if name == "f64":
+        return np.ascontiguousarray(out).view(np.uint8)
+    return np.ascontiguousarray(np.where(np.isnan(values), codes.type(NAN[name]), out)).view(np.uint8)
 
 
 def apply(operation: str, name: str, old: npt.NDArray[np.uint8], new: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -61,10 +79,30 @@ def apply(operation: str, name: str, old: npt.NDArray[np.uint8], new: npt.NDArra
         return np.ascontiguousarray(result.astype(a.dtype)).view(np.uint8).reshape(shape)
     if operation not in ("add", "min", "max"):
         raise ValueError(f"{operation} of type {name}")
+    flushes, name = name == "f32_ftz", name.removesuffix("_ftz")
     x, y = _widen(name, old), _widen(name, new)
+    if flushes:  # subnormals, of the operands and of the sum
+        x, y = _flushed(x), _flushed(y)
     with np.errstate(all="ignore"):
         total = x + y if operation == "add" else np.fmin(x, y) if operation == "min" else np.fmax(x, y)
+    if name == "f64":  # as atomics in global memory: what arrives first
+        total = np.where(np.isnan(y), y, np.where(np.isnan(x), x, total))
+    if operation != "add":  # -0 is less than +0
+        total = np.where((x == 0) & (y == 0), np.copysign(0.0, _sign(operation, x, y)), total)
+    if flushes:
+        total = _flushed(total)
     return _narrow(name, total).reshape(shape)
+
+
+def _flushed(x: Array) -> Array:
+    """f32 numbers with zeros for subnormals."""
+    return np.where(np.abs(x) < 2.0**-126, np.copysign(x.dtype.type(0), x), x)
+
+
+def _sign(operation: str, x: Array, y: Array) -> Array:
+    """-1 where the smaller (min) or larger (max) of two zeros is negative, else 1."""
+    a, b = np.signbit(x), np.signbit(y)
+    return np.where(a | b if operation == "min" else a & b, -1.0, 1.0)
 
 
 def _integer(operation: str, a: Array, b: Array) -> Array:

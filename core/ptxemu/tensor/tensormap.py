@@ -18,7 +18,7 @@ have the same layout:
 | 12-27 | | strides of dimensions 1 to 4 in 16 bytes, low 32 bits |
 | 28-31 | | their high 4 bits, a nibble each |
 | 32-51 | | sizes - 1 |
-| 52-54 | 0-14 | element strides - 1, 3 bits each |
+| 52-54 | 0-14 | element strides - 1, 3 bits each; that of dimension 0 is ignored unless the layout is interleaved |
 | 55-59 | | box - 1 |
 """
 
@@ -61,7 +61,7 @@ TYPES: dict[int, DataType] = {
     5: DataType("s64", 64, 64, "s64"),
     6: DataType("f16", 16, 16, "f16"),
     7: DataType("f32", 32, 32, "f32"),
-    8: DataType("f32_ftz", 32, 32, "f32"),
+    8: DataType("f32_ftz", 32, 32, "f32_ftz"),
     9: DataType("f64", 64, 64, "f64"),
     10: DataType("bf16", 16, 16, "bf16"),
     11: DataType("16u4_align8b", 4, 4),
@@ -150,11 +150,9 @@ class TensorMap:
         return address, inside
 
     def columns(self, first: int) -> tuple[int, int]:
-        """Which elements of the innermost row are inside, after element strides: from (included) and to (excluded)."""
-        step, count = self.steps[0], self.counts[0]
-        low = max(0, -(-(0 - first) // step)) if first < 0 else 0
-        high = min(count, -(-(self.sizes[0] - first) // step))
-        return min(low, count), max(high, min(low, count))
+        """Which elements of the innermost row are inside: from (included) and to (excluded)."""
+        low = min(max(0, -first), self.counts[0])
+        return low, max(min(self.counts[0], self.sizes[0] - first), low)
 
 
 @lru_cache(maxsize=512)
@@ -188,7 +186,7 @@ def decode(raw: bytes) -> TensorMap:
     strides = (0, *((low[i] | (high >> 4 * i & 15) << 32) << 4 for i in range(rank - 1)))
     sizes = tuple(n + 1 for n in struct.unpack_from(f"<{rank}I", raw, 32))
     packed = int.from_bytes(raw[52:55], "little")
-    steps = tuple((packed >> 3 * i & 7) + 1 for i in range(rank))
+    steps = tuple((packed >> 3 * i & 7) + 1 if i or flags >> 11 & 3 else 1 for i in range(rank))
     box = tuple(n + 1 for n in raw[55 : 55 + rank])
     if base % 16:
         problems.append(f"the global address {base:#x} is not a multiple of 16")
@@ -220,11 +218,6 @@ def _box_problems(tensor_map: TensorMap) -> list[str]:
         out.append(
             f"the box's innermost row of {tensor_map.row_bytes} bytes is longer than the {tensor_map.swizzle} swizzle"
         )
-    if tensor_map.type.bits < 8:
-        if tensor_map.type.shared_bits == 8 and tensor_map.box[0] != 128:
-            out.append(
-                f"type {tensor_map.type.name} needs a box of 128 elements in dimension 0, not {tensor_map.box[0]}"
-            )
-        if tensor_map.steps[0] != 1:
-            out.append(f"type {tensor_map.type.name} with an element stride of {tensor_map.steps[0]}")
+    if tensor_map.type.bits < 8 and tensor_map.type.shared_bits == 8 and tensor_map.box[0] != 128:
+        out.append(f"type {tensor_map.type.name} needs a box of 128 elements in dimension 0, not {tensor_map.box[0]}")
     return out

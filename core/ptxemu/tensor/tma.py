@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ptxemu.tensor.tensormap import TensorMap
 
 Bytes = npt.NDArray[np.uint8]
-NAN_BYTES = {"f16": b"\xff\x7f", "bf16": b"\xff\x7f", "f32": b"\xff\xff\xff\x7f", "f64": b"\xff" * 7 + b"\x7f"}
+NAN_BYTES = b"\xf7\x7f"  # a NaN in every floating-point format, as an H200 fills
 
 
 def load_box(tensor_map: TensorMap, boxes: list[tuple[int, ...]], read: Callable[[Any, int], Bytes]) -> Bytes:
@@ -63,11 +63,10 @@ def read_rows(ctx: Context, addresses: npt.NDArray[np.int64], count: int) -> Byt
 
 
 def _filled(tensor_map: TensorMap, count: int) -> Bytes:
-    """Rows of the value of elements out of bounds: zero, or NaN with every bit of the significand set."""
+    """Rows of the value of elements out of bounds: zero, or NaN."""
     rows = np.zeros((count, tensor_map.row_bytes), np.uint8)
-    pattern = NAN_BYTES.get(tensor_map.type.name.removesuffix("_ftz"))
-    if tensor_map.nan_fill and pattern:
-        rows[:] = np.tile(np.frombuffer(pattern, np.uint8), tensor_map.row_bytes // len(pattern))
+    if tensor_map.nan_fill and "f" in tensor_map.type.name:
+        rows[:] = np.tile(np.frombuffer(NAN_BYTES, np.uint8), tensor_map.row_bytes // len(NAN_BYTES))
     return rows
 
 
@@ -81,43 +80,36 @@ def _place(
 ) -> Bytes:
     """Rows with the elements of `span` (from, to) read from global memory."""
     low, high = span
-    dtype, step = tensor_map.type, tensor_map.steps[0]
+    dtype = tensor_map.type
     if dtype.shared_bits != dtype.bits:  # groups of 16 elements: 8 or 12 bytes become 16
         group = 2 * dtype.bits
         data = read(address + (first + low) * dtype.bits // 8, (high - low) * dtype.bits // 8)
         chunks = rows.reshape(len(rows), -1, 16)
         chunks[:, low // 16 : high // 16, :group] = data.reshape(len(rows), -1, group)
         return chunks.reshape(rows.shape)
-    if step == 1:
-        start, stop = low * dtype.bits // 8, high * dtype.bits // 8
-        rows[:, start:stop] = read(address + (first + low) * dtype.bits // 8, stop - start)
-        if tensor_map.tf32:
-            rows[:, start:stop] = formats.round_tf32(rows[:, start:stop].copy().view(np.uint32), rounding="rn").view(
-                np.uint8
-            )
-        return rows
-    size = dtype.bits // 8
-    elements = (first + step * np.arange(low, high)) * size
-    data = read((address[:, None] + elements).reshape(-1), size)
-    rows[:, low * size : high * size] = data.reshape(len(rows), -1)
+    start, stop = low * dtype.bits // 8, high * dtype.bits // 8
+    rows[:, start:stop] = read(address + (first + low) * dtype.bits // 8, stop - start)
+    if tensor_map.tf32:
+        codes = rows[:, start:stop].copy().view(np.uint32)
+        nan = codes & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000)
+        rounded = np.where(nan, np.uint32(0x7FFFE000), formats.round_tf32(codes, rounding="rn"))
+        rows[:, start:stop] = np.ascontiguousarray(rounded).view(np.uint8)
     return rows
 
 
 def stored_spans(tensor_map: TensorMap, coordinates: tuple[int, ...]) -> list[tuple[Any, Any, int, int]]:
-    """Where a store writes: (rows, global addresses (rows,), first byte of the row, bytes) for each run of bytes."""
+    """Where a store writes: (rows, global addresses (rows,), first byte of the row, bytes) for each run of bytes.
+
+    Dimension 0 is cut at a multiple of 16 bytes, so up to 15 bytes behind its end are written, as an H200 does.
+    """
     address, inside = tensor_map.rows(coordinates)
     low, high = tensor_map.columns(coordinates[0])
     rows = np.flatnonzero(inside)
     if high <= low or not len(rows):
         return []
-    size, step = tensor_map.type.bits, tensor_map.steps[0]
-    if step == 1:
-        start = low * size // 8
-        return [(rows, address[rows] + (coordinates[0] + low) * size // 8, start, (high - low) * size // 8)]
-    return [
-        (rows, address[rows] + (coordinates[0] + step * i) * size // 8, i * size // 8, size // 8)
-        for i in range(low, high)
-    ]
+    size = tensor_map.type.bits
+    start, stop = low * size // 8, min(-(-high * size // 128) * 16, tensor_map.row_bytes)
+    return [(rows, address[rows] + (coordinates[0] + low) * size // 8, start, stop - start)]
 
 
 def _tensor_map(ctx: Context, operand: Address, rank: int) -> TensorMap:
@@ -159,6 +151,9 @@ class _Form:
         signed = [int(np.uint32(ctx.scalar(c) & 0xFFFFFFFF).view(np.int32)) for c in self.where.coordinates]
         if tensor_map.type.bits < 8 and signed[0] % (128 if tensor_map.type.shared_bits == 8 else 2):
             ctx.finding("misaligned", f"coordinate {signed[0]} of a tensor of {tensor_map.type.name}", stop=True)
+        elif signed[0] * tensor_map.type.bits % 128:  # "illegal instruction" on an H200
+            text = f"the first coordinate {signed[0]} of type {tensor_map.type.name} is not at a multiple of 16 bytes"
+            ctx.finding("misaligned", text, stop=True)
         if not self.rows4:
             return tensor_map, [tuple(signed)]
         if tensor_map.box[1] != 1:
@@ -233,6 +228,8 @@ def _store(ins: Instruction, operation_name: str) -> Execute:
             ctx.finding("descriptor", f"store of a tensor of type {tensor_map.type.name}", stop=True)
         if operation_name and tensor_map.type.reduction is None and operation_name not in ("and", "or", "xor"):
             ctx.finding("descriptor", f"reduction {operation_name} of a tensor of {tensor_map.type.name}", stop=True)
+        if any(c < 0 for box in boxes for c in box):  # "illegal instruction" on an H200; loads may start there
+            ctx.finding("out_of_bounds", f"a store of a box that starts at {boxes[0]}, before the tensor", stop=True)
         start = int(ctx.address(source)[ctx.lane])
         chunks = _shared_chunks(ctx, tensor_map, start, tensor_map.shared_bytes * len(boxes))
         data: list[Bytes] = []

@@ -2,9 +2,8 @@
 
 Sources: PTX ISA 9.7.15 (asynchronous warpgroup level matrix instructions). An operation starts when the four warps of
 the warpgroup have issued it and is deferred under the policy, in order; the accumulator and A registers stay
-pending and the operands in shared memory held until the wgmma.wait_group that covers the operation. Products are
-exact, they and the accumulator are added in float64 and rounded once for each instruction; the hardware truncates
-aligned products to fewer bits.
+pending and the operands in shared memory held until the wgmma.wait_group that covers the operation. Sums are those
+of the hardware, see `sums`.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ import numpy.typing as npt
 from ptxemu.errors import UnsupportedInstruction
 from ptxemu.instruction import Immediate, Register, Vector
 from ptxemu.registry import Blocked, Execute, operation
-from ptxemu.tensor import formats, layouts, mma_sync
-from ptxemu.tensor.operands import chunk_addresses, decode_chunks, flag, sign
+from ptxemu.tensor import formats, layouts, mma_sync, sums
+from ptxemu.tensor.operands import chunk_addresses, flag, sign
 
 if TYPE_CHECKING:
     from ptxemu.context import Context, Hold
     from ptxemu.instruction import Instruction, Operand
+    from ptxemu.machine import Warp
     from ptxemu.policy import AsyncOp
 
 Words = npt.NDArray[np.uint32]
@@ -97,27 +97,43 @@ class Operation:
     def run(self, ctx: Context, a_chunks: Chunks | None, b_chunks: Chunks) -> None:
         """Multiplies and writes the registers of the four warps."""
         form = self.form
-        b = decode_chunks(form.b_type, ctx.load(b_chunks, 16, space="shared", proxy="async"), mn_major=form.b_mn)
-        b = b.T if form.negate > 0 else -b.T  # (depth, n)
-        product: Values | None = None
-        if a_chunks is not None:
-            a = decode_chunks(form.a_type, ctx.load(a_chunks, 16, space="shared", proxy="async"), mn_major=form.a_mn)
-            product = a @ b  # (64, n)
+        bt = self._matrix(ctx, b_chunks, form.b_type, mn_major=form.b_mn).T  # (depth, n)
+        bt = bt if form.negate > 0 else -bt
+        members = sorted(self.members, key=lambda member: member[0].warp.index)
+        if a_chunks is None:
+            a = np.concatenate([left for _, left, _ in members if left is not None]).astype(np.float32)
+        else:
+            a = self._matrix(ctx, a_chunks, form.a_type, mn_major=form.a_mn)  # (64, depth)
+        warps, keep = [ctx.warp for ctx, _, _ in members], [kept for _, _, kept in members]
+        a, bt, special = sums.finite(a, bt)
+        before = [] if special is None else [warp.matrix(form.key) for warp in warps]
+        places, types = warps[0].slots(form.key), (form.a_type, form.b_type)
+        sums.accumulate(a, bt, types, form.d_type, saturate=form.saturate, warps=warps, places=places, keep=keep)
+        if special is not None:
+            self._not_finite(special, warps, before, keep)
+        for member, _, _ in members:
+            _state(member).seen[form.key] = member.warp.matrix(form.key)
+
+    def _matrix(self, ctx: Context, chunks: Chunks, kind: str, *, mn_major: bool) -> npt.NDArray[np.float32]:
+        """An operand in shared memory: (rows, depth)."""
+        data = ctx.load(chunks, 16, space="shared", proxy="async")
+        values = sums.decode(kind, data.reshape(len(data), -1))
+        return values.T if mn_major else values
+
+    def _not_finite(
+        self, special: npt.NDArray[np.float32], warps: list[Warp], before: list[Words], keep: list[bool]
+    ) -> None:
+        """Puts infinities and NaNs that come of the factors into D."""
+        form = self.form
         rows, columns = form.positions
-        for member, left, keep in self.members:
-            warp = member.warp
-            if left is not None:
-                total = (left @ b)[rows, columns]  # (elements, 32)
-            else:
-                assert product is not None
-                total = product[rows + 16 * (warp.index % WARPS), columns]
-            if keep:
-                total = total + _values(warp.matrix(form.key), form.halves, form.integer)
-            codes = mma_sync.to_accumulator(form.d_type, total, saturate=form.saturate)
+        for k, warp in enumerate(warps):
+            start = _values(before[k], form.halves) if keep[k] else np.zeros(rows.shape)
+            words = warp.matrix(form.key)
+            codes = words if not form.halves else np.stack([words & 0xFFFF, words >> 16], 1).reshape(-1, 32)
+            codes = sums.override(codes, special[rows + 16 * k, columns], start.astype(np.float32), form.d_type)
             if form.halves:
                 codes = codes[0::2] | codes[1::2] << np.uint32(16)
             warp.set_matrix(form.key, codes)
-            _state(member).seen[form.key] = codes
 
 
 @dataclass(eq=False)
@@ -152,8 +168,9 @@ class State:
 
 
 def _state(ctx: Context) -> State:
-    state = ctx.warp.state.setdefault("wgmma", State())
-    assert isinstance(state, State)
+    state: State | None = ctx.warp.state.get("wgmma")
+    if state is None:
+        state = ctx.warp.state["wgmma"] = State()
     return state
 
 
@@ -173,12 +190,12 @@ def _registers(ins: Instruction, operand: Operand) -> tuple[Register, ...]:
     return tuple(item for item in operand.items if isinstance(item, Register))
 
 
-def _values(words: Words, halves: bool, integer: bool) -> npt.NDArray[np.float64]:
+def _values(words: Words, halves: bool) -> npt.NDArray[np.float64]:
     """Accumulator registers as numbers: uint32 (n, 32) to float64 (n or 2 n, 32)."""
     if halves:
         pairs = words[..., None].copy().view(np.float16).astype(np.float64)  # (n, 32, 2)
         return np.asarray(pairs.transpose(0, 2, 1).reshape(-1, 32))
-    return words.view(np.int32 if integer else np.float32).astype(np.float64)
+    return words.view(np.float32).astype(np.float64)
 
 
 class Form:
@@ -235,10 +252,8 @@ def _chunks(ctx: Context, bits: int, mn_major: bool, rows: int, form: Form, what
 
 def _descriptor(ctx: Context, operand: Operand) -> int:
     """A matrix descriptor, which must be the same in all lanes."""
-    if isinstance(operand, Register) and operand.width == 8:
-        values = ctx.warp.registers(operand)
-        if (values == values[0]).all():
-            return int(values[0])
+    if isinstance(operand, Register) and (value := ctx.warp.same_in_all_lanes(operand)) is not None:
+        return value
     return ctx.uniform(operand)
 
 
@@ -263,7 +278,7 @@ def _issue(ctx: Context, form: Form) -> None:
     for key, registers in ((form.key, form.d), (form.a_key, form.a_registers)):
         if key and key not in state.open.pending:
             state.open.pending.add(key)
-            ctx.pend(registers, state.open, "wgmma.wait_group")
+            warp.pend(registers, state.open, "wgmma.wait_group")
     state.open.ops.append(operation_)
     if len(operation_.members) == WARPS:
         del group.waiting[state.issued]

@@ -9,8 +9,9 @@ from megamoe.contracts import E4M3Tensor
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.host import check_readable
 from megamoe.errors import ArgumentError
-from megamoe_stages.fp4_kv_decode import contract, launch, limits
+from megamoe_stages.fp4_kv_decode import contract, gqa_launch, launch, limits
 from megamoe_stages.fp4_kv_decode.contract import DecodeOutput, Extra
+from megamoe_stages.fp4_kv_decode.gqa_shape import shape_of
 from megamoe_stages.fp4_kv_decode.shape import Shape
 
 
@@ -95,6 +96,29 @@ def fp4_kv_decode(
         out.out.zero_()
         out.lse.fill_(-torch.inf)
         return out
+    sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+    grouped = None
+    if indices is None and not shape.shared and gqa_launch.fits(k_codes):
+        grouped = shape_of(q.shape[3], out.out.shape[3], q.shape[1] * q.shape[2] // kv_heads, page)
+    if grouped is not None:
+        arguments = gqa_launch.attend(
+            q,
+            keys,
+            values,
+            block_table,
+            lengths,
+            sink,
+            out,
+            softmax_scale=softmax_scale,
+            window=window,
+            splits=splits,
+            kv_heads=kv_heads,
+            page=page,
+            sms=sms,
+            shape=grouped,
+        )
+        gqa_launch.decode_kernel(grouped)(*arguments)
+        return out
     kernel, arguments = launch.attend(
         q,
         keys,
@@ -110,7 +134,7 @@ def fp4_kv_decode(
         splits=splits,
         kv_heads=kv_heads,
         page=page,
-        sms=torch.cuda.get_device_properties(q.device).multi_processor_count,
+        sms=sms,
     )
     launch.decode_kernel(kernel)(*arguments)
     return out
@@ -118,4 +142,4 @@ def fp4_kv_decode(
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return launch.kernels()
+    return [*launch.kernels(), *gqa_launch.kernels()]

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 HEAD = ".version 8.8\n.target {target}\n.address_size 64\n"
-SWIZZLE = {"none": 0, "32B": 1, "64B": 2, "128B": 3}
+SWIZZLE = {"none": 0, "32B": 1, "64B": 2, "128B": 3, "128B_atom32B": 3 | 1 << 6, "128B_atom64B": 3 | 3 << 6}
+SWIZZLE |= {"128B_atom32B_flip8B": 3 | 2 << 6}
 TYPE = {"u8": 0, "u16": 1, "u32": 2, "s32": 3, "u64": 4, "s64": 5, "f16": 6, "f32": 7, "f64": 9, "bf16": 10}
+TYPE |= {"f32_ftz": 8, "tf32": 7 | 1 << 9, "tf32_ftz": 8 | 1 << 9}
 TYPE |= {"16u4_align8b": 11, "16u4_align16b": 12, "16u6_align16b": 13}
 
 

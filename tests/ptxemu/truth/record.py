@@ -1,5 +1,7 @@
 """Records on a Hopper GPU what the micro-kernels give: `python -m tests.ptxemu.truth.record FOLDER`.
 
+FOLDER gets a file a group of kernels, to be put into `recordings` beside this.
+
 Several processes run the kernels through the CUDA driver. One that fails ends its process, as its context may be lost;
 it is listed in failed.json and the next process goes on behind it.
 """
@@ -18,10 +20,15 @@ from typing import Any
 import numpy as np
 
 from tests.ptxemu.truth.catalogue import kernels
-from tests.ptxemu.truth.micro import Micro
+from tests.ptxemu.truth.micro import Map, Micro
 
-_PROCESSES, _SECONDS = 8, 20.0
+_PROCESSES, _SECONDS = 8, 190.0
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_TYPES = (  # CUtensorMapDataType
+    *("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f64", "bf16", "f32_ftz", "tf32", "tf32_ftz"),
+    *("16u4_align8b", "16u4_align16b", "16u6_align16b"),
+)
+_SWIZZLES = ("none", "32B", "64B", "128B", "128B_atom32B", "128B_atom32B_flip8B", "128B_atom64B")  # CUtensorMapSwizzle
 
 
 class _Attribute(ctypes.Structure):
@@ -65,9 +72,11 @@ class Driver:
         for array, pointer in zip(arrays, pointers, strict=True):
             self("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(array.nbytes))
             self("cuMemcpyHtoD_v2", pointer, ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
+        maps = [self._encode(m, pointers[m.argument].value) for m in micro.maps]
         attribute = _Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_uint * 16)(micro.cluster, 1, 1))
         config = _Config(micro.grid, 1, 1, micro.block, 1, 1, 0, None, ctypes.pointer(attribute), 1)
-        parameters = (ctypes.c_void_p * len(pointers))(*(ctypes.addressof(p) for p in pointers))
+        given = [*maps, *pointers]
+        parameters = (ctypes.c_void_p * len(given))(*(ctypes.addressof(p) for p in given))
         self("cuLaunchKernelEx", ctypes.byref(config), function, parameters, None)
         self("cuCtxSynchronize")
         for k in micro.outputs:
@@ -80,7 +89,22 @@ class Driver:
         for pointer in pointers:
             self("cuMemFree_v2", pointer)
         self("cuModuleUnload", module)
-        return [arrays[k] for k in micro.outputs]
+        return [*(arrays[k] for k in micro.outputs), *(np.frombuffer(m, np.uint8)[8:64].copy() for m in maps)]
+
+    def _encode(self, tensor_map: Map, address: int) -> Any:
+        """What cuTensorMapEncodeTiled makes of a map; 64-byte aligned."""
+        m, rank = tensor_map, len(tensor_map.sizes)
+        room = ctypes.create_string_buffer(192)
+        out = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
+        words, longs = ctypes.c_uint32 * rank, ctypes.c_uint64 * max(rank - 1, 1)
+        self(
+            "cuTensorMapEncodeTiled",
+            ctypes.byref(out),
+            *(_TYPES.index(m.kind), rank, ctypes.c_void_p(address)),
+            *((ctypes.c_uint64 * rank)(*m.sizes), longs(*m.strides), words(*m.box), words(*(m.steps or (1,) * rank))),
+            *(0, _SWIZZLES.index(m.swizzle), 0, int(m.nan)),
+        )
+        return out
 
 
 def _work(folder: Path, names: list[str]) -> None:
@@ -118,21 +142,26 @@ def _supervise(folder: Path, names: list[str], end: float) -> dict[str, str]:
 
 
 def main() -> None:
-    """Records everything into FOLDER/recordings.npz and FOLDER/failed.json."""
+    """Records everything into FOLDER/GROUP.npz and FOLDER/failed.json."""
     folder = Path(sys.argv[1])
     if sys.argv[2:]:
         _work(folder, sys.argv[2:])
         return
     for name in ("parts", "done", "current"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    names, end = list(kernels()), time.monotonic() + _SECONDS
+    table = kernels()
+    names, end = list(table), time.monotonic() + _SECONDS
     shares = [names[k::_PROCESSES] for k in range(_PROCESSES)]
     failed: dict[str, str] = {}
     with ThreadPoolExecutor(_PROCESSES) as pool:
         for found in pool.map(lambda share: _supervise(folder, share, end), shares):
             failed |= found
-    recorded = {p.stem: np.load(p) for p in (folder / "parts").glob("*.npy") if p.stem.split("#")[0] not in failed}
-    np.savez_compressed(folder / "recordings.npz", **recorded)
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for path in sorted((folder / "parts").glob("*.npy")):
+        if (name := path.stem.split("#")[0]) not in failed:
+            groups.setdefault(table[name].group, {})[path.stem] = np.load(path)
+    for group, arrays in groups.items():
+        np.savez_compressed(folder / f"{group.replace(' ', '_')}.npz", allow_pickle=False, **arrays)
     (folder / "failed.json").write_text(json.dumps(failed, indent=1, sort_keys=True))
     sys.stdout.write(f"{len(names) - len(failed)} of {len(names)} recorded; failed: {json.dumps(failed)}\n")
 

@@ -166,6 +166,33 @@ def floats() -> Iterator[str]:
             yield _simple(name, kind, 3)
         yield _simple("neg", kind, 1)
         yield _simple("abs", kind, 1)
+    for mode in ("rz", "rm", "rp"):
+        for name in ("add", "sub", "mul"):
+            yield _simple(f"{name}.{mode}.ftz", "f32")
+        yield _simple(f"fma.{mode}.ftz", "f32", 3)
+    for name in (
+        "sub.rn.ftz.sat",
+        "mul.rn.ftz.sat",
+        "add.rz.sat",
+        "min.ftz.NaN",
+        "max.NaN.xorsign.abs",
+        "div.rn.ftz",
+        "div.rz.ftz",
+    ):
+        yield _simple(name, "f32")
+    for name in ("neg.ftz", "abs.ftz", "rcp.rn.ftz", "sqrt.rn.ftz", "rcp.rz.ftz", "sqrt.rp.ftz"):
+        yield _simple(name, "f32", 1)
+    for kind in ("f16", "f16x2"):
+        for name in ("add.ftz", "sub.ftz.sat", "mul.sat", "mul.ftz", "min.ftz", "max.ftz.NaN"):
+            yield _simple(name, kind)
+        for name in ("fma.rn.ftz", "fma.rn.sat", "fma.rn.ftz.relu"):
+            yield _simple(name, kind, 3)
+    for kind in ("u16x2", "s16x2"):
+        for name in ("add", "min", "max"):
+            yield _simple(name, kind)
+    for kind in ("s32", "s16x2"):
+        yield _simple("min.relu", kind)
+        yield _simple("max.relu", kind)
 
 
 def approximate() -> Iterator[str]:
@@ -176,6 +203,17 @@ def approximate() -> Iterator[str]:
         yield f"{name}.approx.ftz.f32 {{d32}}, {{a32}};"
     for name in ("sin", "cos"):
         yield f"{name}.approx.f32 {{d32}}, {{a32}};"
+        yield f"{name}.approx.ftz.f32 {{d32}}, {{a32}};"
+    for name in ("div.approx", "div.approx.ftz", "div.full", "div.full.ftz"):
+        yield _simple(name, "f32")
+    for name in ("rcp.approx.ftz", "rsqrt.approx", "rsqrt.approx.ftz"):
+        yield _simple(name, "f64", 1)
+    for kind in ("f16", "f16x2"):
+        yield _simple("ex2.approx", kind, 1)
+        yield _simple("tanh.approx", kind, 1)
+    for kind in ("bf16", "bf16x2"):
+        yield _simple("ex2.approx.ftz", kind, 1)
+        yield _simple("tanh.approx", kind, 1)
 
 
 def comparisons() -> Iterator[str]:
@@ -191,6 +229,12 @@ def comparisons() -> Iterator[str]:
     for kind in ("u32", "s32", "f32"):
         yield f"set.lt.{kind}.f32 {{d32}}, {{a32}}, {{b32}};"
         yield f"set.hi.{kind}.u32 {{d32}}, {{a32}}, {{b32}};"
+    for kind in ("f16x2", "bf16x2"):
+        for name in ("lt", "ne", "geu", "nan"):
+            yield f"setp.{name}.{kind} %p9|%p8, {{a32}}, {{b32}}; selp.b32 {{d32}}, 1, 0, %p9; @%p8 add.u32 {{d32}}, {{d32}}, 2;"
+    yield "setp.gt.ftz.f16x2 %p9|%p8, {a32}, {b32}; selp.b32 {d32}, 1, 0, %p9; @%p8 add.u32 {d32}, {d32}, 2;"
+    for name in ("lo", "ls", "hi", "hs"):
+        yield f"setp.{name}.u32 %p9, {{a32}}, {{b32}}; selp.b32 {{d32}}, 1, 0, %p9;"
     for w in (16, 32, 64):
         yield f"selp.b{w} {{d{w}}}, {{a{w}}}, {{b{w}}}, %pa;"
         yield f"slct.b{w}.s32 {{d{w}}}, {{a{w}}}, {{b{w}}}, {{c32}};"
@@ -236,7 +280,27 @@ def conversions() -> Iterator[str]:
                 yield f"cvt.{mode}{relu}.{kind}.f32 {{d16}}, {{a32}};"
                 yield f"cvt.{mode}{relu}.{kind}x2.f32 {{d32}}, {{a32}}, {{b32}};"
     yield "cvt.rn.satfinite.f16.f32 {d16}, {a32};"
-    yield "cvt.rna.tf32.f32 {d32}, {a32};"
+    for mode in ("rna", "rn", "rz", "rn.relu", "rz.relu"):
+        yield f"cvt.{mode}.tf32.f32 {{d32}}, {{a32}};"
+    for row in (
+        "rni.ftz.s32",
+        "rzi.ftz.u32",
+        "rmi.ftz.s64",
+        "rpi.ftz.sat.u64",
+        "rni.ftz.f32",
+        "rzi.ftz.sat.f32",
+        "ftz.f32",
+        "sat.ftz.f32",
+        "rn.ftz.f16",
+    ):
+        yield f"cvt.{row}.f32 {{d{_size(row.split('.')[-1])}}}, {{a32}};"
+    for row in ("f32.f16", "sat.f32.f16", "rn.ftz.sat.f32.f64", "rn.sat.f32.s32", "rn.sat.f16.f32"):
+        yield f"cvt.{row} {{d{_size(row.split('.')[-2])}}}, {{a{_size(row.split('.')[-1])}}};"
+    for mode in ("rni", "rzi", "rmi", "rpi"):
+        yield f"cvt.{mode}.f16.f16 {{d16}}, {{a16}};"
+        yield f"cvt.{mode}.f64.f64 {{d64}}, {{a64}};"
+    yield "cvt.rn.bf16.f16 {d16}, {a16};"
+    yield "cvt.rn.f16.bf16 {d16}, {a16};"
     yield "cvt.sat.f32.f32 {d32}, {a32};"
     for mode in ("rni", "rzi", "rmi", "rpi"):
         yield f"cvt.{mode}.f32.f32 {{d32}}, {{a32}};"
@@ -317,6 +381,22 @@ def memory() -> Iterator[str]:
             )
 
 
+def vectors() -> Iterator[str]:
+    """Vector atomics of floats and packed halves in global memory, PTX ISA 9.7.13.5."""
+    start, load = "st.global.v2.b64 [%cell], {{{a64}, {b64}}};", "ld.global.v2.b64 {{_, {d64}}}, [%cell];"
+    for kind, first in (("f32", "32"), ("f16x2", "32"), ("bf16x2", "32")):
+        noftz = "" if kind == "f32" else ".noftz"
+        four = f"{{{{{{b{first}}}, {{c{first}}}, {{a{first}}}, {{c{first}}}}}}}"
+        yield f"{start} red.global.add{noftz}.v4.{kind} [%cell], {four}; {load}"
+        yield f"{start} atom.global.add{noftz}.v4.{kind} {{{{_, {{d32}}, _, _}}}}, [%cell], {four};"
+        yield f"{start} red.global.add{noftz}.v2.{kind} [%cell+8], {{{{{{a32}}, {{b32}}}}}}; {load}"
+    for name in ("add", "min", "max"):
+        for kind in ("f16x2", "bf16x2"):
+            yield f"{start} red.global.{name}.noftz.v2.{kind} [%cell+8], {{{{{{a32}}, {{b32}}}}}}; {load}"
+        for kind in ("f16", "bf16"):
+            yield f"{start} red.global.{name}.noftz.v8.{kind} [%cell], {{{{{{a16}}, {{b16}}, {{c16}}, {{a16}}, {{a16}}, {{b16}}, {{c16}}, {{b16}}}}}}; {load}"
+
+
 def barriers() -> Iterator[str]:
     """mbarrier: one of two arrivals, then the other, bytes, drops; the state itself is opaque, its readings are not."""
     start = "mbarrier.init.shared.b64 [%sbar], 3; "
@@ -371,7 +451,7 @@ def _arguments(rows: int) -> list[NDArray[np.generic]]:
 
 def kernels() -> Iterator[Micro]:
     """All scalar micro-kernels."""
-    groups = (integers, permutes, floats, approximate, comparisons, conversions, exchanges, memory, barriers)
+    groups = (integers, permutes, floats, approximate, comparisons, conversions, exchanges, memory, vectors, barriers)
     for group in groups:
         rows = list(group())
         for first in range(0, len(rows), _ROWS_A_KERNEL):

@@ -1,0 +1,150 @@
+"""Runs fused variants under NVIDIA's compute-sanitizer, one variant and one tool a process: a script for a GPU machine.
+
+    python -m tests.gpu.sanitize quantize mhc_quant --tools memcheck racecheck --json reports.json
+
+Inputs are made on the CPU and copied, torch's caching allocator is off (each tensor is an allocation with bounds of its
+own), results are compared with the reference on the CPU. Reports of the host's API are left out: cuda-python asks the
+driver for functions that it may not have. Exit code 1 when a tool reports something or a result is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import typer
+
+from megamoe import verify
+from megamoe.model import Role, Stage, Variant
+from megamoe.ops import op
+from megamoe.plugins import load
+from megamoe.runtime import runtime
+from megamoe.testing import compare, guards
+
+TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
+LARGEST = 4 << 20  # bytes of a case's inputs: a tool slows a kernel a hundredfold
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+
+
+class Report(NamedTuple):
+    """What one tool said of one variant; `errors` is -1 when it gave no summary."""
+
+    stage: str
+    variant: str
+    tool: str
+    errors: int
+    cases: int
+    seconds: float
+    lines: list[str]
+
+
+def small_cases(stage: Stage, variant: Variant, most: int) -> dict[str, dict[str, object]]:
+    """Inputs, on the CPU, of the first cases that are small enough and that the variant takes."""
+    found: dict[str, dict[str, object]] = {}
+    for name, case in load(stage.cases).items():
+        if case.gpu_only or len(found) == most:
+            continue
+        inputs = case.inputs(name, "cpu")
+        tensors = [t for value in inputs.values() for t in guards.tensors(value)]
+        on_gpu = {key: to_gpu(value) for key, value in inputs.items()}
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        if size <= LARGEST and all(t.numel() for t in tensors) and not verify.refused(stage, variant, on_gpu):
+            found[name] = inputs
+    return found
+
+
+def to_gpu(value: object) -> object:
+    """Moves what can be moved."""
+    return value.to("cuda") if hasattr(value, "to") else value
+
+
+def child(stage: Stage, variant: Variant, most: int) -> int:
+    """Runs under the tool: each case once, compared with the reference on the CPU; returns 1 when one is wrong."""
+    run, wrong = load(variant.target), 0
+    for name, inputs in small_cases(stage, variant, most).items():
+        mine = {key: guards.clone(value) for key, value in inputs.items()}
+        expected = compare.leaves(load(stage.reference.target)(**mine), mine, stage.mutates)
+        given = {key: to_gpu(value) for key, value in inputs.items()}
+        outputs = compare.leaves(run(**given), given, stage.mutates)
+        torch.cuda.synchronize()
+        outputs = {key: value.to("cpu") for key, value in outputs.items()}
+        bounds = {**op(stage.id).bounds, **load(stage.cases)[name].bounds}
+        bad = [r.reason for r in compare.compare(outputs, expected, bounds) if not r.passed]
+        wrong += bool(bad)
+        typer.echo(f"case {name}: {'; '.join(bad) or 'right'}")
+    return 1 if wrong else 0
+
+
+def sanitize(stage: Stage, variant: Variant, tool: str, most: int, seconds: float) -> Report:
+    """One tool over one variant."""
+    start = time.perf_counter()
+    sanitizer = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--print-limit", "20"]
+    command = [*sanitizer, sys.executable, "-m", "tests.gpu.sanitize", stage.id, "--child", variant.name]
+    environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            [*command, "--cases", str(most)], capture_output=True, text=True, timeout=seconds, env=environ, check=False
+        )
+        output = done.stdout + done.stderr
+    except subprocess.TimeoutExpired as late:
+        output = "".join(part.decode() for part in (late.stdout, late.stderr) if part) + f"\nno end in {seconds:g} s"
+    found = SUMMARY.search(output)
+    errors = int(found.group(1)) if found else -1
+    cases = re.findall(r"^case (.*)$", output, re.MULTILINE)
+    if any(not case.endswith(": right") for case in cases):
+        errors = max(errors, 1)
+    lines = output.splitlines() if errors else [f"case {case}" for case in cases]
+    return Report(stage.id, variant.name, tool, errors, len(cases), round(time.perf_counter() - start, 1), lines)
+
+
+def subjects(stages: list[str]) -> list[tuple[Stage, Variant]]:
+    """The fused variants, of the stages named or of all, that can run here."""
+    chosen = [runtime().stage(name) for name in stages] or list(runtime().stages.values())
+    return [
+        (stage, variant)
+        for stage in chosen
+        for variant in stage.variants
+        if variant.role is Role.FUSED and not runtime().hard_refusals(stage, variant)
+    ]
+
+
+def main() -> int:
+    """Runs from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("stages", nargs="*", help="stage ids; default: all")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--cases", type=int, default=4, help="at most so many cases of a stage")
+    parser.add_argument("--seconds", type=float, default=120, help="limit of one tool on one variant")
+    parser.add_argument("--jobs", type=int, default=4, help="processes at a time")
+    parser.add_argument("--json", type=Path, help="where the reports go")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        stage = runtime().stage(options.stages[0])
+        return child(stage, next(v for v in stage.variants if v.name == options.child), options.cases)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        waiting = [
+            pool.submit(sanitize, stage, variant, tool, options.cases, options.seconds)
+            for stage, variant in subjects(options.stages)
+            for tool in options.tools
+        ]
+        reports = [job.result() for job in waiting]
+    for report in reports:
+        said = "clean" if report.errors == 0 else f"{report.errors} errors" if report.errors > 0 else "no summary"
+        typer.echo(f"{report.stage:<20} {report.variant:<12} {report.tool:<10} {report.cases} cases  {said}")
+    if options.json:
+        options.json.write_text(json.dumps([report._asdict() for report in reports], indent=1) + "\n")
+    return int(any(report.errors or not report.cases for report in reports))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
