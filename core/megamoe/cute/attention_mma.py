@@ -157,6 +157,11 @@ def store_matrices(target: Int32, words: Sequence[Uint32]) -> None:
     _asm("stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", target, *words)
 
 
+def store_low(target: Int32, word: Uint32, size: int) -> None:
+    """Writes the lowest 1 or 2 bytes of a word to shared memory."""
+    _asm(f"st.shared.u{8 * size} [$0], $1;", "r,r", target, word)
+
+
 def store4_if(target: Int32, value: Float32, condition: Int32) -> None:
     """Writes a word of shared memory where the condition is not 0; no branch."""
     _asm("{.reg .pred p; setp.ne.s32 p, $2, 0; @p st.shared.f32 [$0], $1;}", "r,f,r", target, value, condition)
@@ -192,25 +197,6 @@ def store8_global(target: Int64, words: Sequence[Uint32]) -> None:
 def store4_global_if(target: Int64, word: Uint32, condition: Int32) -> None:
     """Writes a word of global memory where the condition is not 0; no branch."""
     _asm("{.reg .pred p; setp.ne.s32 p, $2, 0; @p st.global.b32 [$0], $1;}", "l,r,r", target, word, condition)
-
-
-def prefetch_if(source: Int64, condition: Int32) -> None:
-    """Asks for the 128 bytes round an address of global memory to come into L2 where the condition is not 0."""
-    _asm("{.reg .pred p; setp.ne.s32 p, $1, 0; @p prefetch.global.L2 [$0];}", "l,r", source, condition)
-
-
-def passed(barrier: Int32, parity: Int32) -> Int32:
-    """Whether the phase of that parity of an mbarrier is complete: 1 or 0, without waiting."""
-    text = "{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [$1], $2; selp.s32 $0, 1, 0, p;}"
-    return _result(text, barrier, parity)
-
-
-def all_of(number: int | Int32, threads: int, condition: Int32) -> Int32:
-    """Whether the condition is not 0 in all threads that meet at a named barrier: 1 or 0."""
-    text = (
-        f"{{.reg .pred p; setp.ne.s32 p, $2, 0; barrier.cta.red.and.pred p, $1, {threads}, p; selp.s32 $0, 1, 0, p;}}"
-    )
-    return _result(text, Int32(number), condition)
 
 
 def proxy_fence() -> None:
@@ -251,16 +237,3 @@ def _asm(text: str, constraints: str, *operands: Uint32 | Int32 | Int64 | Float3
         is_align_stack=False,
         asm_dialect=llvm.AsmDialect.AD_ATT,
     )
-
-
-def _result(text: str, *operands: Int32) -> Int32:
-    out = llvm.inline_asm(
-        Int32.mlir_type,
-        [operand.ir_value() for operand in operands],
-        text,
-        ",".join(["=r"] + ["r"] * len(operands) + ["~{memory}"]),
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    return Int32(out)

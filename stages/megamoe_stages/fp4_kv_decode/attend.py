@@ -174,28 +174,20 @@ def attend_together(
 ) -> None:
     """All tiles, each consumer half of the columns and the scores of every other tile.
 
-    Two decoded tiles are all that there is room for. Where an own tile is there before the weights of the other's, its
-    scores are made meanwhile; else the other's tile is added first, so that its place is decoded anew.
+    Two decoded tiles are all that there is room for, so a pair of tiles is worked off as a whole. The second consumer
+    starts its scores before it adds the first one's tile, whose place is then decoded anew while the second tile is
+    added; the first one, whose next scores need that place, starts them only after both.
     """
-    for turn in cutlass.range((tiles - consumer + 1) // 2, unroll=1):
-        own = consumer + 2 * turn
-        if early(base, consumer, own, shape):
-            attend_both(acc, stat, base, consumer, own - 1, first, scales, rows, shape)
-        else:
-            if own > 0:
-                attend_other(acc, stat, base, consumer, own - 1, shape)
-            attend_alone(acc, stat, base, consumer, own, first, scales, rows, shape)
-    if (tiles > 0) & ((tiles - 1) % 2 != consumer):
-        attend_other(acc, stat, base, consumer, tiles - 1, shape)
-
-
-def early(base: Int32, consumer: Int32, own: Int32, shape: Shape) -> Boolean:
-    """Whether an own tile is there and the weights of the one before are not; the same in all of the warpgroup."""
-    full = base + shape.barriers_at + own % shape.buffers * 16
-    other = cutlass.max(own - 1, 0)
-    ready = base + shape.ready_at + other % 2 * 8
-    there = attention_mma.passed(full, own // shape.buffers % 2) & (1 - attention_mma.passed(ready, other // 2 % 2))
-    return attention_mma.all_of(CONSUMERS_BARRIER + 1 + consumer, GROUP, arith.select(own > 0, there, Int32(0))) != 0
+    if consumer == 0:
+        for turn in cutlass.range((tiles + 1) // 2, unroll=1):
+            attend_alone(acc, stat, base, consumer, 2 * turn, first, scales, rows, shape)
+            if 2 * turn + 1 < tiles:
+                attend_other(acc, stat, base, consumer, 2 * turn + 1, shape)
+    else:
+        for turn in cutlass.range(tiles // 2, unroll=1):
+            attend_both(acc, stat, base, consumer, 2 * turn, first, scales, rows, shape)
+        if tiles % 2 != 0:
+            attend_other(acc, stat, base, consumer, tiles - 1, shape)
 
 
 @cute.jit
