@@ -137,7 +137,7 @@ def attend(base: Int32, sequences: Constexpr[Sequences], result: Constexpr[Resul
         go_on(acc, weights, stat, tile, steps, turn, loads, place, sequences, result, shape)
         last = turn + steps - 1
         turn, loads = turn + steps, loads + 1
-        if cutlass.const_expr(shape.query_stages > 1):
+        if cutlass.const_expr(shape.query_stages > 1 and shape.chain):
             number = next_tile(current, number, place, sequences, result, shape)
             if current[ROWS_FIELD] != 0:
                 hand_over(acc, weights, stat, tile, current, turn, loads, place, sequences, result, shape)
@@ -145,8 +145,9 @@ def attend(base: Int32, sequences: Constexpr[Sequences], result: Constexpr[Resul
                 end(acc, weights, stat, tile, last, loads - 1, place, sequences, result, shape)
         else:
             end(acc, weights, stat, tile, last, loads - 1, place, sequences, result, shape)
-            tma.wait_stores()
-            release_queries(loads - 1, place, shape)
+            if cutlass.const_expr(shape.query_stages == 1):
+                tma.wait_stores()
+                release_queries(loads - 1, place, shape)
             number = next_tile(current, number, place, sequences, result, shape)
             if current[ROWS_FIELD] != 0:
                 begin(acc, weights, stat, current, turn, loads, place, sequences, result, shape)
@@ -260,7 +261,11 @@ def go_on(
         scores = attention_mma.wait(scores, 1)
         release(here, 8, place, shape)
         fresh = weigh(scores, stat, tile.begin + step * shape.keys, view, result.factor, shape)
-        sums, fresh = attention_mma.wait_behind(sums, fresh, [stat[2], stat[3]])
+        if cutlass.const_expr(shape.guard):
+            sums, fresh = attention_mma.wait_behind(sums, fresh, [stat[2], stat[3]])
+        else:
+            both = attention_mma.wait([*sums, *fresh])
+            sums, fresh = both[: len(sums)], both[len(sums) :]
         release(here - 1, 24, place, shape)
         for i, value in enumerate(sums):
             acc[i] = value
