@@ -25,9 +25,7 @@ class Shape(NamedTuple):
         dtype: "bfloat16" or "float16".
         consumers: Warpgroups that attend, each to 64 rows.
         keys: Of a tile, a multiple of 16.
-        turns: Consumers start their products one after another, so that one's softmax falls on the others' products.
         late: Sums so far are scaled after the next scores were started, not before.
-        lazy: Weights stay relative to an older largest score while they do not grow too large; sums are rarely scaled.
         chain: A tile's last sums go with the next tile's first scores.
         guard: The softmax stays in front of the wait for the sums.
         masked: There is a mask of one's own.
@@ -39,9 +37,7 @@ class Shape(NamedTuple):
     dtype: str
     consumers: int
     keys: int
-    turns: bool = True
     late: bool = False
-    lazy: bool = False
     chain: bool = True
     guard: bool = True
     masked: bool = False
