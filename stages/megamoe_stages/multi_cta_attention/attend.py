@@ -128,28 +128,17 @@ def attend(base: Int32, sequences: Constexpr[Sequences], result: Constexpr[Resul
         pass_turn(consumer, shape)  # the first one starts
     number = next_tile(current, Int32(0), place, sequences, result, shape)
     turn, loads = Int32(0), Int32(0)
-    if current[ROWS_FIELD] != 0:
-        begin(acc, weights, stat, current, turn, loads, place, sequences, result, shape)
     while current[ROWS_FIELD] != 0:
         tile = tile_of(current)
         steps = tile.steps(shape.keys)
+        begin(acc, weights, stat, tile, turn, loads, place, sequences, result, shape)
         go_on(acc, weights, stat, tile, steps, turn, loads, place, sequences, result, shape)
-        last = turn + steps - 1
+        end(acc, weights, stat, tile, turn + steps - 1, loads, place, sequences, result, shape)
+        if cutlass.const_expr(shape.query_stages == 1):
+            tma.wait_stores()
+            release_queries(loads, place, shape)
         turn, loads = turn + steps, loads + 1
-        if cutlass.const_expr(shape.query_stages > 1 and shape.chain):
-            number = next_tile(current, number, place, sequences, result, shape)
-            if current[ROWS_FIELD] != 0:
-                hand_over(acc, weights, stat, tile, current, turn, loads, place, sequences, result, shape)
-            else:
-                end(acc, weights, stat, tile, last, loads - 1, place, sequences, result, shape)
-        else:
-            end(acc, weights, stat, tile, last, loads - 1, place, sequences, result, shape)
-            if cutlass.const_expr(shape.query_stages == 1):
-                tma.wait_stores()
-                release_queries(loads - 1, place, shape)
-            number = next_tile(current, number, place, sequences, result, shape)
-            if current[ROWS_FIELD] != 0:
-                begin(acc, weights, stat, current, turn, loads, place, sequences, result, shape)
+        number = next_tile(current, number, place, sequences, result, shape)
     if consumer == 0:
         wait_turn(consumer)  # the last one, which nobody needs
     tma.wait_stores()
@@ -215,7 +204,7 @@ def begin(
     acc: cute.Tensor,
     weights: cute.Tensor,
     stat: cute.Tensor,
-    current: cute.Tensor,
+    tile: Constexpr[Tile],
     turn: Int32,
     loads: Int32,
     place: Constexpr[Place],
@@ -224,7 +213,6 @@ def begin(
     shape: Constexpr[Shape],
 ) -> None:
     """The first scores of a tile, with nothing to do meanwhile."""
-    tile = tile_of(current)
     start(acc, stat, shape)
     wait_queries(loads, place, shape)
     scores = attention_mma.wait(start_scores(queries_of(loads, place, shape), turn, place, shape))
@@ -259,11 +247,7 @@ def go_on(
         scores = attention_mma.wait(scores, 1)
         release(here, 8, place, shape)
         fresh = weigh(scores, stat, tile.begin + step * shape.keys, view, result.factor)
-        if cutlass.const_expr(shape.guard):
-            sums, fresh = attention_mma.wait_behind(sums, fresh, [stat[2], stat[3]])
-        else:
-            both = attention_mma.wait([*sums, *fresh])
-            sums, fresh = both[: len(sums)], both[len(sums) :]
+        sums, fresh = attention_mma.wait_behind(sums, fresh, [stat[2], stat[3]])
         release(here - 1, 24, place, shape)
         for i, value in enumerate(sums):
             acc[i] = value
@@ -276,49 +260,6 @@ def go_on(
         release_output(loads, place, shape)
     if cutlass.const_expr(shape.late):
         scale(acc, stat)
-
-
-@cute.jit
-def hand_over(
-    acc: cute.Tensor,
-    weights: cute.Tensor,
-    stat: cute.Tensor,
-    tile: Constexpr[Tile],
-    following: cute.Tensor,
-    turn: Int32,
-    loads: Int32,
-    place: Constexpr[Place],
-    sequences: Constexpr[Sequences],
-    result: Constexpr[Result],
-    shape: Constexpr[Shape],
-) -> None:
-    """The last sums of a tile together with the first scores of the following one, which is number `loads`."""
-    new = tile_of(following)
-    count, words = shape.v_dim // 2, shape.keys // 4
-    fresh_stat = cute.make_rmem_tensor((STATS,), Float32)
-    for i in cutlass.range_constexpr(STATS):
-        fresh_stat[i] = stat[i]
-    wait_queries(loads, place, shape)
-    wait_turn(place.consumer)
-    ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
-    scores = start_scores(queries_of(loads, place, shape), turn, place, shape)
-    sums = start_sums(ready[:count], ready[count:], turn - 1, place, shape)
-    pass_turn(place.consumer, shape)
-    scores = attention_mma.wait(scores, 1)
-    release(turn, 8, place, shape)
-    for i in cutlass.range_constexpr(2):
-        fresh_stat[i], fresh_stat[2 + i] = Float32(softmax.HIDDEN), Float32(0.0)
-    fresh = weigh(scores, fresh_stat, new.begin, view_of(new, place, sequences, result, shape), result.factor)
-    sums, fresh = attention_mma.wait_behind(sums, fresh, [fresh_stat[2], fresh_stat[3]])
-    release(turn - 1, 24, place, shape)
-    for i, value in enumerate(sums):
-        acc[i] = value
-    finish(acc, stat, tile, queries_of(loads - 1, place, shape), place, sequences, result, shape)
-    for i, zero in enumerate(wgmma.zeros(count)):
-        acc[i] = zero
-    for i in cutlass.range_constexpr(STATS):
-        stat[i] = fresh_stat[i]
-    keep(weights, fresh, shape)
 
 
 @cute.jit

@@ -26,8 +26,6 @@ class Shape(NamedTuple):
         consumers: Warpgroups that attend, each to 64 rows.
         keys: Of a tile, a multiple of 16.
         late: Sums so far are scaled after the next scores were started, not before.
-        chain: A tile's last sums go with the next tile's first scores.
-        guard: The softmax stays in front of the wait for the sums.
         masked: There is a mask of one's own.
         stages: Tiles of keys, and of values, in shared memory; a power of two.
     """
@@ -38,8 +36,6 @@ class Shape(NamedTuple):
     consumers: int
     keys: int
     late: bool = False
-    chain: bool = True
-    guard: bool = True
     masked: bool = False
     stages: int = 2
 

@@ -59,7 +59,7 @@ def multi_cta_attention(
         causal=causal,
         window=window,
         rows=shape.rows,
-        sms=torch.cuda.get_device_properties(q.device).multi_processor_count,
+        sms=launch.processors(q.device),
     )
     launch.attend_kernel(shape)(*arguments)
     return out
