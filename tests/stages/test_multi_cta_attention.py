@@ -12,11 +12,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megamoe.errors import ArgumentError
+from megamoe.model import Role
 from megamoe.numerics import attention
 from megamoe_stages.multi_cta_attention import STAGE, contract, fallback
 from megamoe_stages.multi_cta_attention.cases import CASES
 
-VARIANTS = {v.name: v.target for v in STAGE.variants}
+VARIANTS = {v.name: v.target for v in STAGE.variants if v.role is not Role.FUSED}
 SMALL = [name for name, case in CASES.items() if not case.gpu_only]
 # one rounding of the output; the fallback rounds the probabilities too
 LIMIT = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 3e-6}

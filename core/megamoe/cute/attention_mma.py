@@ -34,26 +34,35 @@ def transposed(address: Int32, block_bytes: int) -> Int64:
     return Int64(address >> 4) | Int64(_SWIZZLE | _EIGHT_ROWS << 32 | block_bytes >> 4 << 16)
 
 
-def mma_shared(acc: Sequence[Float32], a: Int64, b: Int64) -> list[Float32]:
+def mma_shared(acc: Sequence[Float32], a: Int64, b: Int64, dtype: str = "bf16") -> list[Float32]:
     """acc + a b, of a (64, 16) and b (16, n), both K-major in shared memory; asynchronous and placed as `wgmma.mma`.
 
     Args:
         acc: n / 2 values.
         a: `wgmma.descriptor`.
         b: `wgmma.descriptor`.
+        dtype: Of a and b, "bf16" or "f16".
     """
-    return _mma(acc, [a, b], "${0}, ${1}, 1, 1, 1, 0, 0", "ll")
+    return _mma(acc, [a, b], "${0}, ${1}, 1, 1, 1, 0, 0", "ll", dtype)
 
 
-def mma_transposed(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64) -> list[Float32]:
+def first_shared(count: int, a: Int64, b: Int64, dtype: str = "bf16") -> list[Float32]:
+    """a b as `mma_shared` has them, added to nothing: `count` = n / 2 values that need not be made zero before."""
+    text = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.{dtype}.{dtype}"
+    names = ", ".join(f"${i}" for i in range(count))
+    return _products(f"{text} {{{names}}}, ${count}, ${count + 1}, 0, 1, 1, 0, 0;", count, ["l", "l"], [a, b])
+
+
+def mma_transposed(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64, dtype: str = "bf16") -> list[Float32]:
     """acc + a b, of a (64, 16) in registers as for `wgmma.mma` and b (16, n) MN-major in shared memory.
 
     Args:
         acc: n / 2 values.
         a: Four words, not to be changed before `wgmma.wait`.
         b: `transposed`.
+        dtype: Of a and b, "bf16" or "f16".
     """
-    return _mma(acc, [*a, b], "{{${0}, ${1}, ${2}, ${3}}}, ${4}, 1, 1, 1, 1", "rrrrl")
+    return _mma(acc, [*a, b], "{{${0}, ${1}, ${2}, ${3}}}, ${4}, 1, 1, 1, 1", "rrrrl", dtype)
 
 
 def mma_shared_transposed(acc: Sequence[Float32], a: Int64, b: Int64) -> list[Float32]:
@@ -67,17 +76,23 @@ def mma_shared_transposed(acc: Sequence[Float32], a: Int64, b: Int64) -> list[Fl
     return _mma(acc, [a, b], "${0}, ${1}, 1, 1, 1, 0, 1", "ll")
 
 
-def _mma(acc: Sequence[Float32], operands: Sequence[Uint32 | Int64], tail: str, letters: str) -> list[Float32]:
+def _mma(
+    acc: Sequence[Float32], operands: Sequence[Uint32 | Int64], tail: str, letters: str, dtype: str = "bf16"
+) -> list[Float32]:
     count = len(acc)
     names = ", ".join(f"${i}" for i in range(count))
     rest = tail.format(*(2 * count + i for i in range(len(operands))))
-    text = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.bf16.bf16 {{{names}}}, {rest};"
-    constraints = ["=f"] * count + [str(i) for i in range(count)] + list(letters)
+    text = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.{dtype}.{dtype} {{{names}}}, {rest};"
+    return _products(text, count, [*map(str, range(count)), *letters], [*acc, *operands])
+
+
+def _products(text: str, count: int, constraints: list[str], operands: Sequence[Any]) -> list[Float32]:
+    """An instruction whose results are `count` sums."""
     out = llvm.inline_asm(
         llvm.StructType.get_literal([Float32.mlir_type] * count),
-        [operand.ir_value() for operand in (*acc, *operands)],
+        [operand.ir_value() for operand in operands],
         text,
-        ",".join(constraints),
+        ",".join(["=f"] * count + constraints),
         has_side_effects=True,
         is_align_stack=False,
         asm_dialect=llvm.AsmDialect.AD_ATT,
@@ -96,15 +111,40 @@ def wait(values: Sequence[Float32], groups: int = 0) -> list[Float32]:
     return _tied(f"wgmma.wait_group.sync.aligned {groups};", values)
 
 
-def _tied(text: str, values: Sequence[Any]) -> list[Any]:
-    """An instruction without operands that keeps its place among what makes and uses the values."""
+def wait_behind(
+    sums: Sequence[Float32], others: Sequence[Float32], totals: Sequence[Float32]
+) -> tuple[list[Float32], list[Float32]]:
+    """`wait` for all groups, and not before the arithmetic that makes `others` is done.
+
+    ptxas moves a plain wait in front of all arithmetic that does not need it, and nothing is left to do meanwhile. It
+    moves no wait across an exit that depends on that arithmetic, and does not know that this one is never taken.
+
+    Args:
+        sums: What is waited for.
+        others: What was computed meanwhile.
+        totals: Two values made from all of them, never below 0.
+    """
+    count = 2 * (len(sums) + len(others))
+    leave = f"min.f32 m, ${count}, ${count + 1}; setp.lt.f32 p, m, 0fBF800000; @p exit;"
+    text = f"{{.reg .pred p; .reg .f32 m; {leave} wgmma.wait_group.sync.aligned 0;}}"
+    done = _tied(text, [*sums, *others], totals)
+    return done[: len(sums)], done[len(sums) :]
+
+
+def _tied(text: str, values: Sequence[Any], operands: Sequence[Float32] = ()) -> list[Any]:
+    """An instruction that keeps its place among what makes and uses the values."""
     count = len(values)
     letters = ["f" if type(value) is Float32 else "r" for value in values]
     out = llvm.inline_asm(
         llvm.StructType.get_literal([type(value).mlir_type for value in values]),
-        [value.ir_value() for value in values],
+        [value.ir_value() for value in (*values, *operands)],
         text,
-        ",".join([f"={letter}" for letter in letters] + [str(i) for i in range(count)] + ["~{memory}"]),
+        ",".join(
+            [f"={letter}" for letter in letters]
+            + [str(i) for i in range(count)]
+            + ["f"] * len(operands)
+            + ["~{memory}"]
+        ),
         has_side_effects=True,
         is_align_stack=False,
         asm_dialect=llvm.AsmDialect.AD_ATT,

@@ -6,7 +6,7 @@ that results over disjoint sets of keys can be merged.
 """
 
 from megamoe.hookspecs import hookimpl
-from megamoe.model import Role, Stage, Variant
+from megamoe.model import Arch, Role, Stage, Variant
 
 STAGE = Stage(
     id="multi_cta_attention",
@@ -15,6 +15,14 @@ STAGE = Stage(
     cases=f"{__name__}.cases:CASES",
     variants=(
         Variant("reference", Role.REFERENCE, f"{__name__}.reference:multi_cta_attention"),
+        Variant(
+            "fused_sm90",
+            Role.FUSED,
+            f"{__name__}.sm90:multi_cta_attention",
+            archs=frozenset({Arch(90)}),
+            needs=("nvidia-cutlass-dsl>=4.8,<4.9", "apache-tvm-ffi>=0.1.11,<0.2"),
+            supports=f"{__name__}.limits:supports",
+        ),
         Variant("fallback", Role.FALLBACK, f"{__name__}.fallback:multi_cta_attention"),
     ),
 )

@@ -1,0 +1,127 @@
+"""Tensor maps over rows that belong to sequences, and bulk stores of rows (sm_90a).
+
+Sequences of any length lie back to back in a (tokens, heads, D) tensor, and a box of rows must end where its sequence
+does. One tensor map does it for all of them: the tensor is seen with two dimensions of the same stride, one of which is
+as long as the box. A box that starts `box - count` rows down that dimension has `count` rows inside; the rest is
+outside the tensor, so the copy engine fills it with zeros and touches no memory for it. The other dimension makes up
+for the start; its origin lies a box before the tensor, where nothing is ever read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cutlass
+from cutlass import Int32, Int64, Numeric, Uint32, cute
+from cutlass._mlir.dialects import llvm
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind, make_smem_layout_atom
+
+BLOCK_COLUMNS = 64  # of 16 bits: a row of 128 bytes, swizzled as in `wgmma`
+
+
+class RowBoxes:
+    """Boxes of (rows, 64 columns) of one head of a (tokens, heads, D) tensor; made by `row_boxes`."""
+
+    def __init__(self, info: cpasync.TmaInfo, rows: int, dtype: type[Numeric]) -> None:
+        self.info, self.rows, self.dtype = info, rows, dtype
+
+    def __extract_mlir_values__(self) -> list[Any]:
+        values: list[Any] = self.info.__extract_mlir_values__()
+        return values
+
+    def __extract_mlir_attributes__(self) -> list[Any]:
+        attributes: list[Any] = self.info.__extract_mlir_attributes__()
+        return attributes
+
+    def __new_from_mlir_values__(self, values: list[Any]) -> RowBoxes:
+        return RowBoxes(self.info.__new_from_mlir_values__(values), self.rows, self.dtype)
+
+
+def row_boxes(tensor: cute.Tensor, rows: int) -> RowBoxes:
+    """A tensor map of a (tokens, heads, D) tensor of 16-bit values, D a multiple of 64; on the host, in the launcher.
+
+    Args:
+        tensor: Contiguous.
+        rows: Of a box, a multiple of 8 up to 256.
+    """
+    tokens, heads, width = tensor.shape
+    stride = heads * width
+    layout = cute.make_layout((rows, width, heads, tokens + 1), stride=(stride, 1, width, stride))
+    shifted = cute.make_tensor(tensor.iterator - rows * stride, layout)
+    atom = make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, tensor.element_type)
+    block = cute.tile_to_shape(atom, (rows, BLOCK_COLUMNS), (0, 1))
+    box = (rows, BLOCK_COLUMNS, 1, 1)
+    staged = cute.append(cute.append(block, cute.make_layout(1)), cute.make_layout(1))
+    return RowBoxes(
+        cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), shifted, staged, box), rows, tensor.element_type
+    )
+
+
+def load_box(
+    boxes: RowBoxes, first: Int32, count: Int32, head: Int32, column: Int32, slot: Int32, barrier: Int32
+) -> None:
+    """Starts the copy of a box into shared memory; a whole warp. All its bytes count at the mbarrier, filled ones too.
+
+    Args:
+        boxes: Where from.
+        first: The first row, of all tokens.
+        count: Rows from there on that may be read, at least 1; those of the box beyond them become zeros.
+        head: Which head.
+        column: The first of 64 columns.
+        slot: Address of the box in shared memory, a multiple of 1024.
+        barrier: Address of an mbarrier.
+    """
+    inside = cutlass.min(count, boxes.rows)
+    tensor = boxes.info.tma_tensor
+    place = cute.domain_offset((boxes.rows - inside, column, head, first + inside), tensor)
+    source = cute.local_tile(place, (boxes.rows, BLOCK_COLUMNS, 1, 1), (0, 0, 0, 0))
+    pointer = cute.make_ptr(boxes.dtype, slot, cute.AddressSpace.smem, assumed_align=1024)
+    layout = boxes.info.smem_layout
+    pointer = cute.recast_ptr(pointer, layout.inner, dtype=boxes.dtype)
+    target = cute.make_tensor(pointer, layout.outer)
+    to, origin = cpasync.tma_partition(
+        boxes.info.atom,
+        0,
+        cute.make_layout(1),
+        cute.group_modes(target, 0, 4),
+        cute.group_modes(source, 0, 4),
+    )
+    at = cute.make_ptr(cutlass.Int64, barrier, cute.AddressSpace.smem, assumed_align=8)
+    cute.copy(boxes.info.atom, origin, to, tma_bar_ptr=at)
+
+
+def store_matrix(at: Int32, words: Sequence[Uint32]) -> None:
+    """Writes four (8, 8) of 16 bits, placed as sums of `wgmma`; lane 8 i + r says where row r of the i-th goes."""
+    _asm("stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", at, *words)
+
+
+def store_bulk(target: Int64, source: Int32, size: int) -> None:
+    """Starts a copy of `size` bytes, a multiple of 16, from shared to global memory; this thread's, in its next group.
+
+    What others wrote there must have been shown to the copy engine (`attention_mma.proxy_fence`, by who wrote it).
+    """
+    _asm("cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;", "l,r,r", target, source, Int32(size))
+
+
+def commit_stores() -> None:
+    """Closes the group of this thread's bulk stores since the last one."""
+    _asm("cp.async.bulk.commit_group;", "")
+
+
+def wait_stores() -> None:
+    """Until this thread's bulk stores have read their shared memory."""
+    _asm("cp.async.bulk.wait_group.read 0;", "")
+
+
+def _asm(text: str, constraints: str, *operands: Numeric) -> None:
+    llvm.inline_asm(
+        None,
+        [operand.ir_value() for operand in operands],
+        text,
+        ",".join(part for part in (constraints, "~{memory}") if part),
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )

@@ -1,0 +1,76 @@
+"""The host side of the fused attention on sm_90a."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megamoe.cute import compiler
+from megamoe.cute.compiler import KernelSpec
+from megamoe_stages.multi_cta_attention import kernel
+from megamoe_stages.multi_cta_attention.contract import AttentionOutput
+from megamoe_stages.multi_cta_attention.shape import DTYPES, HEADS, Shape, shape_of
+
+_LEAST_SCALE = 1e-30  # a scale of 0 would make a hidden score, -inf, NaN; with this one all weights are 1 as well
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    sink: Tensor | None,
+    mask: Tensor | None,
+    out: AttentionOutput,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    window: int | None,
+    rows: int,
+    sms: int,
+) -> tuple[object, ...]:
+    """The arguments of a kernel whose CTAs take `rows` rows; nothing is empty."""
+    queries, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    tiles = kv_heads * (queries * (heads // kv_heads) // rows + cu_seqlens_q.shape[0] - 1)  # as many as there can be
+    if softmax_scale < 0:
+        q, softmax_scale = -q, -softmax_scale  # the kernel takes the largest product for the largest score
+    return (
+        q.view(-1, head_dim),
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        out.lse.view(-1) if sink is None else sink,
+        (out.lse if mask is None else mask).view(torch.uint8),
+        out.out.view(-1, v.shape[2]),
+        out.lse.view(-1),
+        max(softmax_scale, _LEAST_SCALE),
+        heads,
+        int(causal),
+        0 if window is None else window,
+        int(sink is not None),
+        min(tiles, sms),
+    )
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """SMs of a GPU; asking takes longer than a launch."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def attend_kernel(shape: Shape) -> Callable[..., None]:
+    """The compiled kernel."""
+    return compiler.load(kernel.spec(shape))
+
+
+def kernels() -> list[KernelSpec]:
+    """What `megamoe compile` compiles."""
+    shapes = [shape_of(*head, dtype, masked) for masked in (False, True) for dtype in DTYPES for head in HEADS]
+    return [kernel.spec(shape) for shape in shapes if shape is not None]

@@ -1,0 +1,19 @@
+"""What the fused attention leaves to the fallback; no torch here, since the chooser asks before loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megamoe_stages.multi_cta_attention.shape import DTYPES, HEADS
+
+
+def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
+    """Reasons why the kernels cannot do a problem; facts that are not given count as fine."""
+    reasons = []
+    if facts.get("dtype", DTYPES[0]) not in DTYPES:
+        reasons.append(f"{facts['dtype']} queries: the kernels take {' and '.join(DTYPES)}")
+    if "head_dim" in facts:
+        head = int(facts["head_dim"] or 0), int(facts.get("v_dim") or facts["head_dim"] or 0)
+        if head not in HEADS:
+            reasons.append(f"keys of {head[0]} with values of {head[1]}: no kernel is compiled for them")
+    return reasons
