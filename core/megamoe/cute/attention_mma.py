@@ -192,6 +192,17 @@ def store16(target: Int32, words: Sequence[Uint32]) -> None:
     _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", target, *words)
 
 
+def peer_address(at: Int32, rank: Int32) -> Int32:
+    """The address, in the cluster's shared memory, of the same place in the CTA of a rank."""
+    out: Int32 = arith.ptx(Int32, "mapa.shared::cluster.u32 $0, $1, $2;", at, rank)
+    return out
+
+
+def store16_peer(at: Int32, words: Sequence[Uint32]) -> None:
+    """Writes four words at an address of `peer_address`; a barrier of the cluster shows them."""
+    _asm("st.shared::cluster.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", at, *words)
+
+
 def store_matrices(target: Int32, words: Sequence[Uint32]) -> None:
     """Writes four (8, 8) of 16 bits to shared memory by rows: lane 8 i + r says where row r of i goes."""
     _asm("stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", target, *words)

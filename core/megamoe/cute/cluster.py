@@ -27,17 +27,6 @@ def send(values: Sequence[Float32], slot: cute.Pointer, arrived: cute.Pointer, r
     _asm(text, "r,r,r,r,r,r,r", slot, arrived, *(value.bitcast(Int32) for value in values), rank)
 
 
-def address_in(at: Int32, rank: Int32) -> Int32:
-    """The address, in the cluster's shared memory, of the same place in the CTA of a rank."""
-    out: Int32 = arith.ptx(Int32, "mapa.shared::cluster.u32 $0, $1, $2;", at, rank)
-    return out
-
-
-def store16_there(at: Int32, words: Sequence[Uint32]) -> None:
-    """Writes four words at an address of `address_in`; a barrier of the cluster shows them."""
-    _asm("st.shared::cluster.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", at, *words)
-
-
 def expect(arrived: cute.Pointer, size: int, leader: Boolean) -> None:
     """Tells the mbarrier, from the thread that is `leader`, that `size` bytes complete its phase; no branch."""
     text = "{.reg .pred p; setp.ne.s32 p, $2, 0; @p mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;}"

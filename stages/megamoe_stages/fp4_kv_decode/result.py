@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, bf16, cluster, ring
+from megamoe.cute import arith, attention_mma, bf16, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe.cute.convert import DECODED_UNIT
@@ -88,10 +88,10 @@ def join_pair(
     cute.arch.cluster_arrive()
     cute.arch.cluster_wait()  # nobody needs a tile any more
     if consumer != rank:
-        there = cluster.address_in(at, 1 - rank)
+        there = attention_mma.peer_address(at, 1 - rank)
         for i in cutlass.range_constexpr(count // 4):
-            cluster.store16_there(there + i * GROUP * 16, [arith.bits(acc[4 * i + j]) for j in range(4)])
-        cluster.store16_there(there + count // 4 * GROUP * 16, [arith.bits(stat[j]) for j in range(4)])
+            attention_mma.store16_peer(there + i * GROUP * 16, [arith.bits(acc[4 * i + j]) for j in range(4)])
+        attention_mma.store16_peer(there + count // 4 * GROUP * 16, [arith.bits(stat[j]) for j in range(4)])
     cute.arch.cluster_arrive()
     cute.arch.cluster_wait()
     if consumer == rank:
