@@ -192,6 +192,16 @@ def store16(target: Int32, words: Sequence[Uint32]) -> None:
     _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", target, *words)
 
 
+def store8(target: Int32, words: Sequence[Uint32]) -> None:
+    """Writes two words of shared memory."""
+    _asm("st.shared.v2.b32 [$0], {$1, $2};", "r,r,r", target, *words)
+
+
+def store2(target: Int32, word: Uint32) -> None:
+    """Writes the low half of a word to shared memory."""
+    _asm("{.reg .b16 h; cvt.u16.u32 h, $1; st.shared.b16 [$0], h;}", "r,r", target, word)
+
+
 def peer_address(at: Int32, rank: Int32) -> Int32:
     """The address, in the cluster's shared memory, of the same place in the CTA of a rank."""
     out: Int32 = arith.ptx(Int32, "mapa.shared::cluster.u32 $0, $1, $2;", at, rank)

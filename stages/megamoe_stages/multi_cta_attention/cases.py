@@ -60,6 +60,9 @@ CASES: dict[str, Case] = {
         {"lq": [160], "lk": [200], "heads": 8, "kv_heads": 1, "head_dim": 512, "sink": True, "window": 128},
         bench=True,
     ),
+    "d512": Case(make, {"lq": [9, 3], "lk": [50, 3], "kv_heads": 1, "head_dim": 512, "sink": True}),
+    "d512-window": Case(make, {"lq": [30], "lk": [50], "heads": 2, "kv_heads": 1, "head_dim": 512, "window": 9}),
+    "d512-more-queries-than-keys": Case(make, {"lq": [9, 3], "lk": [4, 0], "head_dim": 512, "sink": True}),
     "one-of-each": Case(make, {"lq": [1], "lk": [1]}),
     "decode-like": Case(make, {"lq": [1, 1, 1], "lk": [700, 1, 33], "sink": True}),
     "varlen": Case(make, {"lq": [5, 0, 127, 1], "lk": [9, 4, 127, 300], "sink": True, "window": 50}),
@@ -145,6 +148,12 @@ CASES: dict[str, Case] = {
     "chunk-d128": Case(
         make,
         {"lq": [512], "lk": [16384], "heads": 32, "kv_heads": 8, "head_dim": 128},
+        gpu_only=True,
+        bench=True,
+    ),
+    "dense-d512-mha": Case(
+        make,
+        {"lq": [8192], "lk": [8192], "heads": 16, "kv_heads": 16, "head_dim": 512},
         gpu_only=True,
         bench=True,
     ),

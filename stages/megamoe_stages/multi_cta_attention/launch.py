@@ -14,7 +14,7 @@ from megamoe_stages.multi_cta_attention import kernel
 from megamoe_stages.multi_cta_attention.contract import AttentionOutput
 from megamoe_stages.multi_cta_attention.shape import DTYPES, HEADS, Shape, shape_of
 
-_LEAST_SCALE = 1e-30  # a scale of 0 would make a hidden score, -inf, NaN; with this one all weights are 1 as well
+LEAST_SCALE = 1e-30  # a scale of 0 would make a hidden score, -inf, NaN; with this one all weights are 1 as well
 
 
 def attend(
@@ -49,7 +49,7 @@ def attend(
         (out.lse if mask is None else mask).view(torch.uint8),
         out.out.view(-1, v.shape[2]),
         out.lse.view(-1),
-        max(softmax_scale, _LEAST_SCALE),
+        max(softmax_scale, LEAST_SCALE),
         heads,
         int(causal),
         0 if window is None else window,

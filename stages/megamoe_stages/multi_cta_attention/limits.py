@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megamoe_stages.multi_cta_attention import shape_512
 from megamoe_stages.multi_cta_attention.shape import DTYPES, HEADS
 
 
@@ -14,6 +15,11 @@ def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
         reasons.append(f"{facts['dtype']} queries: the kernels take {' and '.join(DTYPES)}")
     if "head_dim" in facts:
         head = int(facts["head_dim"] or 0), int(facts.get("v_dim") or facts["head_dim"] or 0)
-        if head not in HEADS:
+        if head == (shape_512.DIM, shape_512.DIM):
+            if facts.get("dtype", shape_512.DTYPE) != shape_512.DTYPE:
+                reasons.append(f"{facts['dtype']} queries of {head[0]}: that kernel takes {shape_512.DTYPE}")
+            if facts.get("masked"):
+                reasons.append(f"a mask of one's own with {head[0]}: that kernel knows causality and windows")
+        elif head not in HEADS:
             reasons.append(f"keys of {head[0]} with values of {head[1]}: no kernel is compiled for them")
     return reasons

@@ -8,7 +8,7 @@ from torch import Tensor
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.host import check_readable, dtype_name
 from megamoe.errors import ArgumentError
-from megamoe_stages.multi_cta_attention import contract, launch, limits
+from megamoe_stages.multi_cta_attention import contract, launch, launch_512, limits, shape_512
 from megamoe_stages.multi_cta_attention.contract import AttentionOutput
 from megamoe_stages.multi_cta_attention.shape import shape_of
 
@@ -34,9 +34,11 @@ def multi_cta_attention(
     contract.check(
         q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, softmax_scale=softmax_scale, causal=causal, window=window
     )
-    shape = shape_of(q.shape[2], v.shape[2], dtype_name(q), masked=mask is not None)
+    masked = mask is not None
+    wide = shape_512.shape_for(window) if q.shape[2] == shape_512.DIM else None
+    shape = shape_of(q.shape[2], v.shape[2], dtype_name(q), masked=masked) if wide is None else wide
     head = {"head_dim": q.shape[2], "v_dim": v.shape[2]}
-    if (reasons := limits.supports({"dtype": dtype_name(q), **head})) or shape is None:
+    if (reasons := limits.supports({"dtype": dtype_name(q), "masked": masked, **head})) or shape is None:
         raise ArgumentError("multi_cta_attention", "; ".join(reasons), "what this kernel supports")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.numel():
@@ -45,6 +47,11 @@ def multi_cta_attention(
     if q.numel() == 0 or k.numel() == 0 or (mask is not None and mask.numel() == 0):
         out.out.zero_()
         out.lse.fill_(-torch.inf)
+        return out
+    if isinstance(shape, shape_512.Shape):
+        given = (q, k, v, cu_seqlens_q, cu_seqlens_k, sink, out)
+        arguments = launch_512.attend(*given, softmax_scale=softmax_scale, causal=causal, window=window)
+        launch_512.attend_kernel(shape)(*arguments)
         return out
     arguments = launch.attend(
         q,
@@ -67,4 +74,4 @@ def multi_cta_attention(
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return launch.kernels()
+    return launch.kernels() + launch_512.kernels()

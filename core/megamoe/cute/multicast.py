@@ -1,0 +1,123 @@
+"""Tensor copies that the CTAs of a cluster share: each loads a part of a tile and writes it to all of them (sm_90a).
+
+A tile lies in shared memory as blocks of 64 columns, a row of a block 128 bytes with its 16-byte chunks swizzled as in
+`wgmma`. Who has read a place says so to the mbarriers of all CTAs, since any of them may write there next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cutlass import Int16, Int32, Int64, Numeric, cute
+from cutlass._mlir.dialects import llvm
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind, make_smem_layout_atom
+
+BLOCK_COLUMNS = 64  # of 16 bits
+
+
+class Boxes:
+    """Boxes of (rows, blocks of 64 columns) of one head of a (tokens, heads, D) tensor; made by `boxes`."""
+
+    def __init__(self, info: cpasync.TmaInfo, dtype: type[Numeric], rows: int, blocks: int, ctas: int) -> None:
+        self.info, self.dtype, self.rows, self.blocks, self.ctas = info, dtype, rows, blocks, ctas
+
+    def __extract_mlir_values__(self) -> list[Any]:
+        values: list[Any] = self.info.__extract_mlir_values__()
+        return values
+
+    def __extract_mlir_attributes__(self) -> list[Any]:
+        attributes: list[Any] = self.info.__extract_mlir_attributes__()
+        return attributes
+
+    def __new_from_mlir_values__(self, values: list[Any]) -> Boxes:
+        return Boxes(self.info.__new_from_mlir_values__(values), self.dtype, self.rows, self.blocks, self.ctas)
+
+
+def boxes(tensor: cute.Tensor, rows: int, blocks: int, ctas: int) -> Boxes:
+    """A tensor map of a (tokens, heads, D) tensor of 16-bit values; on the host, in the launcher.
+
+    Args:
+        tensor: Contiguous, D a multiple of 64.
+        rows: Of a box, a multiple of 8 up to 256.
+        blocks: Of 64 columns of a box.
+        ctas: Of a cluster; each box goes to all of them.
+    """
+    tokens, heads, width = tensor.shape
+    layout = cute.make_layout(
+        (tokens, BLOCK_COLUMNS, width // BLOCK_COLUMNS, heads), stride=(heads * width, 1, BLOCK_COLUMNS, width)
+    )
+    seen = cute.make_tensor(tensor.iterator, layout)
+    atom = make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, tensor.element_type)
+    inside = cute.append(cute.tile_to_shape(atom, (rows, BLOCK_COLUMNS, blocks), (0, 1, 2)), cute.make_layout(1))
+    how = cpasync.CopyBulkTensorTileG2SMulticastOp() if ctas > 1 else cpasync.CopyBulkTensorTileG2SOp()
+    info = cpasync.make_tiled_tma_atom(how, seen, inside, (rows, BLOCK_COLUMNS, blocks, 1))
+    return Boxes(info, tensor.element_type, rows, blocks, ctas)
+
+
+def load_box(source: Boxes, token: Int32, head: Int32, block: Int32, slot: Int32, barrier: Int32) -> None:
+    """Starts the copy of a box to the same place of all CTAs; a whole warp. All its bytes count at their mbarriers.
+
+    Args:
+        source: Where from.
+        token: The first row; rows beyond the tensor become zeros.
+        head: Which head.
+        block: The first block of columns.
+        slot: Address in shared memory, a multiple of 1024.
+        barrier: Address of an mbarrier.
+    """
+    tensor, layout = source.info.tma_tensor, source.info.smem_layout
+    box = (source.rows, BLOCK_COLUMNS, source.blocks, 1)
+    there = cute.local_tile(cute.domain_offset((token, 0, block, head), tensor), box, (0, 0, 0, 0))
+    pointer = cute.make_ptr(source.dtype, slot, cute.AddressSpace.smem, assumed_align=1024)
+    here = cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype=source.dtype), layout.outer)
+    target, origin = cpasync.tma_partition(
+        source.info.atom, 0, cute.make_layout(1), cute.group_modes(here, 0, 4), cute.group_modes(there, 0, 4)
+    )
+    at = cute.make_ptr(Int64, barrier, cute.AddressSpace.smem, assumed_align=8)
+    to_all = {"mcast_mask": Int16((1 << source.ctas) - 1)} if source.ctas > 1 else {}
+    cute.copy(source.info.atom, origin, target, tma_bar_ptr=at, **to_all)
+
+
+def expect_if(barrier: Int32, size: int, condition: Int32) -> None:
+    """Arrives from the thread whose condition is not 0, and says that `size` bytes belong to the phase; no branch."""
+    text = "{.reg .pred p; setp.ne.s32 p, $2, 0; @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;}"
+    _asm(text, "r,r,r", barrier, Int32(size), condition)
+
+
+def arrive_everywhere(barrier: Int32, ctas: int) -> None:
+    """A warp's arrival at the same mbarrier of each CTA of the cluster."""
+    lane = cute.arch.lane_idx()
+    if ctas == 1:
+        text = "{.reg .pred p; setp.eq.s32 p, $1, 0; @p mbarrier.arrive.shared::cta.b64 _, [$0];}"
+    else:
+        text = (
+            f"{{.reg .pred p; .reg .b32 there; setp.lt.s32 p, $1, {ctas}; @p mapa.shared::cluster.u32 there, $0, $1;"
+            " @p mbarrier.arrive.shared::cluster.b64 _, [there];}"
+        )
+    _asm(text, "r,r", barrier, lane)
+
+
+def store_row(target: Int64, source: Int32, size: int, condition: Int32) -> None:
+    """Starts a bulk copy from shared to global memory, all multiples of 16, where the condition is not 0."""
+    text = "{.reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;}"
+    _asm(text, "l,r,r,r", target, source, Int32(size), condition)
+
+
+def store_matrices(at: Int32, words: Sequence[Numeric]) -> None:
+    """Writes four (8, 8) of 16 bits to shared memory: lane 8 i + r says where row r of i goes."""
+    text = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
+    _asm(text, "r,r,r,r,r", at, *words)
+
+
+def _asm(text: str, constraints: str, *operands: Numeric) -> None:
+    llvm.inline_asm(
+        None,
+        [operand.ir_value() for operand in operands],
+        text,
+        f"{constraints},~{{memory}}",
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )

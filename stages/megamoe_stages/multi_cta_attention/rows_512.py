@@ -1,0 +1,121 @@
+"""Which rows a CTA of the head_dim 512 kernel has, and which keys they see."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+from cutlass import Boolean, Constexpr, Int32, Int64, cute
+
+from megamoe.cute import arith
+from megamoe.cute.warp import WARP
+from megamoe_stages.multi_cta_attention.shape_512 import GROUP, ROWS, Shape
+
+
+class Rows(NamedTuple):
+    """The rows of a CTA: queries times the heads of a kv head, heads fastest, of one sequence.
+
+    Attributes:
+        first: The CTA's first row.
+        count: Of the whole sequence.
+        group: Heads that share a kv head.
+        query: The sequence's first query, among all.
+        heads: Of q.
+        head: The first of this kv head.
+        position: Key that the sequence's query 0 is at.
+        keys: Of the sequence.
+        causal: Whether keys behind the query's position are hidden.
+        window: Keys that a query sees up to its position; 0 for all.
+    """
+
+    first: Int32
+    count: Int32
+    group: cute.FastDivmodDivisorV2
+    query: Int32
+    heads: Int32
+    head: Int32
+    position: Int32
+    keys: Int32
+    causal: Int32
+    window: Int32
+
+    def split(self, row: Int32) -> tuple[Int32, Int32]:
+        """The query of a row of the sequence, among all, and its head."""
+        query, head = divmod(row, self.group)
+        return self.query + query, self.head + head
+
+    def place(self, row: Int32) -> Int64:
+        """Where in q, in heads, a row of the sequence lies."""
+        query, head = self.split(row)
+        return Int64(query) * self.heads + head
+
+    def seen(self, row: Int32) -> tuple[Int32, Int32]:
+        """Keys that a row of the sequence sees, from one to before another."""
+        at = self.position + divmod(row, self.group)[0]
+        end = arith.select(self.causal != 0, cutlass.min(at + 1, self.keys), self.keys)
+        begin = arith.select(self.window != 0, cutlass.max(at - self.window + 1, 0), Int32(0))
+        return begin, end
+
+
+class Work(NamedTuple):
+    """The keys that the CTAs of a cluster go through.
+
+    Attributes:
+        first: The first key, of the sequence.
+        tiles: Of keys.
+        token: The sequence's first key, among all.
+        kv_head: Which head of the keys.
+    """
+
+    first: Int32
+    tiles: Int32
+    token: Int32
+    kv_head: Int32
+
+
+def lanes() -> tuple[Int32, Int32, Int32]:
+    """Row (0..15 of a warp: this and 8 more), pair of columns, and the warp's number in its warpgroup."""
+    lane = cute.arch.lane_idx()
+    return lane // 4, lane % 4, cute.arch.warp_idx() % (GROUP // WARP)
+
+
+def work_of(rows: Rows, token: Int32, kv_head: Int32, cluster_first: Int32, shape: Shape) -> Work:
+    """The keys that some row of the cluster sees; `cluster_first` is its first row."""
+    last = cutlass.min(cluster_first + shape.ctas * ROWS, rows.count) - 1
+    start, _ = rows.seen(cluster_first)
+    _, end = rows.seen(last)
+    return Work(start, (cutlass.max(end - start, 0) + (shape.tile - 1)) // shape.tile, token, kv_head)
+
+
+@cute.jit
+def find_sequence(
+    number: Int32,
+    cu_seqlens_q: cute.Tensor,
+    group: Int32,
+    cluster_rows: Constexpr[int],
+) -> tuple[Int32, Int32, Int32]:
+    """Whose piece of `cluster_rows` rows comes as `number` in the grid: the sequence, the piece and how many it has.
+
+    A number behind the last piece gives a sequence behind the last one. The whole warp looks together.
+    """
+    sequences = cute.size(cu_seqlens_q) - 1
+    lane = cute.arch.lane_idx()
+    first, before, found = Int32(0), Int32(0), Boolean(False)
+    sequence, piece, pieces = sequences, Int32(0), Int32(0)
+    while (first < sequences) & ~found:
+        at = cutlass.min(first + lane, sequences - 1)
+        queries = arith.select(first + lane < sequences, cu_seqlens_q[at + 1] - cu_seqlens_q[at], Int32(0))
+        own = (queries * group + (cluster_rows - 1)) // cluster_rows
+        upto = own
+        for i in cutlass.range_constexpr(5):
+            below = cute.arch.shuffle_sync_up(upto, offset=1 << i, mask_and_clamp=0)
+            upto = arith.select(lane >= (1 << i), upto + below, upto)
+        passed = cute.arch.popc(cute.arch.vote_ballot_sync(before + upto <= number))
+        found = passed < WARP
+        here = cutlass.min(passed, WARP - 1)
+        piece = number - before - cute.arch.shuffle_sync(upto - own, here)
+        pieces = cute.arch.shuffle_sync(own, here)
+        sequence = arith.select(found, first + passed, sequences)
+        before = before + cute.arch.shuffle_sync(upto, WARP - 1)
+        first = first + WARP
+    return sequence, piece, pieces

@@ -1,0 +1,124 @@
+"""How the head_dim 512 kernel cuts its work and its shared memory: numbers only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+DIM = 512
+DTYPE = "bfloat16"
+GROUP = 128  # threads of a warpgroup
+CONSUMERS = 2  # warpgroups, each with half of the columns of the output
+ROWS = 64  # queries times heads of a CTA
+COLUMNS = 64  # of a block of shared memory
+HALF = DIM // CONSUMERS
+ROW_BYTES = 2 * COLUMNS  # of a block
+BLOCK_BYTES = ROWS * ROW_BYTES
+BLOCKS = DIM // COLUMNS
+THREADS = (1 + CONSUMERS) * GROUP
+SHARED_BYTES = 227 * 1024  # that a CTA may have
+OUT_PITCH = 2 * HALF + 16  # bytes from a staged row of the output to the next: no two of eight in the same banks
+_SMALL = 1024  # mbarriers, largest scores
+
+
+class Shape(NamedTuple):
+    """A kernel; compile-time.
+
+    Attributes:
+        shared: The values are the keys.
+        ctas: Of a cluster: they work on neighbouring rows and share what they load; 1 or 2.
+        chunk: Pieces of 8 KB that are loaded, waited for and given back together; 1, 2 or 4.
+        tile: Keys whose scores a consumer makes at a time; 64, or 128 unless shared.
+    """
+
+    shared: bool
+    ctas: int = 2
+    chunk: int = 1
+    tile: int = 64
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of a chunk."""
+        return self.chunk * BLOCK_BYTES
+
+    @property
+    def key_block_bytes(self) -> int:
+        """Of 64 columns of a tile of keys."""
+        return self.tile * ROW_BYTES
+
+    @property
+    def key_blocks(self) -> int:
+        """Of 64 columns, in a chunk of keys."""
+        return self.chunk_bytes // self.key_block_bytes
+
+    @property
+    def key_chunks(self) -> int:
+        """Of a tile of keys."""
+        return BLOCKS // self.key_blocks
+
+    @property
+    def value_chunks(self) -> int:
+        """Of a tile of a consumer's half of the values: 16 * `chunk` rows each; of shared ones, columns."""
+        return self.tile // self.value_rows
+
+    @property
+    def value_rows(self) -> int:
+        """Of a chunk of values."""
+        return 16 * self.chunk
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the weights of a tile."""
+        return self.tile // COLUMNS * BLOCK_BYTES
+
+    @property
+    def weights_at(self) -> int:
+        """Where the weights that the consumers show each other start, behind the queries."""
+        return BLOCKS * BLOCK_BYTES
+
+    @property
+    def ring_at(self) -> int:
+        """Where the rings start, one for each consumer; of shared tiles each holds a half of the columns."""
+        return self.weights_at + CONSUMERS * self.weights_bytes
+
+    @property
+    def slots(self) -> int:
+        """Of a ring, in chunks."""
+        if self.shared:
+            return 2 * self.value_chunks
+        return (SHARED_BYTES - _SMALL - self.ring_at) // (CONSUMERS * self.chunk_bytes)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of a ring."""
+        return self.slots * self.chunk_bytes
+
+    @property
+    def barriers_at(self) -> int:
+        """Where the mbarriers of the rings start: a slot is full, a slot is empty."""
+        return self.ring_at + CONSUMERS * self.ring_bytes
+
+    @property
+    def ready_at(self) -> int:
+        """The mbarriers of the weights: they are there, they were read."""
+        return self.barriers_at + CONSUMERS * self.slots * 16
+
+    @property
+    def tops_at(self) -> int:
+        """Where the largest scores start, and at the end the sums."""
+        return self.ready_at + CONSUMERS * 16
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a CTA."""
+        return self.tops_at + CONSUMERS * ROWS * 4
+
+
+WIDE = Shape(shared=False)
+NARROW = Shape(shared=False, ctas=1, chunk=2)  # two CTAs' windows together are longer than each
+SHAPES = (WIDE, NARROW)
+_NARROW_WINDOW = 512
+
+
+def shape_for(window: int | None) -> Shape:
+    """The kernel for a window."""
+    return NARROW if window is not None and window <= _NARROW_WINDOW else WIDE

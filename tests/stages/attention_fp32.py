@@ -1,0 +1,97 @@
+"""The head_dim 512 attention with an fp32 output: what its epilogues start from."""
+
+from __future__ import annotations
+
+import cutlass
+from cuda.bindings.driver import CUstream
+from cutlass import Constexpr, Float32, Int32, Int64, cute
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+
+from megamoe.cute import arith, attention_mma, ring
+from megamoe.cute.arith import Target
+from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.multicast import Boxes
+from megamoe_stages.multi_cta_attention import kernel_512
+from megamoe_stages.multi_cta_attention.attend_512 import Consumer
+from megamoe_stages.multi_cta_attention.kernel_512 import Attention
+from megamoe_stages.multi_cta_attention.rows_512 import Rows, lanes
+from megamoe_stages.multi_cta_attention.shape_512 import DIM, HALF, THREADS, Shape
+
+
+@cute.jit
+def launch(
+    q: cute.Tensor,
+    k: cute.Tensor,
+    v: cute.Tensor,
+    cu_seqlens_q: cute.Tensor,
+    cu_seqlens_k: cute.Tensor,
+    sink: cute.Tensor,
+    out: cute.Tensor,  # (queries, heads, 512) fp32
+    lse: cute.Tensor,
+    softmax_scale: Float32,
+    causal: Int32,
+    window: Int32,
+    has_sink: Int32,
+    stream: CUstream,
+    shape: Constexpr[Shape],
+) -> None:
+    numbers = (softmax_scale, causal, window, has_sink)
+    given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
+    kernel(*given, out, shape).launch(
+        grid=kernel_512.grid(q, k, cu_seqlens_q, shape),
+        block=[THREADS, 1, 1],
+        cluster=[shape.ctas, 1, 1],
+        smem=shape.shared_bytes,
+        min_blocks_per_mp=1,
+        stream=stream,
+    )
+
+
+@cute.kernel
+def kernel(
+    q: cute.Tensor,
+    keys: Boxes,
+    values: Boxes,
+    cu_seqlens_q: cute.Tensor,
+    cu_seqlens_k: cute.Tensor,
+    sink: cute.Tensor,
+    lse: cute.Tensor,
+    kv_heads: Int32,
+    group: cute.FastDivmodDivisorV2,
+    factor: Float32,
+    causal: Int32,
+    window: Int32,
+    has_sink: Int32,
+    out: cute.Tensor,
+    shape: Constexpr[Shape],
+) -> None:
+    def finish(me: Consumer, rows: Rows) -> None:
+        store(me, rows, out)
+
+    given = Attention(
+        q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
+    )
+    kernel_512.work_on_rows(given, finish, shape)
+
+
+@cute.jit
+def store(me: Constexpr[Consumer], rows: Constexpr[Rows], out: cute.Tensor) -> None:
+    g, t, wide = lanes()
+    for half in cutlass.range_constexpr(2):
+        row = rows.first + wide * 16 + g + 8 * half
+        if row < rows.count:
+            at = ring.address(out.iterator) + (rows.place(row) * DIM + Int64(me.number * HALF + 2 * t)) * 4
+            for block in cutlass.range_constexpr(HALF // 8):
+                pair = [arith.bits(me.acc[4 * block + 2 * half + j]) for j in range(2)]
+                attention_mma.store8_global(at + block * 32, pair)
+
+
+def spec(shape: Shape) -> KernelSpec:
+    def arguments() -> tuple[object, ...]:
+        *given, lse = kernel_512.tensors()
+        size = cute.sym_int32
+        out = make_fake_compact_tensor(Float32, (size(), size(), DIM), stride_order=(2, 1, 0), assumed_align=16)
+        numbers = Float32(0), *(Int32(0) for _ in range(3))
+        return (*given, out, lse, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True), shape)
+
+    return KernelSpec(f"fp32_{kernel_512.name_of(shape)}", Target.SM90.value, launch, arguments, tuple(shape))

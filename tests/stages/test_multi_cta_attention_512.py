@@ -1,0 +1,132 @@
+"""The head_dim 512 attention kernel for sm_90a, emulated: whole launches, the arguments from the host side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ptxemu
+from megamoe.cute import compiler
+from megamoe.cute.inspect import kernels
+from megamoe.testing import compare
+from megamoe.testing.guards import same_bytes
+from megamoe_stages.multi_cta_attention import contract, kernel_512, launch_512, limits
+from megamoe_stages.multi_cta_attention.cases import make
+from megamoe_stages.multi_cta_attention.contract import AttentionOutput
+from megamoe_stages.multi_cta_attention.reference import multi_cta_attention as reference
+from megamoe_stages.multi_cta_attention.shape_512 import (
+    BLOCK_BYTES,
+    GROUP,
+    HALF,
+    NARROW,
+    OUT_PITCH,
+    SHAPES,
+    SHARED_BYTES,
+    THREADS,
+    WIDE,
+    Shape,
+    shape_for,
+)
+
+PROBLEMS: dict[str, dict[str, Any]] = {
+    "several-tiles-of-keys": {"lq": [70], "lk": [330], "heads": 2, "kv_heads": 2, "sink": True},
+    "tails-and-empty-sequences": {"lq": [5, 0, 67, 1], "lk": [9, 4, 127, 200], "heads": 6, "window": 50, "sink": True},
+    "full": {"lq": [20, 31], "lk": [45, 31], "causal": False, "heads": 3, "kv_heads": 1},
+    "full-window": {"lq": [20], "lk": [245], "causal": False, "window": 7},
+    "more-queries-than-keys": {"lq": [9, 3], "lk": [4, 0], "heads": 16, "kv_heads": 1, "sink": True},
+    "one-tile-one-query": {"lq": [1], "lk": [64], "heads": 64, "kv_heads": 1},
+    "group-of-7": {"lq": [25], "lk": [60], "heads": 14, "kv_heads": 2},
+    "forty-sequences": {"lq": [i % 3 for i in range(40)], "lk": [7 * i % 11 for i in range(40)], "sink": True},
+}
+
+
+def inputs(name: str) -> dict[str, Any]:
+    return make(torch.Generator().manual_seed(0), head_dim=512, **PROBLEMS[name])
+
+
+def emulated(a: dict[str, Any], shape: Shape = WIDE, policy: str = "eager", seed: int = 0) -> AttentionOutput:
+    """What `sm90.multi_cta_attention` would return, its launch on the emulator; no tensor is empty."""
+    out = contract.fake(a["q"], a["k"], a["v"], a["cu_seqlens_q"], a["cu_seqlens_k"], softmax_scale=1.0)
+    out.out.fill_(torch.nan), out.lse.fill_(torch.nan)
+    arguments = launch_512.attend(
+        a["q"],
+        a["k"],
+        a["v"],
+        a["cu_seqlens_q"],
+        a["cu_seqlens_k"],
+        a.get("sink"),
+        out,
+        softmax_scale=a["softmax_scale"],
+        causal=a["causal"],
+        window=a["window"],
+    )
+    artifact = compiler.compile_kernel(kernel_512.spec(shape))
+    ptxemu.run(artifact, *arguments, policy=policy, seed=seed).raise_for_findings()
+    return out
+
+
+def unlike(got: AttentionOutput, a: dict[str, Any]) -> list[compare.LeafResult]:
+    results = compare.compare(compare.leaves(got), compare.leaves(reference(**a)), contract.BOUNDS)
+    return [result for result in results if not result.passed]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_matches_the_reference(name: str) -> None:
+    given = inputs(name)
+    assert not unlike(emulated(given), given)
+
+
+@pytest.mark.parametrize("name", ["tails-and-empty-sequences", "full"])
+def test_one_cta_a_cluster_matches_the_reference(name: str) -> None:
+    given = inputs(name)
+    assert not unlike(emulated(given, NARROW), given)
+
+
+@pytest.mark.parametrize("policy", ["lazy", "random"])
+@pytest.mark.parametrize("name", ["several-tiles-of-keys", "group-of-7"])
+def test_no_order_of_events_matters(name: str, policy: str) -> None:
+    """Copies and products as late as they may be, warps in any order: the same bytes."""
+    given = inputs(name)
+    first, second = emulated(given), emulated(given, policy=policy, seed=5)
+    assert same_bytes(first.out, second.out)
+    assert same_bytes(first.lse, second.lse)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1])
+def test_scales_that_are_not_positive(scale: float) -> None:
+    given = {**inputs("full"), "softmax_scale": scale}
+    assert not unlike(emulated(given), given)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compiles_within_a_minute_and_does_not_spill(shape: Shape) -> None:
+    artifact = compiler.compile_kernel(kernel_512.spec(shape))
+    assert artifact.seconds < 60
+    assert not [k for k in kernels(artifact.cubin) if k.spills]
+
+
+def test_registers_of_a_cta_are_those_of_its_launch() -> None:
+    """Warpgroups that ask for more than the others gave back wait forever, which no emulator shows."""
+    given = 65536 // THREADS // 8 * 8 * (THREADS // GROUP)
+    assert given >= kernel_512.PRODUCER_REGISTERS + 2 * kernel_512.CONSUMER_REGISTERS
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shared_memory_holds_what_a_kernel_needs(shape: Shape) -> None:
+    regions = [0, shape.weights_at, shape.ring_at, shape.barriers_at, shape.ready_at, shape.tops_at, shape.shared_bytes]
+    assert regions == sorted(set(regions))
+    assert shape.shared_bytes <= SHARED_BYTES
+    assert shape.ring_at % BLOCK_BYTES == 0
+    assert shape.ring_bytes >= 64 * OUT_PITCH
+    assert 2 * HALF % 16 == 0
+
+
+def test_what_takes_which_kernel() -> None:
+    assert shape_for(None) == shape_for(4096) == WIDE
+    assert shape_for(128) == NARROW
+    assert "mask" in limits.supports({"head_dim": 512, "masked": True})[0]
+    assert not limits.supports({"dtype": "bfloat16", "head_dim": 512, "v_dim": 512})
+    assert "float16" in limits.supports({"dtype": "float16", "head_dim": 512})[0]
+    assert "256" in limits.supports({"head_dim": 512, "v_dim": 256})[0]
