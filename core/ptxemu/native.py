@@ -100,10 +100,7 @@ class Cta(ctypes.Structure):
 
     _fields_ = [
         ("shared", Region),
-        ("bar_index", POINTER(c_uint32)),
         ("bars", POINTER(Mbarrier)),
-        ("bar_count", c_uint32),
-        ("bar_room", c_uint32),
         ("rank", c_uint32),
         ("live_warps", c_uint32),
         ("named", NamedBarrier * 16),

@@ -152,18 +152,16 @@ class Bench:
             hidden = self.first(given.x4, given, self.layer)
             outputs = self.second(hidden, given, self.layer)
         for mode, x in (("w4a16", given.x), ("w4a4", given.x4)):
-            found[f"experts {mode}"] = _under(fused, partial(self._both, x, given, self.layer))
-            found[f"L1 {mode}"] = _under(fused, partial(self.first, x, given, self.layer))
-            found[f"L1 separate {mode}"] = _under(fused, partial(self.separate, x, given))
-            found[f"layer {mode}"] = _under(fused, partial(self.layer, x, given.indices, given.weights))
-        found["L2"] = _under(fused, lambda: self.second(hidden, given, self.layer))
+            found[f"experts {mode}"] = under(fused, partial(self._both, x, given, self.layer))
+            found[f"L1 {mode}"] = under(fused, partial(self.first, x, given, self.layer))
+            found[f"L1 separate {mode}"] = under(fused, partial(self.separate, x, given))
+            found[f"layer {mode}"] = under(fused, partial(self.layer, x, given.indices, given.weights))
+        found["L2"] = under(fused, lambda: self.second(hidden, given, self.layer))
         logits = torch.randn(given.indices.shape[0], self.model.experts, device=self.enc.device)
-        found["route"] = _under(fused, lambda: op("moe_route")(logits, top_k=self.model.top_k, scaling=1.5))
-        found["permute"] = _under(fused, lambda: op("moe_permute")(given.indices, self.model.experts))
-        found["combine"] = _under(
-            fused, lambda: op("moe_combine")(outputs, given.rows, given.weights, dtype="bfloat16")
-        )
-        found["experts fallback"] = _under(FALLBACK, lambda: self._both(given.x4, given, self.plain))
+        found["route"] = under(fused, lambda: op("moe_route")(logits, top_k=self.model.top_k, scaling=1.5))
+        found["permute"] = under(fused, lambda: op("moe_permute")(given.indices, self.model.experts))
+        found["combine"] = under(fused, lambda: op("moe_combine")(outputs, given.rows, given.weights, dtype="bfloat16"))
+        found["experts fallback"] = under(FALLBACK, lambda: self._both(given.x4, given, self.plain))
         if self.bf16:
             found["experts bf16"] = lambda: self.library(given)
         return found
@@ -318,7 +316,7 @@ def _timed(graph: torch.cuda.CUDAGraph) -> float:
     return float(start.elapsed_time(end)) * 1e3
 
 
-def _under(choice: Mapping[str, str], call: Call) -> Call:
+def under(choice: Mapping[str, str], call: Call) -> Call:
     session = Session(resolve(choice))
 
     def run_it() -> Any:

@@ -29,6 +29,8 @@ def smallest_case(stage: Stage, variant: Variant) -> str:
             counts = [t.numel() for value in inputs.values() for t in guards.tensors(value)]
             if min(counts) and not emulation.too_large(inputs) and not verify.refused(stage, variant, inputs):
                 sizes[name] = sum(counts)
+    if not sizes:  # a kernel for large problems only
+        pytest.skip("no case is small enough for the emulator; the stage's own tests run it there")
     return min(sizes, key=sizes.__getitem__)
 
 

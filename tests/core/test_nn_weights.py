@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from megamoe.errors import ArgumentError
@@ -64,6 +67,31 @@ def test_state_of_a_layer() -> None:
     keep(other, "w", random((2, 32, 48)))
     with pytest.raises(RuntimeError, match="size mismatch"):
         other.load_state_dict(source.state_dict(), strict=False)
+
+
+@pytest.mark.parametrize(("order", "rows", "k"), [("gate_up", 96, 80), ("up_gate", 64, 128), (None, 40, 48)])
+def test_prepared_weights_live_in_a_safetensors_file(tmp_path: Path, order: str | None, rows: int, k: int) -> None:
+    """Padded or not: what comes back is the prepared form, and from it the weights as they were given."""
+
+    def layer(seed: int) -> nn.Module:
+        module = nn.Module()
+        keep(module, "w", random((2, rows, k), parts=2 if order else None, seed=seed), order)
+        return module
+
+    source, target = layer(1), layer(2)
+    want = given(source, "w")
+    source.w.prepare()  # type: ignore[union-attr, operator]
+    save_file(source.state_dict(), tmp_path / "layer.safetensors")
+    target.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    assert isinstance(source.w, Weight)
+    assert isinstance(target.w, Weight)
+    assert target.w.prepared
+    assert target.w.order == source.w.order
+    assert_same(target.w.operand, source.w.operand)
+    got = given(target, "w")
+    assert isinstance(got, NVFP4Tensor)
+    assert isinstance(want, NVFP4Tensor)
+    assert_same(got, want)
 
 
 def test_what_has_no_prepared_form_is_refused() -> None:

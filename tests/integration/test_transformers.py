@@ -188,7 +188,7 @@ def test_nvfp4_stays_near_the_model_and_uses_every_op(
         "multi_cta_attention": 4 + 3,  # 3 layers also look at compressed entries
         "fp4_kv_decode": calls.of["fp4_kv_decode"],
     }
-    attends, fills = 3 * (4 + 3), 4 + 3
+    attends, fills = 3 * 4, 4 + 3  # both caches of a layer in one call
     assert attends + fills <= calls.of["fp4_kv_decode"] <= attends + fills + 3 * 3  # and new compressed entries
 
 

@@ -145,3 +145,24 @@ def test_cluster_barriers_used_wrongly() -> None:
     missing = found(f"{CLUSTER} setp.eq.u32 %p1, %r20, 0; @%p1 bra END; bar.sync 5, 64; END: {SYNC}", grid=2, cluster=2)
     assert missing.kind is FindingKind.DEADLOCK
     assert "barrier of the cluster: phase 0, 32 threads missing" in missing.detail
+
+
+def test_a_copy_in_flight_keeps_its_barrier_while_others_are_made() -> None:
+    """Warp 1 initialises 200 mbarriers while the copy of warp 0 is under way."""
+    source, out = np.arange(64, dtype=np.uint32), np.zeros(32, np.uint32)
+    bars = ".shared .align 8 .b8 bar[2048];\n.shared .align 16 .b8 data[256];"
+    body = f"""{SETUP} ld.param.u64 %d1, [p0]; ld.param.u64 %d2, [p1];
+        @%p1 mbarrier.init.shared::cta.b64 [%r2], 1; @%p1 fence.mbarrier_init.release.cluster;
+        @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r2], 256;
+        @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r3], [%d1], 256, [%r2];
+        bar.sync 0; setp.ne.u32 %p2, %r1, 32; @%p2 bra WAIT;
+        mov.u32 %r4, 1;
+        MORE: shl.b32 %r5, %r4, 3; add.u32 %r5, %r2, %r5; mbarrier.init.shared::cta.b64 [%r5], 1;
+        add.u32 %r4, %r4, 1; setp.lt.u32 %p3, %r4, 201; @%p3 bra MORE;
+        WAIT: bar.sync 0; setp.ge.u32 %p4, %r1, 32; @%p4 bra END;
+        TRY: mbarrier.try_wait.parity.shared::cta.b64 %p5, [%r2], 0; @!%p5 bra TRY;
+        shl.b32 %r6, %r1, 2; add.u32 %r7, %r3, %r6; ld.shared.b32 %r8, [%r7];
+        cvt.u64.u32 %d3, %r6; add.s64 %d3, %d2, %d3; st.global.b32 [%d3], %r8;
+        END:"""
+    run(body, source, out, declarations=bars, block=64, policy="lazy").raise_for_findings()
+    assert (out == source[:32]).all()

@@ -57,6 +57,12 @@ def appended(a: dict[str, Any]) -> dict[str, Any]:
     return a
 
 
+def entry(a: dict[str, Any], b: int, t: int) -> tuple[int, int] | None:
+    """Page and slot of entry t of the second cache, None where it does not exist."""
+    names = {"k_codes": "extra_codes", "block_table": "extra_table", "lengths": "extra_lengths"}
+    return slot({name: a[other] for name, other in names.items()}, b, t)
+
+
 def token(a: dict[str, Any], side: str, at: tuple[int, int]) -> Tensor:
     """float64 (kv_heads, D) of one slot."""
     code = a[f"{side}_codes"][at[0], :, at[1]].long()
@@ -83,9 +89,16 @@ def oracle(a: dict[str, Any]) -> tuple[Tensor, Tensor]:
             seen = [t for t in homes if t <= at and (a["window"] is None or t > at - a["window"])]
             if a.get("indices") is not None:
                 seen = [t for t in a["indices"][b, i].tolist() if t in homes]
-            if not seen:
+            chosen = [(k[t], v[t]) for t in seen]
+            if "extra_codes" in a:
+                picked = range(int(a["extra_lengths"][b]))
+                if "extra_indices" in a:
+                    picked = a["extra_indices"][b, i].tolist()
+                found = [at for t in picked if (at := entry(a, b, t)) is not None]
+                chosen += [(token(a, "extra", at), token(a, "extra", at)) for at in found]
+            if not chosen:
                 continue
-            keys, values = (torch.stack([x[t] for t in seen]).repeat_interleave(group, 1) for x in (k, v))
+            keys, values = (torch.stack(side).repeat_interleave(group, 1) for side in zip(*chosen, strict=True))
             e = (torch.einsum("hd,khd->hk", q[b, i], keys) * a["softmax_scale"]).exp()
             lse[b, i] = e.sum(1).log()
             bottom = e.sum(1) + (a["sink"].double().exp() if "sink" in a else 0)
@@ -156,6 +169,21 @@ def test_a_table_without_pages_drops_new_tokens_and_sees_nothing() -> None:
         assert (variant(which)(**args).out == 0).all()
 
 
+@pytest.mark.parametrize("which", VARIANTS)
+def test_a_page_that_is_not_the_caches_is_none(which: str) -> None:
+    """Neither read nor written, whatever number the table holds; so are lengths past the table."""
+    args, lost = inputs("gqa-d128"), inputs("gqa-d128")
+    pages = args["k_codes"].shape[0]
+    args["block_table"][:, 0], args["block_table"][1, 2] = pages, 2**31 - 1
+    lost["block_table"][:, 0], lost["block_table"][1, 2] = -1, -1
+    args["lengths"][0] += 1000
+    lost["lengths"][0] = args["lengths"][0]
+    got, want = variant(which)(**args), variant(which)(**lost)
+    assert same_bytes(got.out, want.out)
+    assert same_bytes(got.lse, want.lse)
+    assert all(same_bytes(args[name], lost[name]) for name in STAGE.mutates)
+
+
 @pytest.mark.parametrize("splits", [0, 1, 2, 7, 33, 1000])
 def test_splits_change_nothing_but_rounding(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fallback, "WORKSPACE", 1)  # splits=0 then takes 16 tokens at a time
@@ -168,7 +196,8 @@ def test_splits_change_nothing_but_rounding(splits: int, monkeypatch: pytest.Mon
 
 def test_fallback_reads_no_more_than_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     args = inputs("queries-8-window")
-    keys = fallback._keys(args["block_table"], args["lengths"], None, 8, 16, 10)
+    cache = fallback.Cache(args["k_codes"], args["k_scales"], args["k_scale"])
+    keys = fallback._keys(cache, args["block_table"], args["lengths"], None, 8, 10)
     assert keys.slot.shape == (3, 10 + 8 - 1)
 
 
@@ -235,6 +264,22 @@ def test_refuses_arguments_that_do_not_fit() -> None:
     wrong("sink", torch.zeros(8, dtype=torch.float64))
     wrong("indices", lambda i: i.long(), case="mla-indices")
     wrong("indices", lambda i: i[1:], case="mla-indices")
+    for name in ("extra_scales", "extra_table", "extra_lengths", "extra_scale"):
+        wrong(name, None, case="two-caches")
+        wrong(name, torch.zeros(1))  # without extra_codes
+    wrong("extra_indices", torch.zeros(1))
+    wrong("extra_codes", lambda c: c.int(), case="two-caches")
+    wrong("extra_codes", lambda c: c[..., :32].contiguous(), case="two-caches")
+    wrong("extra_scales", lambda s: s[:, :, 1:].contiguous(), case="two-caches")  # another page size
+    wrong("extra_table", lambda t: t[1:], case="two-caches")
+    wrong("extra_lengths", lambda x: x.long(), case="two-caches")
+    wrong("extra_indices", lambda i: i[:, :, :, None], case="two-caches-picked")
+    wrong("k_scales", lambda s: s[:, :, 1:].contiguous())  # another page size
+    codes, scales, table, held, scale = (
+        inputs("two-caches")[f"extra_{name}"] for name in ("codes", "scales", "table", "lengths", "scale")
+    )
+    second = {"extra_scales": scales, "extra_table": table, "extra_lengths": held, "extra_scale": scale}
+    wrong("extra_codes", codes, **second)  # beside values
     wrong("window", 0)
     wrong("window", 5, case="mla-indices")
     wrong("splits", -1)
@@ -242,8 +287,9 @@ def test_refuses_arguments_that_do_not_fit() -> None:
 
 
 def test_check_values_names_the_culprit() -> None:
-    names = ("k_codes", "block_table", "lengths", "k_scale", "v_scale", "indices", "window")
-    for case in ("gqa-d128", "mla-window", "mla-indices", "window-evicted"):
+    extra = ("extra_codes", "extra_table", "extra_lengths", "extra_scale", "extra_indices")
+    names = ("k_codes", "block_table", "lengths", "k_scale", "v_scale", "indices", "window", *extra)
+    for case in ("gqa-d128", "mla-window", "mla-indices", "window-evicted", "two-caches", "two-caches-picked"):
         args = inputs(case)
         contract.check_values(**{n: args[n] for n in names if n in args})
     args = inputs("mla-indices")
@@ -257,6 +303,17 @@ def test_check_values_names_the_culprit() -> None:
         ("v_scale", torch.tensor(torch.nan)),
         ("indices", args["indices"] + 1000),
         ("indices", torch.full_like(args["indices"], 2)),
+    ):
+        with pytest.raises(ArgumentError) as error:
+            contract.check_values(**(given | {name: value}))
+        assert error.value.argument == name
+    args = inputs("two-caches-picked")
+    given = {n: args[n] for n in names if n in args}
+    for name, value in (
+        ("extra_lengths", args["extra_lengths"] + 1000),
+        ("extra_table", args["extra_table"] + 1000),
+        ("extra_scale", torch.tensor(-1.0)),
+        ("extra_indices", args["extra_indices"] + 1000),
     ):
         with pytest.raises(ArgumentError) as error:
             contract.check_values(**(given | {name: value}))

@@ -25,6 +25,11 @@ ON_HOST = (
     "mla-d512-page64",
     "mla-window",
     "mla-indices",
+    "two-caches",
+    "two-caches-picked",
+    "two-caches-queries-2-all",
+    "two-caches-both-picked",
+    "two-caches-nothing-near",
     "page-odd",
     "group-of-5",
     "queries-8-window",
@@ -65,8 +70,10 @@ def emulated(a: dict[str, Any], policy: str = "eager", seed: int = 0) -> DecodeO
     out = contract.fake(q, k_codes, a["k_scales"], table, a["lengths"], a["k_scale"], v_codes, softmax_scale=1.0)
     if q.numel() == 0:
         return out
+    names = ("codes", "scales", "table", "lengths", "scale", "indices")
+    extra = contract.Extra.of(*(a.get(f"extra_{name}") for name in names))
     out.out.fill_(torch.nan), out.lse.fill_(torch.nan)
-    arguments = launch.attend(
+    shape, arguments = launch.attend(
         q,
         keys,
         values,
@@ -74,6 +81,7 @@ def emulated(a: dict[str, Any], policy: str = "eager", seed: int = 0) -> DecodeO
         a["lengths"],
         a.get("sink"),
         a.get("indices"),
+        extra,
         out,
         softmax_scale=a["softmax_scale"],
         window=a.get("window"),
@@ -82,7 +90,6 @@ def emulated(a: dict[str, Any], policy: str = "eager", seed: int = 0) -> DecodeO
         page=page,
         sms=8,
     )
-    shape = Shape(q.shape[3], out.out.shape[3], shared=v_codes is None)
     artifact = compiler.compile_kernel(kernel.spec(shape))
     ptxemu.run(artifact, *arguments, policy=policy, seed=seed).raise_for_findings()
     return out
@@ -97,8 +104,17 @@ def test_matches_the_reference(name: str) -> None:
     assert not [r for r in results if not r.passed]
 
 
+@pytest.mark.parametrize("softmax_scale", [-0.3, 0.0])
+def test_any_finite_scale(softmax_scale: float) -> None:
+    given = inputs("d64") | {"softmax_scale": softmax_scale}
+    a, b = ({key: clone(value) for key, value in given.items()} for _ in range(2))
+    expected = compare.leaves(reference(**a), a, STAGE.mutates)
+    results = compare.compare(compare.leaves(emulated(b), b, STAGE.mutates), expected, contract.BOUNDS)
+    assert not [r for r in results if not r.passed]
+
+
 @pytest.mark.parametrize("policy", ["lazy", "random"])
-@pytest.mark.parametrize("name", ["split-3", "mla-indices"])
+@pytest.mark.parametrize("name", ["split-3", "mla-indices", "two-caches-queries-2"])
 def test_no_order_of_events_matters(name: str, policy: str) -> None:
     """Copies and products as late as they may be, warps in any order: the same bytes."""
     given = inputs(name)
@@ -125,6 +141,7 @@ def test_limits() -> None:
     assert not limits.supports({"dtype": "bfloat16", "head_dim": 512, "v_dim": 512, "shared": True})
     assert not limits.supports({"head_dim": 192, "v_dim": 128, "shared": False})
     assert "float16" in limits.supports({"dtype": "float16"})[0]
+    assert not limits.supports({"head_dim": 512, "v_dim": 512, "shared": True, "extra": True})
     assert "96" in limits.supports({"head_dim": 96, "v_dim": 96, "shared": False})[0]
     assert "are the values" in limits.supports({"head_dim": 128, "v_dim": 128, "shared": True})[0]
 
@@ -134,6 +151,10 @@ def test_splits_fill_the_machine() -> None:
     assert launch.choose_splits(problems=200, tokens=1 << 17, sms=132) == 1
     assert launch.choose_splits(problems=1, tokens=64, sms=132) == 1
     assert launch.choose_splits(problems=8, tokens=1 << 17, sms=132) == 16
+    assert launch.choose_splits(problems=64, tokens=128, sms=132, pairs=True) == 2
+    assert launch.choose_splits(problems=64, tokens=64, sms=132, pairs=True) == 1
+    assert launch.choose_splits(problems=44, tokens=1 << 17, sms=132, pairs=True) == 2
+    assert launch.choose_splits(problems=67, tokens=1 << 17, sms=132, pairs=True) == 1
 
 
 def test_refuses_what_it_cannot_do() -> None:

@@ -19,6 +19,7 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.host import empty_result
 from megamoe.cute.weight_gemm import Shape
 from megamoe.numerics.gate_up import interleave
+from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe.testing import guards
 from megamoe_stages.grouped_gemm import prefill, prefill_kernel
 from megamoe_stages.grouped_gemm.cases import make
@@ -49,6 +50,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Report]]:
 
     monkeypatch.setattr(compiler, "load", emulated)
     monkeypatch.setattr(prefill, "processors", lambda _: CTAS)
+    monkeypatch.setattr(prefill, "clusters", lambda _: {})
     forget_launchers()
     yield seen
     forget_launchers()
@@ -101,6 +103,39 @@ def test_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, 
     for report in reports:
         report.raise_for_findings()
     assert guards.same_bytes(out, expected)
+
+
+@pytest.mark.parametrize(("rows", "n", "k", "sms"), [(11, 320, 400, 8), (70, 48, 512, 6), (100, 272, 304, 16)])
+def test_a_cluster_shares_the_k_of_one_expert(
+    reports: list[Report], monkeypatch: pytest.MonkeyPatch, rows: int, n: int, k: int, sms: int
+) -> None:
+    monkeypatch.setattr(prefill, "processors", lambda _: sms)
+    monkeypatch.setattr(prefill, "clusters", lambda _: {c: sms // c for c in prefill.CLUSTERS})
+    monkeypatch.setattr(prefill, "EXCHANGE_CLOCKS", 0)  # else k is too short here
+    given = make(Generator().manual_seed(2), rows=(rows,), n=n, k=k, values="integers")
+    expected = grouped_gemm(**given)
+    out = torch.full_like(expected, math.nan)
+    prefill.run(given["a"], given["weights"].with_layout("hopper"), given["offsets"], None, out)
+    assert reports[1].launches[0].cluster[0] > 1
+    for report in reports:
+        report.raise_for_findings()
+    assert guards.same_bytes(out, expected)
+
+
+def test_how_one_expert_is_cut() -> None:
+    def cut(rows: int, n: int, k: int) -> tuple[int, int]:
+        codes = torch.empty(1, n, k // 2, dtype=torch.uint8, device="meta")
+        most = {2: 66, 4: 32, 8: 16}
+        shape, ctas, cluster = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132, most)
+        assert cluster == 1 or shape.shared
+        assert cluster == 1 or ctas == cluster * -(-n // 256) * -(-rows // shape.tokens)
+        return shape.tokens, cluster
+
+    assert cut(16, 8192, 8192) == (64, 4)
+    assert cut(128, 8192, 8192) == (128, 4)
+    assert cut(256, 8192, 8192) == (128, 2)
+    assert cut(128, 1536, 4096) == (64, 8)
+    assert cut(8192, 8192, 8192) == (128, 1)
 
 
 @pytest.mark.parametrize("params", [{"a": "nvfp4", "scale_layout": "128x4"}], ids=["nvfp4-128x4"])

@@ -192,6 +192,32 @@ def store16(target: Int32, words: Sequence[Uint32]) -> None:
     _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", target, *words)
 
 
+def store8(target: Int32, words: Sequence[Uint32]) -> None:
+    """Writes two words of shared memory."""
+    _asm("st.shared.v2.b32 [$0], {$1, $2};", "r,r,r", target, *words)
+
+
+def store2(target: Int32, word: Uint32) -> None:
+    """Writes the low half of a word to shared memory."""
+    _asm("{.reg .b16 h; cvt.u16.u32 h, $1; st.shared.b16 [$0], h;}", "r,r", target, word)
+
+
+def peer_address(at: Int32, rank: Int32) -> Int32:
+    """The address, in the cluster's shared memory, of the same place in the CTA of a rank."""
+    out: Int32 = arith.ptx(Int32, "mapa.shared::cluster.u32 $0, $1, $2;", at, rank)
+    return out
+
+
+def store16_peer(at: Int32, words: Sequence[Uint32]) -> None:
+    """Writes four words at an address of `peer_address`; a barrier of the cluster shows them."""
+    _asm("st.shared::cluster.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", at, *words)
+
+
+def store_matrices(target: Int32, words: Sequence[Uint32]) -> None:
+    """Writes four (8, 8) of 16 bits to shared memory by rows: lane 8 i + r says where row r of i goes."""
+    _asm("stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", target, *words)
+
+
 def store4_if(target: Int32, value: Float32, condition: Int32) -> None:
     """Writes a word of shared memory where the condition is not 0; no branch."""
     _asm("{.reg .pred p; setp.ne.s32 p, $2, 0; @p st.shared.f32 [$0], $1;}", "r,f,r", target, value, condition)

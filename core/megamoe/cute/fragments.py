@@ -6,6 +6,7 @@ Everything that comes out is exactly 2^-7 of E2M1 * E4M3 (`convert.DECODED_UNIT`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from cutlass import Float32, Uint32
 from cutlass._mlir import ir
@@ -18,19 +19,42 @@ _VALUE = 0x81C081C0  # sign and magnitude of a decoded pair, as bf16 times 2^-12
 _SCALE = 0x0FF00FF0  # S0E5M3 codes in a pair of bf16
 _SCALE_BIAS = 0x70007000
 _X_OF_Z = 0xC180C180
+_OR, _AND_OR, _SELECT = 0xFC, 0xEA, 0xE4  # look-up tables of a | b, a & b | c, c ? a : b
 _MMA = (
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
     " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
 )
 
 
-def scale_pairs(word: Uint32) -> tuple[Uint32, Uint32]:
+class Masks(NamedTuple):
+    """Two masks that `decode_pair` combines three words with: in one instruction each if the masks are registers.
+
+    Attributes:
+        scale: Of S0E5M3 codes in a pair of bf16.
+        x_of_z: Of the bits of z that x holds.
+    """
+
+    scale: Uint32
+    x_of_z: Uint32
+
+
+MASKS = Masks(Uint32(_SCALE), Uint32(_X_OF_Z))
+
+
+def masks(target: Target) -> Masks:
+    """MASKS in registers: the compiler does not know them, or it would write constants into two instructions each."""
+    zero = Uint32(arith.hidden_zero(target))
+    scale, x_of_z = (_lop3(zero, Uint32(mask), Uint32(0), _OR, target) for mask in (_SCALE, _X_OF_Z))
+    return Masks(scale, x_of_z)
+
+
+def scale_pairs(word: Uint32, mask: Uint32, target: Target) -> tuple[Uint32, Uint32]:
     """The scales of rows g and g + 8 of a k32 group: bf16 pairs (block 0, block 1), times 2^119."""
-    other = (word << 8) | (word >> 24)
-    return _scales(word), _scales(other)
+    low, high = (_lop3(w, mask, Uint32(_SCALE_BIAS), _AND_OR, target) for w in (word, (word << 8) | (word >> 24)))
+    return low, high
 
 
-def decode_pair(x: Uint32, y: Uint32, scales: Uint32, target: Target) -> list[Uint32]:
+def decode_pair(x: Uint32, y: Uint32, scales: Uint32, target: Target, given: Masks = MASKS) -> list[Uint32]:
     """A lane's left operands of the two k16 steps of a k32 group.
 
     Args:
@@ -38,18 +62,30 @@ def decode_pair(x: Uint32, y: Uint32, scales: Uint32, target: Target) -> list[Ui
         y: Second word.
         scales: The word of scale codes.
         target: What to compile for.
+        given: `masks` for a loop that decodes much.
 
     Returns:
         a0..a3 of the first step, then of the second: rows g, g + 8, g, g + 8 of m16k16.
     """
-    low, high = scale_pairs(scales)
-    z = (x & _word(_X_OF_Z)) | (y & _word(~_X_OF_Z))
+    low, high = scale_pairs(scales, given.scale, target)
+    z = _lop3(x, y, given.x_of_z, _SELECT, target)
     first = (x << 6, x << 2, _rotate_right(x, 4), y << 4)
     second = (y, _rotate_right(y, 6), _rotate_right(z, 2), _rotate_right(z, 8))
     return [
         convert.mul_bf16x2(form & _word(_VALUE), high if i % 2 else low, target)
         for i, form in enumerate((*first, *second))
     ]
+
+
+def _lop3(a: Uint32, b: Uint32, c: Uint32, table: int, target: Target) -> Uint32:
+    """Any function of three bits, for each bit: `table` holds it at 4 a + 2 b + c: PTX lop3.b32."""
+    if not target.host:
+        return arith.ptx(Uint32, f"lop3.b32 $0, $1, $2, $3, {table};", a, b, c)
+    out = Uint32(0)
+    for place in range(8):
+        if table >> place & 1:
+            out = out | ((a if place & 4 else ~a) & (b if place & 2 else ~b) & (c if place & 1 else ~c))
+    return out
 
 
 def interleave(first: Sequence[Uint32], second: Sequence[Uint32], target: Target) -> list[Uint32]:
@@ -115,10 +151,6 @@ def mma(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32]) -> list[
     )
     place = [ir.DenseI64ArrayAttr.get([i]) for i in range(4)]
     return [Float32(llvm.extractvalue(Float32.mlir_type, out, p)) for p in place]
-
-
-def _scales(word: Uint32) -> Uint32:
-    return (word & _SCALE) | _SCALE_BIAS
 
 
 def _rotate_right(word: Uint32, by: int) -> Uint32:

@@ -272,6 +272,7 @@ def _consume(
     unit, stage, slab = piece, piece, piece
     group, number, turn = span.group, Int32(0), Int32(0)
     fresh = Boolean(True)
+    masks = fragments.masks(target)
     for _item in cutlass.range(span.items, unroll=1):
         where = _pass(base, number)
         live = _tiles(where)
@@ -290,11 +291,11 @@ def _consume(
             bulk.barrier_arrive_if(_barrier(shared + _EMPTY, slab), lane == 0)
             rows = shared + ROWS + unit * (4 * shape.tiles * 512) + lane * 16
             if cutlass.const_expr(shape.tiles == 1):
-                _multiply(acc, codes, scales, rows, 1, target, shape)
+                _multiply(acc, codes, scales, rows, 1, masks, target, shape)
             else:
                 for i in cutlass.range_constexpr(shape.tiles):
                     if live == i + 1:
-                        _multiply(acc, codes, scales, rows, i + 1, target, shape)
+                        _multiply(acc, codes, scales, rows, i + 1, masks, target, shape)
             unit, slab, stage = unit + SLICES, slab + SLICES, stage + SLICES
             if stage >= problem.stages:
                 stage = stage - problem.stages
@@ -322,6 +323,7 @@ def _multiply(
     scales: list[list[Uint32]],
     rows: Uint32,
     live: int,
+    masks: fragments.Masks,
     target: Target,
     shape: Shape,
 ) -> None:
@@ -330,7 +332,7 @@ def _multiply(
         b = [bulk.load4(rows + (q * shape.tiles + n) * 512) for n in range(live)]
         for t in range(PAIR_TILES):
             x, y = codes[t][q // 2][q % 2 * 2], codes[t][q // 2][q % 2 * 2 + 1]
-            a = fragments.decode_pair(x, y, scales[t][q], target)
+            a = fragments.decode_pair(x, y, scales[t][q], target, masks)
             for n in range(live):
                 at = (t * shape.tiles + n) * 4
                 c = [acc[at + i] for i in range(4)]

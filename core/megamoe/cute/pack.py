@@ -4,7 +4,7 @@
             memory is for wgmma, so that one bulk copy brings any run of rows of a block of k. Rows of an expert are
             neighbours and start at a multiple of 8. NVFP4 comes out as 2^-7 of its value, without its global scale.
 
-One warp a row; a lane makes a chunk, 8 lanes write 128 bytes in a row.
+A warp or several a row; a lane makes a chunk, 8 lanes write 128 bytes in a row.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megamoe.cute.warp import WARP
 THREADS = 256
 CHUNKS = 8  # of 16 bytes, of a row of 64 slots
 AT_ONCE = 4  # chunks that a lane asks for before it waits
+ENOUGH_ROWS = 1024  # for a warp each; fewer are shared, or most SMs would have nothing to do
 KINDS = ("bfloat16", "linear", "128x4")  # plain activations, or NVFP4 by the layout of its scales
 
 
@@ -35,13 +36,14 @@ def launch(
     offsets: cute.Tensor,  # (experts + 1,) int32
     packed: cute.Tensor,  # (padded K / 64, capacity, 64) bf16
     rows: Int32,
+    parts: Int32,  # warps that share a row
     stream: CUstream,
     kind: Constexpr[str],
     indexed: Constexpr[bool],
 ) -> None:
-    """Launches a warp for each row."""
+    """Launches `parts` warps for each row."""
     kernel(values, scales, index, offsets, packed, rows, kind, indexed).launch(
-        grid=[cute.ceil_div(rows, THREADS // WARP), 1, 1], block=[THREADS, 1, 1], stream=stream
+        grid=[cute.ceil_div(rows, THREADS // WARP), parts, 1], block=[THREADS, 1, 1], use_pdl=True, stream=stream
     )
 
 
@@ -58,10 +60,14 @@ def kernel(
 ) -> None:
     """The kernel; see the module."""
     thread, _, _ = cute.arch.thread_idx()
-    cta, _, _ = cute.arch.block_idx()
+    cta, part, _ = cute.arch.block_idx()
+    _, parts, _ = cute.arch.grid_dim()
+    cute.arch.griddepcontrol_wait()  # what came before in the stream is done; up to here it may still have run
+    cute.arch.griddepcontrol_launch_dependents()
     row = cta * (THREADS // WARP) + thread // WARP
     if row < rows:
-        pack_row(values, scales, index, offsets, packed, row, thread % WARP, kind, indexed)
+        lane = thread % WARP
+        pack_row(values, scales, index, offsets, packed, row, lane, part, parts, kind, indexed)
 
 
 @cute.jit
@@ -73,10 +79,12 @@ def pack_row(
     packed: cute.Tensor,
     row: Int32,
     lane: Int32,
+    part: Int32,
+    parts: Int32,
     kind: Constexpr[str],
     indexed: Constexpr[bool],
 ) -> None:
-    """One row, by a warp."""
+    """A warp's part of a row."""
     target = Target.SM90
     expert = _expert_of(row, lane, offsets)
     start = offsets[expert]
@@ -87,7 +95,7 @@ def pack_row(
     capacity = Int64(cute.size(packed, mode=[1]))
     to = bulk.global_address(packed) + Int64(place) * (CHUNKS * 16)
     chunks = cute.size(packed, mode=[0]) * CHUNKS
-    for first in cutlass.range(lane, chunks, WARP * AT_ONCE, unroll=1):
+    for first in cutlass.range(lane + part * (WARP * AT_ONCE), chunks, parts * (WARP * AT_ONCE), unroll=1):
         mine = [first + i * WARP for i in range(AT_ONCE)]
         loaded = [_load(values, scales, source, cutlass.min(chunk, chunks - 1), kind) for chunk in mine]
         for i in cutlass.range_constexpr(AT_ONCE):
@@ -141,6 +149,11 @@ def _words(parts: list[list[Uint32]], kind: str, target: Target) -> list[Uint32]
     return fragments.activation_pairs([first], [second], (low, high), target)[:4]
 
 
+def parts_of(rows: int, k: int) -> int:
+    """How many warps should share a row: up to one for each round of loads."""
+    return max(1, min(ENOUGH_ROWS // rows, k // (CHUNKS * WARP * AT_ONCE)))
+
+
 def spec(kind: str, indexed: bool) -> KernelSpec:
     """The kernel for any sizes.
 
@@ -159,7 +172,7 @@ def spec(kind: str, indexed: bool) -> KernelSpec:
         index, offsets = (_compact(Int32, (size(),), 4) for _ in range(2))
         packed = _compact(BFloat16, (size(), size(), 64), 16)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return (values, scales, index, offsets, packed, Int32(0), stream, kind, indexed)
+        return (values, scales, index, offsets, packed, Int32(0), Int32(1), stream, kind, indexed)
 
     name = f"pack_{kind}{'_indexed' if indexed else ''}"
     return KernelSpec(name, Target.SM90.value, launch, arguments, (kind, indexed))

@@ -77,14 +77,10 @@ def store4(at: Int32, value: Numeric) -> None:
     _asm("st.shared.b32 [$0], $1;", at, value)
 
 
-def store8(at: Int32, words: Sequence[Uint32]) -> None:
-    """Writes two words of shared memory."""
-    _asm("st.shared.v2.b32 [$0], {$1, $2};", at, *words)
-
-
-def store2(at: Int32, half: Uint32) -> None:
-    """Writes the low half of a word to shared memory."""
-    _asm("{.reg .b16 h; cvt.u16.u32 h, $1; st.shared.b16 [$0], h;}", at, half)
+def store16_of(at: Int32, values: Sequence[Numeric], rank: Int32) -> None:
+    """Writes four words at the same place of the shared memory of a CTA of the cluster."""
+    text = "{.reg .b32 to; mapa.shared::cluster.u32 to, $0, $5; st.shared::cluster.v4.b32 [to], {$1, $2, $3, $4};}"
+    _asm(text, at, *(value.bitcast(Uint32) for value in values), Int32(rank))
 
 
 def store_transposed(at: Int32, words: Sequence[Uint32]) -> None:

@@ -145,7 +145,8 @@ def step(
         own = own_rows(scores, half)
         zero = arith.mul(finite(largest[half]), factor, Target.SM90)
         minus = arith.ptx(Float32, "neg.f32 $0, $1;", zero)
-        shrink.append(attention_mma.exp2(fma(top[half], factor, minus)))
+        before = arith.mul(top[half], factor, Target.SM90)  # rounded as `zero` was then: exactly 1 for the same top
+        shrink.append(attention_mma.exp2(arith.add(before, minus, Target.SM90)))
         powers = [attention_mma.exp2(fma(score, factor, minus)) for score in own]
         added = _tree(powers, lambda a, b: arith.add(a, b, Target.SM90))
         totals.append(fma(total[half], shrink[half], added))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
+from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 
 from megamoe.cute import arith, fragments, ring, wgmma
 from megamoe.cute.arith import Target
@@ -22,7 +22,7 @@ from megamoe.cute.warp import WARP
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2  # warpgroups
 THREADS = GROUP * (1 + CONSUMERS)
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 TILE_ROWS = 16  # weight rows of a prepared tile
 TILES = 2  # of a consumer warp
 ROWS = CONSUMERS * GROUP // WARP * TILES * TILE_ROWS  # weight rows of a piece
@@ -47,11 +47,13 @@ class Shape(NamedTuple):
             three up to 128 ptxas sees too few registers and lets no product overlap the next decode.
         stages: Of the ring.
         staging: Bytes of shared memory that the epilogue gets.
+        shared: The CTAs of a cluster share the k of a piece, and its results.
     """
 
     widths: tuple[int, ...]
     stages: int
     staging: int
+    shared: bool = False
 
     @property
     def tokens(self) -> int:
@@ -150,6 +152,35 @@ class Piece(NamedTuple):
     start: Int32
 
 
+class Share(NamedTuple):
+    """What a CTA of a cluster has of a piece: of its k, and of its groups of 8 tokens those of its rank modulo `ctas`.
+
+    Attributes:
+        rank: In the cluster.
+        ctas: Of the cluster.
+    """
+
+    rank: Int32 | int
+    ctas: Int32 | int
+
+    def holds(self, group: int) -> Boolean | bool:
+        """Whether the CTA has the results of a group."""
+        return True if isinstance(self.rank, int) else group % self.ctas == self.rank
+
+
+def share(shape: Shape) -> Share:
+    """This CTA's."""
+    return Share(cute.arch.block_idx_in_cluster(), cute.arch.cluster_size()) if shape.shared else Share(0, 1)
+
+
+def stages_of(part: Share, operands: Operands) -> tuple[Int32, Int32]:
+    """The first stage of a CTA's share of k, and how many there are."""
+    if isinstance(part.rank, int):
+        return Int32(0), operands.k_stages
+    first, end = (operands.k_stages * (part.rank + i) // part.ctas for i in range(2))
+    return first, end - first
+
+
 def packed_start(start: Int32, expert: Int32) -> Int32:
     """Where the rows of an expert start in the packed activations: aligned, and no two experts overlap."""
     return (start + ALIGNMENT * expert) & -ALIGNMENT
@@ -234,25 +265,27 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
     """A producer warp fills the ring for all pieces of this CTA with a slab of weights; the first two with tokens."""
     total = pieces(base, operands, shape)
     lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
-    number, ctas = _turn()
+    part = share(shape)
+    number, ctas = _turn(part)
+    first_stage, k_stages = stages_of(part, operands)
     expert, stage, parity = Int32(0), Int32(0), Int32(1)
     while number < total:
         expert = expert_of(number, expert, base, operands, shape)
         piece = piece_of(number, expert, base, operands, shape)
         if lane == 0:
             slab = piece.row_piece * SLABS
-            place = Int64(expert * operands.slabs + slab + warp) * operands.k_stages
+            place = Int64(expert * operands.slabs + slab + warp) * operands.k_stages + first_stage
             codes = ring.address(operands.codes.iterator) + place * SLAB_CODES
             scales = ring.address(operands.scales.iterator) + place * SLAB_SCALES
             rows = piece.width * wgmma.ROW_BYTES
             block = Int64(operands.capacity) * wgmma.ROW_BYTES
             tokens = ring.address(operands.packed.iterator)
             tokens = tokens + Int64(packed_start(piece.start, expert) + piece.first) * wgmma.ROW_BYTES
-            tokens = tokens + warp * block
+            tokens = tokens + (2 * first_stage + warp) * block
             slabs = slabs_of(piece, operands)
             size = arith.select(warp < 2, rows, Int32(0))
             size = size + arith.select(warp < slabs, Int32(SLAB_CODES + SLAB_SCALES), Int32(0))
-            for _ in cutlass.range(operands.k_stages, unroll=1):
+            for _ in cutlass.range(k_stages, unroll=1):
                 full = base + shape.barriers_at + stage * 16
                 at = base + stage * shape.stage_bytes
                 ring.wait(full + 8, parity)
@@ -268,11 +301,21 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
                 stage, parity = _next(stage, parity, shape)
         stage, parity = cute.arch.shuffle_sync(stage, 0), cute.arch.shuffle_sync(parity, 0)
         number = number + ctas
+        if cutlass.const_expr(shape.shared):
+            for _ in cutlass.range_constexpr(2):
+                _meet()
+            cute.arch.sync_threads()  # the sums that were exchanged lay where the stages are
 
 
-def _turn() -> tuple[Int32, Int32]:
-    """This CTA's first piece, and how many CTAs take turns."""
-    return cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+def _turn(part: Share) -> tuple[Int32, Int32]:
+    """This CTA's first piece, and how many CTAs, or clusters, take turns."""
+    return cute.arch.block_idx()[0] // part.ctas, cute.arch.grid_dim()[0] // part.ctas
+
+
+def _meet() -> None:
+    """Waits for all threads of the cluster."""
+    cute.arch.cluster_arrive()
+    cute.arch.cluster_wait()
 
 
 def slabs_of(piece: Piece, operands: Operands) -> Int32:
@@ -290,13 +333,14 @@ def accumulate(
     acc: cute.Tensor,
     base: Int32,
     slabs: Int32,
+    k_stages: Int32,
     stage: Int32,
     parity: Int32,
     width: Constexpr[int],
     operands: Constexpr[Operands],
     shape: Constexpr[Shape],
 ) -> tuple[Int32, Int32]:
-    """Sums a piece of that width with so many slabs: acc[tile, i], i as `wgmma.mma`; returns the next stage.
+    """Sums so many stages of a piece with so many slabs: acc[tile, i], i as `wgmma.mma`; returns the next stage.
 
     While the products of a step run, the operands of the next are decoded. At the end of a piece that is a step nobody
     needs, of the last stage again.
@@ -305,6 +349,7 @@ def accumulate(
     for t in cutlass.range_constexpr(TILES):
         for i, zero in enumerate(wgmma.zeros(count)):
             acc[t, i] = zero
+    masks = fragments.masks(Target.SM90)
     lane = cute.arch.lane_idx()
     tile = cutlass.min(warp_of_consumers(), slabs * (SLAB_TILES // TILES) - 1) * TILES  # one that exists, in any case
     codes = base + (shape.weights_at + lane * 16) + tile * TILE_CODES
@@ -312,9 +357,9 @@ def accumulate(
     ready = cute.make_rmem_tensor((TILES, 8), Uint32)  # decoded for the first step
     words = cute.make_rmem_tensor((TILES, 8), Uint32)  # codes of half a stage, then scales
     ring.wait(base + shape.barriers_at + stage * 16, parity)
-    _begin(ready, words, codes + stage * shape.stage_bytes, scales + stage * shape.stage_bytes)
+    _begin(ready, words, codes + stage * shape.stage_bytes, scales + stage * shape.stage_bytes, masks)
     before, started = stage, Int32(0)
-    for k in cutlass.range(operands.k_stages, unroll=1):
+    for k in cutlass.range(k_stages, unroll=1):
         sums = [[acc[t, i] for i in range(count)] for t in range(TILES)]
         left = [[ready[t, i] for i in range(8)] for t in range(TILES)]
         raw = [[words[t, i] for i in range(8)] for t in range(TILES)]
@@ -335,11 +380,11 @@ def accumulate(
                 for t in cutlass.range_constexpr(TILES):
                     raw[t] = ring.load16(second + t * TILE_CODES) + raw[t][4:]
             if cutlass.const_expr(step < STEPS - 1):
-                left = [decode(raw[t], step + 1) for t in range(TILES)]
-        more = k + 1 < operands.k_stages
+                left = [decode(raw[t], step + 1, masks) for t in range(TILES)]
+        more = k + 1 < k_stages
         ring.wait_if(base + shape.barriers_at + next_stage * 16, next_parity, arith.select(more, Int32(1), Int32(0)))
         there = arith.select(more, next_stage, stage) * shape.stage_bytes
-        _begin(ready, words, codes + there, scales + there)
+        _begin(ready, words, codes + there, scales + there, masks)
         for t in cutlass.range_constexpr(TILES):
             for i in cutlass.range_constexpr(count):
                 acc[t, i] = sums[t][i]
@@ -350,19 +395,52 @@ def accumulate(
     return stage, parity
 
 
+@cute.jit
+def exchange(
+    acc: cute.Tensor,
+    base: Int32,
+    valid: Int32,
+    width: Constexpr[int],
+    part: Constexpr[Share],
+) -> None:
+    """Adds up the sums of all CTAs of the cluster, in the order of their ranks, for the groups that this one holds."""
+    groups, size = width // 8, CONSUMERS * GROUP * 16  # bytes of four sums of each thread
+    slots = (groups + part.ctas - 1) // part.ctas * TILES  # from one sender's sums to the next one's
+    mine = base + (warp_of_consumers() * WARP + cute.arch.lane_idx()) * 16
+    _meet()  # nobody needs the stages any more: the sums go there
+    for group in cutlass.range_constexpr(groups):
+        if group * 8 < valid:
+            for t in cutlass.range_constexpr(TILES):
+                at = mine + (part.rank * slots + group // part.ctas * TILES + t) * size
+                ring.store16_of(at, [acc[t, group * 4 + i] for i in range(4)], group % part.ctas)
+    _meet()
+    for group in cutlass.range_constexpr(groups):
+        if part.holds(group) & (group * 8 < valid):
+            for t in cutlass.range_constexpr(TILES):
+                first = mine + (group // part.ctas * TILES + t) * size
+                total = cute.make_rmem_tensor(4, Float32)
+                for i, word in enumerate(ring.load16(first)):
+                    total[i] = arith.number(word)
+                for rank in cutlass.range(1, part.ctas, unroll=1):
+                    for i, word in enumerate(ring.load16(first + rank * slots * size)):
+                        total[i] = arith.add(total[i], arith.number(word), Target.SM90)
+                for i in cutlass.range_constexpr(4):
+                    acc[t, group * 4 + i] = total[i]
+
+
 def _release(base: Int32, stage: Int32, condition: Int32, shape: Shape) -> None:
     """Gives a stage back, one arrival a warp."""
     mine = arith.select((cute.arch.lane_idx() == 0) & (condition != 0), Int32(1), Int32(0))
     ring.arrive_if(base + shape.barriers_at + stage * 16 + 8, mine)
 
 
-def _begin(ready: cute.Tensor, words: cute.Tensor, codes: Int32, scales: Int32) -> None:
+def _begin(ready: cute.Tensor, words: cute.Tensor, codes: Int32, scales: Int32, masks: fragments.Masks) -> None:
     """Loads codes of the first half of a stage, and its scales, and decodes the first step."""
     raw = [ring.load16(codes + t * TILE_CODES) + ring.load16(scales + t * TILE_SCALES) for t in range(TILES)]
     for t in range(TILES):
         for i, word in enumerate(raw[t]):
             words[t, i] = word
-        for i, word in enumerate(decode(raw[t], 0)):
+        for i, word in enumerate(decode(raw[t], 0, masks)):
             ready[t, i] = word
 
 
@@ -371,23 +449,24 @@ def warp_of_consumers() -> Int32:
     return cute.arch.warp_idx() - GROUP // WARP
 
 
-def decode(raw: list[Uint32], step: int) -> list[Uint32]:
+def decode(raw: list[Uint32], step: int, masks: fragments.Masks) -> list[Uint32]:
     """The left operand of a step's two products from half a stage's codes and the scales of all."""
-    return fragments.decode_pair(raw[step % 2 * 2], raw[step % 2 * 2 + 1], raw[4 + step], Target.SM90)
+    x, y = raw[step % 2 * 2], raw[step % 2 * 2 + 1]
+    return fragments.decode_pair(x, y, raw[4 + step], Target.SM90, masks)
 
 
 @cute.jit
 def work(
     operands: Constexpr[Operands],
-    finish: Constexpr[Callable[[cute.Tensor, Piece, int, Int32], None]],
+    finish: Constexpr[Callable[[cute.Tensor, Piece, int, Int32, Share], None]],
     shape: Constexpr[Shape],
 ) -> None:
     """The whole kernel, for all threads of a CTA.
 
     Args:
         operands: What is multiplied.
-        finish: Gets the sums of a piece, as `accumulate` leaves them, the piece, its width and the address of
-            `Shape.staging` bytes; only consumers call it.
+        finish: Gets the sums of a piece, as `accumulate` leaves them, the piece, its width, the address of
+            `Shape.staging` bytes and which groups are this CTA's; only consumers call it.
         shape: How the work is cut.
     """
     thread, _, _ = cute.arch.thread_idx()
@@ -397,6 +476,8 @@ def work(
             ring.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
             ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMERS * GROUP // WARP)
         ring.init_fence()
+    cute.arch.griddepcontrol_wait()  # what came before in the stream is done; up to here it may still have run
+    cute.arch.griddepcontrol_launch_dependents()
     count_tiles(base, thread, operands, shape)
     if thread < GROUP:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
@@ -404,7 +485,9 @@ def work(
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         total = pieces(base, operands, shape)
-        number, ctas = _turn()
+        part = share(shape)
+        number, ctas = _turn(part)
+        _, k_stages = stages_of(part, operands)
         expert, stage, parity = Int32(0), Int32(0), Int32(0)
         while number < total:
             expert = expert_of(number, expert, base, operands, shape)
@@ -413,6 +496,10 @@ def work(
             for width in shape.widths:
                 if piece.width == width:
                     acc = cute.make_rmem_tensor((TILES, width // 2), Float32)
-                    stage, parity = accumulate(acc, base, slabs, stage, parity, width, operands, shape)
-                    finish(acc, piece, width, base + shape.staging_at)
+                    stage, parity = accumulate(acc, base, slabs, k_stages, stage, parity, width, operands, shape)
+                    if cutlass.const_expr(shape.shared):
+                        exchange(acc, base, piece.valid, width, part)
+                    finish(acc, piece, width, base + shape.staging_at, part)
             number = number + ctas
+            if cutlass.const_expr(shape.shared):
+                cute.arch.sync_threads()

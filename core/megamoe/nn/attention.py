@@ -1,8 +1,8 @@
 """DeepSeek-V4 core attention: a sliding window and compressed entries under one softmax, over NVFP4 or plain keys.
 
-Each query sees the window's keys and some compressed entries. Both parts are attended to apart and merged by their
-log-sum-exp, with the sink applied once. A prompt is attended to as it came and stored in NVFP4; decoding reads the
-store. The exact mode keeps no store: `attend` over the given keys serves for decoding too.
+Each query sees the window's keys and some compressed entries. A prompt is attended to as it came, both parts apart and
+merged by their log-sum-exp with the sink applied once, and stored in NVFP4; decoding reads both stores in one call. The
+exact mode keeps no store: `attend` over the given keys serves for decoding too.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ class PagedKV:
         indices: Tensor | None = None,
         *,
         softmax_scale: float,
+        extra: PagedKV | None = None,
+        extra_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Stores new tokens, then attends: the op fp4_kv_decode, which describes the arguments.
 
@@ -116,6 +118,8 @@ class PagedKV:
             sink: fp32 (heads,).
             indices: int32 (batch, queries, n), the only tokens to look at; the window then plays no part.
             softmax_scale: What the scores are multiplied by.
+            extra: A second cache under the same softmax, all of it in sight; both without values of their own.
+            extra_indices: int32 (batch, queries, m), the only entries of `extra` to look at.
 
         Returns:
             out (batch, queries, heads, Dv) and lse fp32 (batch, queries, heads), without the sink.
@@ -132,6 +136,9 @@ class PagedKV:
             if reach < k_new.shape[1]:  # the rest is out of every window already
                 k_new = k_new[:, -reach:].contiguous()
                 v_new = v_new if v_new is None else v_new[:, -reach:].contiguous()
+        second: tuple[Tensor | None, ...] = (None,) * 5
+        if extra is not None:
+            second = (extra.k_codes, extra.k_scales, extra.block_table, extra.lengths, extra.k_scale)
         result = op("fp4_kv_decode")(
             q,
             self.k_codes,
@@ -146,6 +153,8 @@ class PagedKV:
             v_new,
             sink,
             indices,
+            *second,
+            extra_indices,
             softmax_scale=softmax_scale,
             window=self.window if indices is None else None,
         )
@@ -263,13 +272,8 @@ def decode(
         (batch, queries, heads, D), dtype of q.
     """
     if compressed is None or compressed.length == 0:
-        return cache.attend(q, k_new, sink=sink, softmax_scale=softmax_scale)[0]
-    near = cache.attend(q, k_new, softmax_scale=softmax_scale)
-    if indices is None and q.shape[1] > 1:  # without indices the queries would be the last entries' positions
-        entries = torch.arange(compressed.length, dtype=torch.int32, device=q.device)
-        indices = entries.expand(*q.shape[:2], -1).contiguous()
-    far = compressed.attend(q, indices=indices, softmax_scale=softmax_scale)
-    return _merge(near, far, sink)
+        compressed = indices = None
+    return cache.attend(q, k_new, sink=sink, softmax_scale=softmax_scale, extra=compressed, extra_indices=indices)[0]
 
 
 def indices_of(visible: Tensor, most: int | None = None) -> Tensor:

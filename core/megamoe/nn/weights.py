@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from typing import Any
 
 import torch
@@ -80,27 +82,26 @@ class Weight(nn.Module):
         """
         if self.prepared:
             return
-        plain = self.operand
-        if self._given_order is not None:
-            plain = interleave(plain, self._given_order)
-        self._keep(plain.with_layout(fragments.HOPPER))
+        self._keep(_rearranged(self.operand, self._given_order))
         self.prepared = True
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What the buffers do not say."""
-        return {
+    def get_extra_state(self) -> Tensor:
+        """What the buffers do not say: JSON, as uint8, for formats that hold nothing but tensors (safetensors)."""
+        state = {
             "shape": self._logical,
             "layout": self._layout,
             "given": self._given,
             "order": self._given_order,
             "prepared": self.prepared,
         }
+        return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Takes what `get_extra_state` gave."""
-        self._logical = tuple(state["shape"])
-        self._layout, self._given, self._given_order = state["layout"], state["given"], state["order"]
-        self.prepared = state["prepared"]
+        known = _decoded(state)
+        self._logical = tuple(known["shape"])
+        self._layout, self._given, self._given_order = known["layout"], known["given"], known["order"]
+        self.prepared = known["prepared"]
 
     def extra_repr(self) -> str:
         """For people."""
@@ -114,7 +115,7 @@ class Weight(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state = state_dict.get(prefix + _STATE)
-        if state is not None and tuple(state["shape"]) == self._logical:
+        if state is not None and tuple(_decoded(state)["shape"]) == self._logical:
             for name, buffer in self._buffers.items():  # the padding of the other layout makes them larger or smaller
                 loaded = state_dict.get(prefix + name)
                 if buffer is not None and isinstance(loaded, Tensor) and loaded.shape != buffer.shape:
@@ -139,6 +140,23 @@ def given(module: nn.Module, name: str) -> NVFP4Tensor | Tensor:
 def is_kernel(decision: Decision) -> bool:
     """Whether a fused variant was chosen."""
     return decision.variant.role is Role.FUSED
+
+
+def _decoded(state: Tensor) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(bytes(state.tolist()))
+    return found
+
+
+def _rearranged(weights: NVFP4Tensor, order: str | None) -> NVFP4Tensor:
+    """By one kernel where there is one, else by plain torch: the same bytes."""
+    linear = weights.with_layout("linear")
+    if linear.codes.is_cuda and importlib.util.find_spec("cutlass"):
+        from megamoe.cute import prepare  # CuTe DSL takes seconds to load
+
+        if prepare.takes(linear):
+            return prepare.prepare(linear, order)
+    plain = linear if order is None else interleave(linear, order)
+    return plain.with_layout(fragments.HOPPER)
 
 
 def _halves_swapped(weights: NVFP4Tensor) -> NVFP4Tensor:

@@ -193,12 +193,25 @@ def plot(points: Sequence[Point], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     ordered = sorted(points, key=lambda p: p.bytes)
-    for name in dict.fromkeys(n for p in ordered for n in p.us):
-        here = [p for p in ordered if name in p.us]
-        style = "k--" if name == COPY else "o-"
-        axes.plot([p.bytes / 1e6 for p in here], [p.bytes / p.us[name] / 1e6 for p in here], style, label=name)
+    roof = [p for p, after in zip(ordered, [*ordered[1:], None], strict=True) if not after or after.bytes != p.bytes]
+    axes.plot(*_line(roof, COPY), "k--", label=COPY)
+    for place, name in enumerate(dict.fromkeys(n for p in ordered for n in p.us if n != COPY)):
+        for kind, style in zip(_layouts(ordered), ("o-", "s:"), strict=False):
+            here = [p for p in ordered if name in p.us and p.case.endswith(kind)]
+            axes.plot(*_line(here, name), style, color=f"C{place}", label=f"{name} {kind}".rstrip())
     axes.set(xscale="log", xlabel="MB read and written once", ylabel="TB/s", title=ordered[0].stage if ordered else "")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
+
+
+def _line(points: Sequence[Point], name: str) -> tuple[list[float], list[float]]:
+    """MB and TB/s of a variant."""
+    return [p.bytes / 1e6 for p in points], [p.bytes / p.us[name] / 1e6 for p in points]
+
+
+def _layouts(points: Sequence[Point]) -> list[str]:
+    """The scale layouts that the cases end with, which get a line each; else one line for all."""
+    found = [kind for kind in ("linear", "128x4") if any(p.case.endswith(f" {kind}") for p in points)]
+    return found if all(p.case.endswith(tuple(found)) for p in points) and found else [""]

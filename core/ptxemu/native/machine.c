@@ -198,7 +198,7 @@ Cta *emu_cta_new(Cluster *c, u32 rank, u32 warps, u8 *data, u8 *flags, u32 *epoc
     Cta *cta = calloc(1, sizeof *cta);
     Region shared = {((u64)rank << 24) + 0x400, size, data, flags, epoch, writer, 0, 0};
     cta->shared = shared, cta->rank = rank, cta->live_warps = warps, cta->cluster = c;
-    cta->bar_index = calloc(size / 8 + 1, sizeof *cta->bar_index);
+    cta->bars = calloc(size / 8 + 1, sizeof *cta->bars);
     c->ctas[rank] = cta;
     return cta;
 }
@@ -226,7 +226,7 @@ void emu_warp_free(Machine *m, Warp *w) {
     free(w);
 }
 void emu_cluster_free(Cluster *c) {
-    for (u32 k = 0; k < c->cta_count; k++) free(c->ctas[k]->bar_index), free(c->ctas[k]->bars), free(c->ctas[k]);
+    for (u32 k = 0; k < c->cta_count; k++) free(c->ctas[k]->bars), free(c->ctas[k]);
     free(c->ctas), free(c);
 }
 Mbarrier *emu_mbarrier(const Cluster *c, u32 address) {
@@ -235,8 +235,8 @@ Mbarrier *emu_mbarrier(const Cluster *c, u32 address) {
     Cta *cta = c->ctas[rank];
     u64 offset = address - cta->shared.base;
     if (offset >= cta->shared.size) return NULL;
-    u32 index = cta->bar_index[offset >> 3];
-    return index ? &cta->bars[index - 1] : NULL;
+    Mbarrier *b = &cta->bars[offset >> 3];
+    return b->valid ? b : NULL;
 }
 /* 0, or why not: 3 bad count, 4 over-arrive, 5 transaction count out of range. */
 int emu_mbarrier_update(Machine *m, Mbarrier *b, u32 arrivals, s64 tx) {

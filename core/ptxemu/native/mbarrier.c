@@ -21,9 +21,9 @@ static Cta *cta_of(const Warp *w, u64 address) {
 
 Mbarrier *find_mbarrier(Machine *m, Warp *w, const Ins *i, u32 lane_mask, u64 address, int *bad) {
     Cta *cta = address & 7 ? NULL : cta_of(w, address);
-    u32 index = cta ? cta->bar_index[((u32)address - cta->shared.base) >> 3] : 0;
-    *bad = !index;
-    if (index) return &cta->bars[index - 1];
+    Mbarrier *b = cta ? &cta->bars[((u32)address - cta->shared.base) >> 3] : NULL;
+    *bad = !b || !b->valid;
+    if (!*bad) return b;
     fault(m, w, i, BAD_MBARRIER, lane_mask, address, cta ? NOT_INITIALISED : BAD_ADDRESS);
     return NULL;
 }
@@ -40,15 +40,9 @@ static Outcome op_mbarrier_init(Machine *m, Warp *w, const Ins *i, u32 mask) {
         if (!cta) return fault(m, w, i, BAD_MBARRIER, 1u << l, address[l], BAD_ADDRESS);
         if (!count || count > MOST) return fault(m, w, i, BAD_MBARRIER, 1u << l, address[l], BAD_COUNT);
         u64 offset = (u32)address[l] - cta->shared.base;
-        u32 *index = &cta->bar_index[offset >> 3];
-        if (*index) return fault(m, w, i, BAD_MBARRIER, 1u << l, address[l], TWICE);
-        if (cta->bar_count == cta->bar_room) {
-            cta->bar_room = cta->bar_room ? 2 * cta->bar_room : 32;
-            cta->bars = realloc(cta->bars, cta->bar_room * sizeof *cta->bars);
-        }
-        Mbarrier b = {(u32)address[l], count, count, 1, 0, 0, w->id, m->epoch};
-        cta->bars[cta->bar_count++] = b;
-        *index = cta->bar_count;
+        Mbarrier *b = &cta->bars[offset >> 3];
+        if (b->valid) return fault(m, w, i, BAD_MBARRIER, 1u << l, address[l], TWICE);
+        *b = (Mbarrier){(u32)address[l], count, count, 1, 0, 0, w->id, m->epoch};
         memset(cta->shared.flags + offset, MBARRIER | INIT, 8);
     }
     return NEXT;
@@ -63,7 +57,6 @@ static Outcome op_mbarrier_inval(Machine *m, Warp *w, const Ins *i, u32 mask) {
         Cta *cta = cta_of(w, address[l]);
         u64 offset = (u32)address[l] - cta->shared.base;
         b->valid = 0;
-        cta->bar_index[offset >> 3] = 0;
         memset(cta->shared.flags + offset, 0, 8);
     }
     return NEXT;

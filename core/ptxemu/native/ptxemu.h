@@ -66,9 +66,7 @@ typedef struct {
 struct Cluster;
 typedef struct {
     Region shared;
-    u32 *bar_index; /* per 8 bytes of shared memory: 1 + index of its mbarrier */
-    Mbarrier *bars;
-    u32 bar_count, bar_room;
+    Mbarrier *bars; /* one per 8 bytes of shared memory, never moved: operations in flight point to theirs */
     u32 rank, live_warps;
     NamedBarrier named[NAMED_BARRIERS];
     struct Cluster *cluster;

@@ -116,7 +116,7 @@ def spread(me: Consumer, area: Int32, part: int) -> None:
         at = area + (g + 8 * half) * _PITCH + 8 * t
         for block in range(COLUMNS // 8):
             place = COLUMNS // 2 * part + 4 * block + 2 * half
-            ring.store8(at + 32 * block, [arith.bits(me.acc[place + j]) for j in range(2)])
+            attention_mma.store8(at + 32 * block, [arith.bits(me.acc[place + j]) for j in range(2)])
 
 
 def load(area: Int32, row: Int32, block: Int32, quarter: int) -> list[Uint32]:
@@ -144,7 +144,7 @@ def encode(
 def keep(encoded: list[recipe.Block], at: Int32, scales_at: Int32) -> None:
     """Puts the codes and scales of two blocks into shared memory."""
     attention_mma.store16(at, [word for block in encoded for word in (block.low, block.high)])
-    ring.store2(scales_at, encoded[0].scale | encoded[1].scale << 8)
+    attention_mma.store2(scales_at, encoded[0].scale | encoded[1].scale << 8)
 
 
 @cute.jit

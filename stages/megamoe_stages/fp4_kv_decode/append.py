@@ -36,14 +36,28 @@ def launch(
     new: Int32,
     kv_heads: Int32,
     page: Int32,
+    pages: Int32,
     sides: Int32,  # 1: keys only
     stream: CUstream,
 ) -> None:
     """Launches a thread for each block of the larger side."""
     blocks = cutlass.max(cute.size(k_new), cute.size(v_new)) // BLOCK
     kernel(
-        k_new, v_new, k_codes, k_scales, v_codes, v_scales, k_scale, v_scale, block_table, lengths, new, kv_heads, page
-    ).launch(grid=[cute.ceil_div(blocks, THREADS), sides, 1], block=[THREADS, 1, 1], stream=stream)
+        k_new,
+        v_new,
+        k_codes,
+        k_scales,
+        v_codes,
+        v_scales,
+        k_scale,
+        v_scale,
+        block_table,
+        lengths,
+        new,
+        kv_heads,
+        page,
+        pages,
+    ).launch(grid=[cute.ceil_div(blocks, THREADS), sides, 1], block=[THREADS, 1, 1], use_pdl=True, stream=stream)
 
 
 @cute.kernel
@@ -61,15 +75,18 @@ def kernel(
     new: Int32,
     kv_heads: Int32,
     page: Int32,
+    pages: Int32,
 ) -> None:
     """Keys by the CTAs of the first row of the grid, values by the second."""
+    cute.arch.griddepcontrol_launch_dependents()  # the decode kernel starts, and waits for this one to end
+    cute.arch.griddepcontrol_wait()
     thread, _, _ = cute.arch.thread_idx()
     cta, side, _ = cute.arch.block_idx()
     block = cta * THREADS + thread
     if side == 0:
-        append(block, k_new, k_codes, k_scales, k_scale, block_table, lengths, new, kv_heads, page)
+        append(block, k_new, k_codes, k_scales, k_scale, block_table, lengths, new, kv_heads, page, pages)
     else:
-        append(block, v_new, v_codes, v_scales, v_scale, block_table, lengths, new, kv_heads, page)
+        append(block, v_new, v_codes, v_scales, v_scale, block_table, lengths, new, kv_heads, page, pages)
 
 
 @cute.jit
@@ -84,6 +101,7 @@ def append(
     new: Int32,
     kv_heads: Int32,
     page: Int32,
+    pages: Int32,
 ) -> None:
     """Encodes one block of 16 into its slot, where there is one."""
     target = Target.SM90
@@ -98,7 +116,7 @@ def append(
         home = Int32(-1)
         if (position >= 0) & (position < held):
             home = block_table[sequence, position // page]
-        if home >= 0:
+        if (home >= 0) & (home < pages):
             slot = Int64((home * kv_heads + head) * page + position % page)
             enc = arith.reciprocal(scale[()], target)
             words = load_block(fresh, Int64(block))
@@ -136,6 +154,6 @@ def spec(dtype: str, target: Target = Target.SM90) -> KernelSpec:
         scalars = [make_fake_tensor(Float32, (), (), assumed_align=4) for _ in range(2)]
         lengths = make_fake_compact_tensor(Int32, (size(),), stride_order=(0,), assumed_align=4)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return (*fresh, *caches, *scalars, matrix(Int32, size(), 4), lengths, *(Int32(0) for _ in range(4)), stream)
+        return (*fresh, *caches, *scalars, matrix(Int32, size(), 4), lengths, *(Int32(0) for _ in range(5)), stream)
 
     return KernelSpec(f"append_{dtype}", target.value, launch, arguments, (dtype,))

@@ -21,6 +21,8 @@ from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, COLUMNS, GROUP, ROWS
 
 _STEP_BYTES = wgmma.K_STEP * 2  # along a row
 _STEP_ROWS = wgmma.K_STEP * wgmma.ROW_BYTES >> 4  # in units of descriptors
+_PRODUCT_COLUMNS = 128
+_PRODUCT_STEP = _PRODUCT_COLUMNS // COLUMNS * BLOCK_BYTES >> 4
 CONSUMERS_BARRIER = 1  # of the consumers; 0 is that of the CTA
 NONE = float("-inf")
 
@@ -34,7 +36,8 @@ class Rows(NamedTuple):
         group: Heads that share a kv head.
         position: Token that query 0 is at.
         window: Tokens that a query sees; 0 for all before it.
-        indexed: Every query sees all tokens of the tiles.
+        indexed: Every query sees all tokens of the first cache's tiles.
+        near: Tiles of the CTA that are of the first cache.
         query: Row of q, in queries, of query 0.
         heads: Of q.
         head: First of the CTA's.
@@ -46,6 +49,7 @@ class Rows(NamedTuple):
     position: Int32
     window: Int32
     indexed: Int32
+    near: Int32
     query: Int32
     heads: Int32
     head: Int32
@@ -68,13 +72,35 @@ def below(count: Int32) -> Uint32:
     return arith.ptx(Uint32, "{.reg .b32 x; shl.b32 x, 1, $1; add.s32 $0, x, -1;}", bounded)  # 1 << 32 is 0 here
 
 
-def row_masks(row: Int32, start: Int32, exist: list[Uint32], rows: Rows) -> list[Uint32]:
+def row_masks(row: Int32, start: Int32, every: Boolean, exist: list[Uint32], rows: Rows) -> list[Uint32]:
     """Which tokens of a tile a row of the CTA sees, 32 a word, from this lane's first column on."""
     _, t, _ = lanes()
     last = rows.position + (rows.first + row) // rows.group - start  # in the tile
-    end = arith.select(rows.indexed != 0, Int32(TILE), last + 1)
-    begin = arith.select((rows.indexed != 0) | (rows.window == 0), Int32(0), last - rows.window + 1)
+    end = arith.select(every, Int32(TILE), last + 1)
+    begin = arith.select(every | (rows.window == 0), Int32(0), last - rows.window + 1)
     return [(exist[i] & below(end - 32 * i) & ~below(begin - 32 * i)) >> Uint32(2 * t) for i in range(2)]
+
+
+class Scales(NamedTuple):
+    """What the products and weights of a tile are multiplied by.
+
+    Attributes:
+        scores: Makes scores, in base 2, of the first cache's products; above 0.
+        extra_scores: The same for the second one's.
+        extra_weights: Its decode scale over the first one's, by which the output is multiplied in the end.
+    """
+
+    scores: Float32
+    extra_scores: Float32
+    extra_weights: Float32
+
+    def of(self, tile: Int32, rows: Rows, shape: Shape) -> tuple[Float32, Float32 | None]:
+        """Of a tile: for its scores and, where they may not be 1, for its weights."""
+        if not shape.extra:
+            return self.scores, None
+        near = tile < rows.near
+        scores = arith.select(near, self.scores, self.extra_scores)
+        return scores, arith.select(near, Float32(1.0), self.extra_weights)
 
 
 @cute.jit
@@ -85,21 +111,21 @@ def attend(
     consumer: Int32,
     tiles: Int32,
     first: Int32,
-    factor: Float32,
+    scales: Constexpr[Scales],
     rows: Constexpr[Rows],
     shape: Constexpr[Shape],
 ) -> None:
-    """All tiles that a consumer attends to; `factor` makes scores of products, `first` is the first token."""
+    """All tiles that a consumer attends to; `first` is the first token."""
     for i, zero in enumerate(wgmma.zeros(shape.out_columns // 2)):
         acc[i] = zero
     for i in cutlass.range_constexpr(2):
         stat[i], stat[2 + i] = Float32(NONE), Float32(0.0)
     if cutlass.const_expr(shape.split_columns):
-        attend_together(acc, stat, base, consumer, tiles, first, factor, rows, shape)
+        attend_together(acc, stat, base, consumer, tiles, first, scales, rows, shape)
     else:
         for turn in cutlass.range((tiles - consumer + 1) // 2, unroll=1):
             tile = consumer + 2 * turn
-            attend_alone(acc, stat, base, consumer, tile, first, factor, rows, shape)
+            attend_alone(acc, stat, base, consumer, tile, first, scales, rows, shape)
     for i in cutlass.range_constexpr(2):
         stat[2 + i] = sum_of_four(stat[2 + i], Target.SM90)
     if cutlass.const_expr(shape.split_columns):
@@ -114,7 +140,7 @@ def attend_alone(
     consumer: Int32,
     tile: Int32,
     first: Int32,
-    factor: Float32,
+    scales: Constexpr[Scales],
     rows: Constexpr[Rows],
     shape: Constexpr[Shape],
 ) -> None:
@@ -122,10 +148,12 @@ def attend_alone(
     count = shape.out_columns // 2
     scores = start_scores(base, tile, shape)
     masks = masks_of(base, tile, first, rows, shape)
-    weights, scale = softmax(attention_mma.wait(scores), masks, stat, factor, rows)
+    factors = scales.of(tile, rows, shape)
+    weights, scale = softmax(attention_mma.wait(scores), masks, stat, factors, rows)
     if cutlass.const_expr(shape.split_columns):
         publish(weights, stat, base, tile, shape)
-    ready = attention_mma.fence([acc[i] * scale[i // 2 % 2] for i in range(count)] + weights)
+    shrink(acc, scale)
+    ready = attention_mma.fence([acc[i] for i in range(count)] + weights)
     sums = start_sums(ready[:count], ready[count:], base, consumer, tile, shape)
     for i, value in enumerate(attention_mma.wait(sums)):
         acc[i] = value
@@ -140,39 +168,79 @@ def attend_together(
     consumer: Int32,
     tiles: Int32,
     first: Int32,
-    factor: Float32,
+    scales: Constexpr[Scales],
     rows: Constexpr[Rows],
     shape: Constexpr[Shape],
 ) -> None:
-    """All tiles, each consumer half of the columns and the scores of every other tile."""
-    count = shape.out_columns // 2
-    if (consumer == 0) & (tiles > 0):
-        attend_alone(acc, stat, base, consumer, Int32(0), first, factor, rows, shape)
-    skipped = 1 - consumer
-    pairs = cutlass.max(tiles - skipped, 0) // 2
-    for pair in cutlass.range(pairs, unroll=1):
-        other = skipped + 2 * pair
-        own = other + 1
-        scores = start_scores(base, own, shape)
-        scale = follow(stat, base, other, shape)
-        sums = attention_mma.fence([acc[i] * scale[i // 2 % 2] for i in range(count)])
-        sums = start_other_sums(sums, base, consumer, other, shape)
-        masks = masks_of(base, own, first, rows, shape)
-        weights, scale = softmax(attention_mma.wait(scores, 1), masks, stat, factor, rows)  # while the sums are made
-        publish(weights, stat, base, own, shape)
-        sums = attention_mma.wait(sums)
-        release(base, other, shape)
-        ready = attention_mma.fence([sums[i] * scale[i // 2 % 2] for i in range(count)] + weights)
-        sums = start_sums(ready[:count], ready[count:], base, consumer, own, shape)
-        for i, value in enumerate(attention_mma.wait(sums)):
-            acc[i] = value
-        release(base, own, shape)
-    if skipped + 2 * pairs < tiles:
-        other = skipped + 2 * pairs
-        scale = follow(stat, base, other, shape)
-        sums = attention_mma.fence([acc[i] * scale[i // 2 % 2] for i in range(count)])
-        for i, value in enumerate(attention_mma.wait(start_other_sums(sums, base, consumer, other, shape))):
-            acc[i] = value
+    """All tiles, each consumer half of the columns and the scores of every other tile.
+
+    Two decoded tiles are all that there is room for, so a pair of tiles is worked off as a whole. The second consumer
+    starts its scores before it adds the first one's tile, whose place is then decoded anew while the second tile is
+    added; the first one, whose next scores need that place, starts them only after both.
+    """
+    if consumer == 0:
+        for turn in cutlass.range((tiles + 1) // 2, unroll=1):
+            attend_alone(acc, stat, base, consumer, 2 * turn, first, scales, rows, shape)
+            if 2 * turn + 1 < tiles:
+                attend_other(acc, stat, base, consumer, 2 * turn + 1, shape)
+    else:
+        for turn in cutlass.range(tiles // 2, unroll=1):
+            attend_both(acc, stat, base, consumer, 2 * turn, first, scales, rows, shape)
+        if tiles % 2 != 0:
+            attend_other(acc, stat, base, consumer, tiles - 1, shape)
+
+
+@cute.jit
+def attend_other(
+    acc: cute.Tensor, stat: cute.Tensor, base: Int32, consumer: Int32, tile: Int32, shape: Constexpr[Shape]
+) -> None:
+    """The sums of the other consumer's tile."""
+    shrink(acc, follow(stat, base, tile, shape))
+    sums = attention_mma.fence([acc[i] for i in range(shape.out_columns // 2)])
+    for i, value in enumerate(attention_mma.wait(start_other_sums(sums, base, consumer, tile, shape))):
+        acc[i] = value
+    release(base, tile, shape)
+
+
+@cute.jit
+def attend_both(
+    acc: cute.Tensor,
+    stat: cute.Tensor,
+    base: Int32,
+    consumer: Int32,
+    other: Int32,
+    first: Int32,
+    scales: Constexpr[Scales],
+    rows: Constexpr[Rows],
+    shape: Constexpr[Shape],
+) -> None:
+    """The sums of the other consumer's tile, and scores and sums of the next one."""
+    count, own = shape.out_columns // 2, other + 1
+    scores = start_scores(base, own, shape)
+    shrink(acc, follow(stat, base, other, shape))
+    sums = attention_mma.fence([acc[i] for i in range(count)])
+    sums = start_other_sums(sums, base, consumer, other, shape)
+    masks = masks_of(base, own, first, rows, shape)
+    factors = scales.of(own, rows, shape)
+    weights, scale = softmax(attention_mma.wait(scores, 1), masks, stat, factors, rows)  # while the sums are made
+    publish(weights, stat, base, own, shape)
+    for i, value in enumerate(attention_mma.wait(sums)):
+        acc[i] = value
+    release(base, other, shape)
+    shrink(acc, scale)
+    ready = attention_mma.fence([acc[i] for i in range(count)] + weights)
+    sums = start_sums(ready[:count], ready[count:], base, consumer, own, shape)
+    for i, value in enumerate(attention_mma.wait(sums)):
+        acc[i] = value
+    release(base, own, shape)
+
+
+@cute.jit
+def shrink(acc: cute.Tensor, scale: Constexpr[list[Float32]]) -> None:
+    """Multiplies the sums by what their rows shrink by; nothing where no row of the warp has a new largest score."""
+    if cute.arch.vote_any_sync((scale[0] != Float32(1.0)) | (scale[1] != Float32(1.0))):
+        for i in cutlass.range_constexpr(cute.size(acc)):
+            acc[i] = acc[i] * scale[i // 2 % 2]
 
 
 def start_scores(base: Int32, tile: Int32, shape: Shape) -> list[Float32]:
@@ -180,7 +248,8 @@ def start_scores(base: Int32, tile: Int32, shape: Shape) -> list[Float32]:
     buffer = tile % shape.buffers
     ring.wait(base + shape.barriers_at + buffer * 16, tile // shape.buffers % 2)
     scores = attention_mma.fence(wgmma.zeros(TILE // 2))
-    queries, keys = wgmma.descriptor(base), wgmma.descriptor(base + shape.tiles_at + buffer * shape.tile_bytes)
+    at = within(base)
+    queries, keys = wgmma.descriptor(at), wgmma.descriptor(at + shape.tiles_at + buffer * shape.tile_bytes)
     for k in range(shape.head_dim // wgmma.K_STEP):
         ahead = (k // 4 * BLOCK_BYTES + k % 4 * _STEP_BYTES) >> 4
         scores = attention_mma.mma_shared(scores, queries + ahead, keys + ahead)
@@ -192,29 +261,43 @@ def start_sums(
     sums: list[Float32], weights: list[Uint32], base: Int32, consumer: Int32, tile: Int32, shape: Shape
 ) -> list[Float32]:
     """Starts adding the values of a tile by weights in registers; a group of its own."""
-    values = _values(base, consumer, tile, shape)
+    values, parts = _values(base, consumer, tile, shape), _products(sums, shape)
     for k in range(TILE // wgmma.K_STEP):
-        sums = attention_mma.mma_transposed(sums, weights[4 * k : 4 * k + 4], values + k * _STEP_ROWS)
+        for i, part in enumerate(parts):
+            at = values + (k * _STEP_ROWS + i * _PRODUCT_STEP)
+            parts[i] = attention_mma.mma_transposed(part, weights[4 * k : 4 * k + 4], at)
     wgmma.commit()
-    return sums
+    return [value for part in parts for value in part]
 
 
 def start_other_sums(sums: list[Float32], base: Int32, consumer: Int32, tile: Int32, shape: Shape) -> list[Float32]:
     """The same by the weights of the other consumer."""
-    values = _values(base, consumer, tile, shape)
-    weights = wgmma.descriptor(base + shape.weights_at + tile % 2 * BLOCK_BYTES)
+    values, parts = _values(base, consumer, tile, shape), _products(sums, shape)
+    weights = wgmma.descriptor(within(base) + shape.weights_at + tile % 2 * BLOCK_BYTES)
     for k in range(TILE // wgmma.K_STEP):
-        ahead = k * _STEP_BYTES >> 4
-        sums = attention_mma.mma_shared_transposed(sums, weights + ahead, values + k * _STEP_ROWS)
+        for i, part in enumerate(parts):
+            at = values + (k * _STEP_ROWS + i * _PRODUCT_STEP)
+            parts[i] = attention_mma.mma_shared_transposed(part, weights + (k * _STEP_BYTES >> 4), at)
     wgmma.commit()
-    return sums
+    return [value for part in parts for value in part]
+
+
+def _products(sums: list[Float32], shape: Shape) -> list[list[Float32]]:
+    """The sums of each product; with four warpgroups ptxas holds one to 128 registers, too few for 256 columns."""
+    each = _PRODUCT_COLUMNS // 2 if shape.producers == 2 else len(sums)
+    return [sums[i : i + each] for i in range(0, len(sums), each)]
 
 
 def _values(base: Int32, consumer: Int32, tile: Int32, shape: Shape) -> Int64:
-    at = base + shape.tiles_at + tile % shape.buffers * shape.tile_bytes + shape.values_block * BLOCK_BYTES
+    at = within(base) + shape.tiles_at + tile % shape.buffers * shape.tile_bytes + shape.values_block * BLOCK_BYTES
     if shape.split_columns:
         at = at + consumer * (shape.out_columns // COLUMNS * BLOCK_BYTES)
     return attention_mma.transposed(at, BLOCK_BYTES)
+
+
+def within(address: Int32) -> Int32:
+    """An address for descriptors, which hold 18 bits: in a cluster the upper ones of an address say which CTA."""
+    return address & 0x3FFFF
 
 
 def release(base: Int32, tile: Int32, shape: Shape) -> None:
@@ -228,7 +311,10 @@ def masks_of(base: Int32, tile: Int32, first: Int32, rows: Rows, shape: Shape) -
     g, _, wide = lanes()
     at = base + shape.masks_at + tile % shape.buffers * 8
     exist = [Uint32(ring.load4(at + 4 * i)) for i in range(2)]
-    return [row_masks(wide * 16 + g + 8 * i, first + tile * TILE, exist, rows) for i in range(2)]
+    every = rows.indexed != 0
+    if shape.extra:
+        every = every | (tile >= rows.near)
+    return [row_masks(wide * 16 + g + 8 * i, first + tile * TILE, every, exist, rows) for i in range(2)]
 
 
 @cute.jit
@@ -240,13 +326,14 @@ def publish(
     It has read what was here, of the tile before the last: else this one would not have had a place to be decoded to.
     """
     g, t, wide = lanes()
+    lane = cute.arch.lane_idx()
+    row, block = wide * 16 + lane % 16, lane // 16  # that this lane gives the address of
+    at = base + shape.weights_at + tile % 2 * BLOCK_BYTES + row * wgmma.ROW_BYTES
+    for i in cutlass.range_constexpr(TILE // 16):
+        attention_mma.store_matrices(at + (((2 * i + block) ^ row) % 8) * 16, [weights[4 * i + j] for j in range(4)])
     for half in cutlass.range_constexpr(2):
-        row = wide * 16 + g + 8 * half
-        at = base + shape.weights_at + tile % 2 * BLOCK_BYTES + row * wgmma.ROW_BYTES + t * 4
-        for block in cutlass.range_constexpr(TILE // 8):
-            ring.store4(at + ((g ^ block) * 16), weights[2 * block + half])
-        one = arith.select(t == 0, Int32(1), Int32(0))
-        attention_mma.store4_if(base + shape.tops_at + (tile % 2 * ROWS + row) * 4, stat[half], one)
+        place = base + shape.tops_at + (tile % 2 * ROWS + wide * 16 + g + 8 * half) * 4
+        attention_mma.store4_if(place, stat[half], arith.select(t == 0, Int32(1), Int32(0)))
     attention_mma.proxy_fence()
     ring.arrive_if(base + shape.ready_at + tile % 2 * 8, Int32(1))
 
@@ -285,49 +372,59 @@ def finite(top: Float32) -> Float32:
 
 
 def softmax(
-    scores: list[Float32], masks: list[list[Uint32]], stat: cute.Tensor, factor: Float32, rows: Rows
+    scores: list[Float32],
+    masks: list[list[Uint32]],
+    stat: cute.Tensor,
+    factors: tuple[Float32, Float32 | None],
+    rows: Rows,
 ) -> tuple[list[Uint32], list[Float32]]:
     """Weights of a tile as left operands of four products, and by what the sums so far shrink; updates `stat`."""
     weights = cute.make_rmem_tensor((TILE // 4,), Uint32)
     scale = cute.make_rmem_tensor((2,), Float32)
     _, _, wide = lanes()
-    valid = rows.count - rows.first - wide * 16
-    for half in range(2):
-        own = [scores[i + j] for i in range(2 * half, len(scores), 4) for j in range(2)]
-        softmax_of_row(weights, scale, stat, own, masks[half], factor, valid > 8 * half, half)
+    softmax_of_rows(weights, scale, stat, scores, masks, factors, rows.count - rows.first > wide * 16)
     return [weights[i] for i in range(TILE // 4)], [scale[i] for i in range(2)]
 
 
 @cute.jit
-def softmax_of_row(
+def softmax_of_rows(
     weights: cute.Tensor,
     scale: cute.Tensor,
     stat: cute.Tensor,
     scores: Constexpr[list[Float32]],
-    masks: Constexpr[list[Uint32]],
-    factor: Float32,
+    masks: Constexpr[list[list[Uint32]]],
+    factors: Constexpr[tuple[Float32, Float32 | None]],
     some: Boolean,
-    half: Constexpr[int],
 ) -> None:
-    """The same for one of a lane's two rows; nothing where no row of the warp is `some`."""
+    """The same of a lane's two rows side by side; nothing where no row of the warp is `some`."""
     target = Target.SM90
-    for i in cutlass.range_constexpr(TILE // 8):
-        weights[2 * i + half] = Uint32(0)
-    scale[half] = Float32(1.0)
+    for i in cutlass.range_constexpr(TILE // 4):
+        weights[i] = Uint32(0)
+    scale[0], scale[1] = Float32(1.0), Float32(1.0)
     if some:
-        x = []
-        for i, score in enumerate(scores):
-            visible = (masks[i // 8] & Uint32(1 << (i % 8 // 2 * 8 + i % 2))) != 0
-            x.append(arith.select(visible, arith.mul(score, factor, target), Float32(NONE)))
-        top = stat[half]
-        for value in x:
-            top = arith.maximum(top, value, target)
-        top = attention_mma.max_of_four(top)
-        scale[half] = exp2(stat[half] - finite(top))
-        total = stat[2 + half] * scale[half]
-        for i, value in enumerate(x):
-            x[i] = exp2(value - finite(top))
-            total = total + x[i]
-        for i in cutlass.range_constexpr(TILE // 8):
-            weights[2 * i + half] = bf16.pack(x[2 * i], x[2 * i + 1], target)
-        stat[half], stat[2 + half] = top, total
+        x, tops, zeros = [], [], []
+        for half in cutlass.range_constexpr(2):
+            top = Float32(NONE)
+            for i in cutlass.range_constexpr(TILE // 4):
+                visible = (masks[half][i // 8] & Uint32(1 << (i % 8 // 2 * 8 + i % 2))) != 0
+                value = arith.select(visible, scores[i // 2 * 4 + 2 * half + i % 2], Float32(NONE))
+                top = arith.maximum(top, value, target)
+                x.append(value)
+            tops.append(top)
+        for half in cutlass.range_constexpr(2):
+            top = attention_mma.max_of_four(tops[half]) * factors[0]
+            tops[half] = arith.maximum(stat[half], top, target)
+            zeros.append(finite(tops[half]))
+        for half in cutlass.range_constexpr(2):
+            scale[half] = exp2(stat[half] - zeros[half])
+            total = stat[2 + half] * scale[half]
+            for i in cutlass.range_constexpr(TILE // 4):
+                at = half * (TILE // 4) + i
+                x[at] = exp2(arith.ptx(Float32, "fma.rn.f32 $0, $1, $2, $3;", x[at], factors[0], -zeros[half]))
+                total = total + x[at]
+                if cutlass.const_expr(factors[1] is not None):
+                    x[at] = arith.mul(x[at], factors[1], target)
+            for i in cutlass.range_constexpr(TILE // 8):
+                at = half * (TILE // 4) + 2 * i
+                weights[2 * i + half] = bf16.pack(x[at], x[at + 1], target)
+            stat[half], stat[2 + half] = tops[half], total

@@ -11,6 +11,7 @@ from torch import Tensor
 from megamoe.numerics.nvfp4 import BLOCK
 from megamoe.testing.cases import Bound, Case
 
+SPARE = 2  # pages of no sequence
 _FP32 = {"out": Bound(1.2e-6, "fp32 sums in another order"), "lse": Bound(3e-7, "fp32 sums in another order")}
 _FP16 = {"out": Bound(9e-4, "probabilities and output are rounded to fp16")}
 
@@ -33,6 +34,9 @@ def make(
     window: int | None = None,
     evicted: int = 0,
     splits: int = 0,
+    extra: Sequence[int] | None = None,
+    extra_page: int = 8,
+    extra_picked: int | None = None,
 ) -> dict[str, Any]:
     """A random cache on shuffled pages and normal queries; slots that no query sees hold NaN scales.
 
@@ -53,25 +57,20 @@ def make(
         window: As the op's.
         evicted: Leading pages of each sequence that the table has lost.
         splits: As the op's.
+        extra: Entries of a second cache; None for none.
+        extra_page: Entries a page.
+        extra_picked: Entries for each query, a quarter of them -1; None for all.
     """
     batch = len(lengths)
-    counts = [-(-length // page) for length in lengths]
-    spare, width = 2, max([*counts, 0]) + 1
-    pages = sum(counts) + spare
-    order = torch.randperm(pages, generator=generator).int()
-    table = torch.full((batch, width), -1, dtype=torch.int32)
-    used = torch.zeros(pages, page, dtype=torch.bool)
-    start = 0
-    for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-        own = order[start : start + count].long()
-        table[b, :count] = own.int()
-        position = torch.arange(count * page)
+    table, own = _table(generator, lengths, page)
+    used = torch.zeros(sum(map(len, own)) + SPARE, page, dtype=torch.bool)
+    for b, length in enumerate(lengths):
+        position = torch.arange(len(own[b]) * page)
         held = position < length - (new or 0)
         if window is not None:
             held &= position > length - queries - window
-        used[own] = held.view(count, page)
-        table[b, : min(evicted, count)] = -1
-        start += count
+        used[own[b]] = held.view(len(own[b]), page)
+        table[b, : min(evicted, len(own[b]))] = -1
 
     args: dict[str, Any] = {
         "q": torch.randn(batch, queries, heads, head_dim, generator=generator).to(getattr(torch, dtype)),
@@ -90,7 +89,34 @@ def make(
         args["sink"] = torch.randn(heads, generator=generator) * 2
     if picked is not None:
         args["indices"] = _pick(generator, lengths, queries, picked)
+    if extra is not None:
+        args |= _extra(generator, extra, kv_heads, head_dim, extra_page)
+        if extra_picked is not None:
+            args["extra_indices"] = _pick(generator, extra, queries, extra_picked)
     return args
+
+
+def _table(generator: torch.Generator, lengths: Sequence[int], page: int) -> tuple[Tensor, list[Tensor]]:
+    """A block table of shuffled pages, SPARE of them unused and its last column empty, and each sequence's pages."""
+    counts = [-(-length // page) for length in lengths]
+    order = torch.randperm(sum(counts) + SPARE, generator=generator).int()
+    table = torch.full((len(lengths), max([*counts, 0]) + 1), -1, dtype=torch.int32)
+    starts = [sum(counts[:b]) for b in range(len(counts))]
+    own = [order[start : start + count].long() for start, count in zip(starts, counts, strict=True)]
+    for b, pages in enumerate(own):
+        table[b, : len(pages)] = pages.int()
+    return table, own
+
+
+def _extra(generator: torch.Generator, lengths: Sequence[int], kv_heads: int, dim: int, page: int) -> dict[str, Tensor]:
+    """A second cache; slots past its ends hold NaN scales."""
+    table, own = _table(generator, lengths, page)
+    used = torch.zeros(sum(map(len, own)) + SPARE, page, dtype=torch.bool)
+    for pages, length in zip(own, lengths, strict=True):
+        used[pages] = (torch.arange(len(pages) * page) < length).view(len(pages), page)
+    cache = _cache(generator, "extra", used, kv_heads, dim)
+    held = torch.tensor(lengths, dtype=torch.int32)
+    return cache | {"extra_table": table, "extra_lengths": held, "extra_scale": torch.tensor(0.17)}
 
 
 def _cache(generator: torch.Generator, side: str, used: Tensor, kv_heads: int, dim: int) -> dict[str, Tensor]:
@@ -123,6 +149,25 @@ CASES: dict[str, Case] = {
     "mla-d512-page64": Case(make, {"lengths": [200, 65], "page": 64, "sink": True, **_MLA}, bench=True),
     "mla-window": Case(make, {"lengths": [300, 129, 128, 5], "page": 64, "window": 128, "sink": True, **_MLA}),
     "mla-indices": Case(make, {"lengths": [70, 9], "new": None, "picked": 32, "sink": True, **_MLA}, bench=True),
+    "two-caches": Case(make, {"lengths": [150, 40, 3], "extra": [70, 9, 0], "window": 20, "sink": True, **_MLA}),
+    "two-caches-picked": Case(
+        make,
+        {"lengths": [300, 129, 5], "page": 64, "window": 128, "sink": True, **_MLA}
+        | {"extra": [90, 33, 1], "extra_page": 64, "extra_picked": 40},
+        bench=True,
+    ),
+    "two-caches-queries-2": Case(
+        make,
+        {"lengths": [30, 2], "queries": 2, "new": 2, "window": 20, "extra": [9, 40], "extra_picked": 24, **_MLA},
+    ),
+    "two-caches-queries-2-all": Case(
+        make, {"lengths": [30, 2], "queries": 2, "new": 2, "window": 20, "extra": [0, 70], "splits": 2, **_MLA}
+    ),
+    "two-caches-both-picked": Case(
+        make,
+        {"lengths": [80, 20], "new": None, "picked": 40, "extra": [90, 30], "extra_picked": 70, "splits": 3, **_MLA},
+    ),
+    "two-caches-nothing-near": Case(make, {"lengths": [0, 1], "new": None, "extra": [20, 0], "sink": True, **_MLA}),
     "page128": Case(make, {"lengths": [129, 128, 127], "page": 128}),
     "page-odd": Case(make, {"lengths": [20, 7], "page": 5}),
     "heads-not-grouped": Case(make, {"lengths": [20], "heads": 3, "kv_heads": 3}),
@@ -157,6 +202,13 @@ CASES: dict[str, Case] = {
     "flash-window": Case(
         make,
         {"lengths": [4096] * 64, "page": 64, "window": 128, "sink": True, **_MLA, "heads": 64},
+        gpu_only=True,
+        bench=True,
+    ),
+    "flash-two-caches": Case(
+        make,
+        {"lengths": [4096] * 64, "page": 64, "window": 128, "sink": True, **_MLA, "heads": 64}
+        | {"extra": [1024] * 64, "extra_page": 64, "extra_picked": 512},
         gpu_only=True,
         bench=True,
     ),

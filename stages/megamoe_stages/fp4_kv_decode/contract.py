@@ -53,6 +53,44 @@ class Problem(NamedTuple):
     shared: bool
     appends: bool
     indexed: bool
+    extra: bool
+
+
+class Extra(NamedTuple):
+    """A second cache, of keys that are the values, by the op's arguments that start with `extra_`."""
+
+    codes: Tensor
+    scales: Tensor
+    table: Tensor
+    lengths: Tensor
+    scale: Tensor
+    indices: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        codes: Tensor | None,
+        scales: Tensor | None,
+        table: Tensor | None,
+        lengths: Tensor | None,
+        scale: Tensor | None,
+        indices: Tensor | None,
+    ) -> Extra | None:
+        """The second cache of arguments that `check` has seen; None where there is none."""
+        if codes is None or scales is None or table is None or lengths is None or scale is None:
+            return None
+        return cls(codes, scales, table, lengths, scale, indices)
+
+    @property
+    def room(self) -> int:
+        """Entries that the table has room for."""
+        return self.table.shape[1] * self.codes.shape[2]
+
+    @property
+    def seen(self) -> int:
+        """How many entries a query may see, by the sizes alone."""
+        held = self.room if self.codes.shape[0] else 0
+        return held if self.indices is None else min(held, self.indices.shape[2])
 
 
 def check(
@@ -69,6 +107,12 @@ def check(
     v_new: Tensor | None = None,
     sink: Tensor | None = None,
     indices: Tensor | None = None,
+    extra_codes: Tensor | None = None,
+    extra_scales: E4M3Tensor | None = None,
+    extra_table: Tensor | None = None,
+    extra_lengths: Tensor | None = None,
+    extra_scale: Tensor | None = None,
+    extra_indices: Tensor | None = None,
     *,
     softmax_scale: float,
     window: int | None = None,
@@ -102,6 +146,25 @@ def check(
         check_tensor("sink", sink, [heads], [torch.float32], like=q)
     if indices is not None:
         check_tensor("indices", indices, [batch, queries, "picked"], [torch.int32], like=q)
+    if extra_codes is None:
+        for name, value in (
+            ("extra_scales", extra_scales),
+            ("extra_table", extra_table),
+            ("extra_lengths", extra_lengths),
+            ("extra_scale", extra_scale),
+            ("extra_indices", extra_indices),
+        ):
+            if value is not None:
+                raise ArgumentError(name, "a tensor", "None without extra_codes")
+    else:
+        if v_codes is not None:
+            raise ArgumentError("extra_codes", "a tensor", "None with v_codes: its keys are the values")
+        _check_cache("extra", extra_codes, extra_scales, extra_scale, [None, kv_heads, "page"], head_dim, like=q)
+        check_multiple("extra_codes", extra_codes.shape[2], 1, "tokens a page")
+        check_tensor("extra_table", extra_table, [batch, "max_pages"], [torch.int32], like=q)
+        check_tensor("extra_lengths", extra_lengths, [batch], [torch.int32], like=q)
+        if extra_indices is not None:
+            check_tensor("extra_indices", extra_indices, [batch, queries, "picked"], [torch.int32], like=q)
     _check_options(softmax_scale, window, splits, indexed=indices is not None)
 
 
@@ -141,6 +204,11 @@ def check_values(
     k_scale: Tensor,
     v_scale: Tensor | None = None,
     indices: Tensor | None = None,
+    extra_codes: Tensor | None = None,
+    extra_table: Tensor | None = None,
+    extra_lengths: Tensor | None = None,
+    extra_scale: Tensor | None = None,
+    extra_indices: Tensor | None = None,
     *,
     window: int | None = None,
     queries: int = 1,
@@ -157,38 +225,55 @@ def check_values(
         k_scale: As the op's.
         v_scale: As the op's.
         indices: As the op's.
+        extra_codes: As the op's; with `extra_table` and `extra_lengths`.
+        extra_table: As the op's.
+        extra_lengths: As the op's.
+        extra_scale: As the op's.
+        extra_indices: As the op's.
         window: As the op's.
         queries: Number of queries of each sequence.
 
     Raises:
         ArgumentError: One of these does not hold.
     """
-    pages, page = k_codes.shape[0], k_codes.shape[2]
-    capacity = block_table.shape[1] * page
-    if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= capacity:
-        raise ArgumentError("lengths", lengths.tolist(), f"0 to {capacity} tokens, what the table holds")
-    used = block_table[block_table != -1]
-    if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < pages:
-        raise ArgumentError("block_table", f"pages {int(used.min())} to {int(used.max())}", f"-1, or 0 to {pages - 1}")
-    if bool((used.sort().values.diff() == 0).any()):
-        raise ArgumentError("block_table", "a page twice", "each page once: appending writes to it")
-    for b, length in enumerate(lengths.tolist()):
-        first = 0 if window is None else max(0, length - queries - window + 1)
-        if indices is None and bool((block_table[b, first // page : -(-length // page)] < 0).any()):
-            raise ArgumentError("block_table", f"-1 among the pages of sequence {b}", "a page for each visible token")
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale), ("extra_scale", extra_scale)):
         if scale is not None and not 0 < float(scale) < math.inf:
             raise ArgumentError(name, float(scale), "a positive finite decode scale")
-    if indices is not None:
-        _check_indices(indices, lengths)
+    reach = None if window is None else window + queries - 1
+    _check_pages(k_codes, ("block_table", block_table), ("lengths", lengths), ("indices", indices), reach)
+    if extra_codes is not None and extra_table is not None and extra_lengths is not None:
+        table, held = ("extra_table", extra_table), ("extra_lengths", extra_lengths)
+        _check_pages(extra_codes, table, held, ("extra_indices", extra_indices), None)
 
 
-def _check_indices(indices: Tensor, lengths: Tensor) -> None:
-    if bool(((indices < -1) | (indices >= lengths[:, None, None])).any()):
-        raise ArgumentError("indices", "a position outside its sequence", "-1, or 0 to lengths - 1")
-    ordered = indices.sort(-1).values
-    if bool(((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)).any()):
-        raise ArgumentError("indices", "a position twice for one query", "each position at most once")
+def _check_pages(
+    codes: Tensor,
+    block_table: tuple[str, Tensor],
+    lengths: tuple[str, Tensor],
+    indices: tuple[str, Tensor | None],
+    reach: int | None,
+) -> None:
+    """Checks the table, lengths and indices of a cache, each with its name; `reach`: last tokens that are seen."""
+    (table_name, table), (lengths_name, held), (indices_name, picked) = block_table, lengths, indices
+    pages, page = codes.shape[0], codes.shape[2]
+    capacity = table.shape[1] * page
+    if held.numel() and not 0 <= int(held.min()) <= int(held.max()) <= capacity:
+        raise ArgumentError(lengths_name, held.tolist(), f"0 to {capacity} tokens, what the table holds")
+    used = table[table != -1]
+    if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < pages:
+        raise ArgumentError(table_name, f"pages {int(used.min())} to {int(used.max())}", f"-1, or 0 to {pages - 1}")
+    if bool((used.sort().values.diff() == 0).any()):
+        raise ArgumentError(table_name, "a page twice", "each page once: appending writes to it")
+    for b, length in enumerate(held.tolist()):
+        first = 0 if reach is None else max(0, length - reach)
+        if picked is None and bool((table[b, first // page : -(-length // page)] < 0).any()):
+            raise ArgumentError(table_name, f"-1 among the pages of sequence {b}", "a page for each visible token")
+    if picked is not None:
+        if bool(((picked < -1) | (picked >= held[:, None, None])).any()):
+            raise ArgumentError(indices_name, "a position outside its sequence", "-1, or 0 to lengths - 1")
+        ordered = picked.sort(-1).values
+        if bool(((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)).any()):
+            raise ArgumentError(indices_name, "a position twice for one query", "each position at most once")
 
 
 def problem(
@@ -205,12 +290,18 @@ def problem(
     v_new: Tensor | None = None,
     sink: Tensor | None = None,
     indices: Tensor | None = None,
+    extra_codes: Tensor | None = None,
+    extra_scales: E4M3Tensor | None = None,
+    extra_table: Tensor | None = None,
+    extra_lengths: Tensor | None = None,
+    extra_scale: Tensor | None = None,
+    extra_indices: Tensor | None = None,
     *,
     softmax_scale: float,
     window: int | None = None,
     splits: int = 0,
 ) -> Problem:
-    """The facts of one call; `tokens`: how many a query may see by the table, the window or the indices."""
+    """The facts of one call; `tokens`: how many a query may see by the tables, the window or the indices."""
     batch, queries, heads, head_dim = q.shape
     _, kv_heads, page, _ = k_codes.shape
     shared = v_codes is None
@@ -218,6 +309,9 @@ def problem(
     tokens = block_table.shape[1] * page if indices is None else indices.shape[2]
     if window is not None and window < tokens:
         tokens = window
+    if extra_codes is not None and extra_table is not None:
+        room = extra_table.shape[1] * extra_codes.shape[2]
+        tokens += room if extra_indices is None else extra_indices.shape[2]
     return fast_problem(
         Problem,
         (
@@ -234,6 +328,7 @@ def problem(
             shared,
             k_new is not None,
             indices is not None,
+            extra_codes is not None,
         ),
     )
 
@@ -252,6 +347,12 @@ def fake(
     v_new: Tensor | None = None,
     sink: Tensor | None = None,
     indices: Tensor | None = None,
+    extra_codes: Tensor | None = None,
+    extra_scales: E4M3Tensor | None = None,
+    extra_table: Tensor | None = None,
+    extra_lengths: Tensor | None = None,
+    extra_scale: Tensor | None = None,
+    extra_indices: Tensor | None = None,
     *,
     softmax_scale: float,
     window: int | None = None,

@@ -11,7 +11,7 @@ from megamoe.contracts import E4M3Tensor
 from megamoe.numerics.attention import bmm_fp32, merge_lse, visible_keys
 from megamoe.numerics.nvfp4 import BLOCK
 from megamoe_stages.fp4_kv_decode import contract
-from megamoe_stages.fp4_kv_decode.contract import DecodeOutput
+from megamoe_stages.fp4_kv_decode.contract import DecodeOutput, Extra
 from megamoe_stages.quantize.fallback import quantize
 
 WORKSPACE = 1 << 26  # decoded values held at once, for `splits=0`: 128 MiB of bf16
@@ -57,6 +57,12 @@ def fp4_kv_decode(
     v_new: Tensor | None = None,
     sink: Tensor | None = None,
     indices: Tensor | None = None,
+    extra_codes: Tensor | None = None,
+    extra_scales: E4M3Tensor | None = None,
+    extra_table: Tensor | None = None,
+    extra_lengths: Tensor | None = None,
+    extra_scale: Tensor | None = None,
+    extra_indices: Tensor | None = None,
     *,
     softmax_scale: float,
     window: int | None = None,
@@ -77,6 +83,12 @@ def fp4_kv_decode(
         v_new,
         sink,
         indices,
+        extra_codes,
+        extra_scales,
+        extra_table,
+        extra_lengths,
+        extra_scale,
+        extra_indices,
         softmax_scale=softmax_scale,
         window=window,
         splits=splits,
@@ -90,36 +102,57 @@ def fp4_kv_decode(
         _append(v_cache, v_new, block_table, lengths)
 
     batch, queries, heads, _ = q.shape
-    kv_heads, page, v_dim = k_codes.shape[1], k_codes.shape[2], v_cache.codes.shape[3] * 2
-    keys = _keys(block_table, lengths, indices, queries, page, window)
-    tokens = keys.slot.shape[1]
-    if q.numel() == 0 or tokens == 0 or k_codes.shape[0] == 0:
+    v_dim = v_cache.codes.shape[3] * 2
+    extra = Extra.of(extra_codes, extra_scales, extra_table, extra_lengths, extra_scale, extra_indices)
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    if q.numel():
+        keys = _keys(k_cache, block_table, lengths, indices, queries, window)
+        outs, lses = _parts(q, k_cache, v_cache, keys, splits, softmax_scale)
+        if extra is not None:
+            more = Cache(extra.codes, extra.scales, extra.scale)
+            entries = _entries(more, extra, queries)
+            far, far_lses = _parts(q, more, more, entries, splits, softmax_scale)
+            outs, lses = outs + [out * (more.scale / v_cache.scale) for out in far], lses + far_lses
+    if not outs:
         lse = torch.full((batch, queries, heads), -torch.inf, device=q.device)
         return DecodeOutput(q.new_zeros(batch, queries, heads, v_dim), lse)
-
-    rows = keys.slot.shape[0]
-    grouped = q.view(rows, -1, kv_heads, heads // kv_heads, q.shape[3]).transpose(1, 2).contiguous()
-    pairs = _pairs(q)
-    outs, lses = [], []
-    step = -(-tokens // splits) if splits else max(BLOCK, WORKSPACE // (rows * kv_heads * max(q.shape[3], v_dim)))
-    for start in range(0, tokens, step):
-        part = keys.part(start, min(start + step, tokens))
-        out, lse = _partial(grouped, k_cache, v_cache, part, pairs, softmax_scale)
-        outs.append(out)
-        lses.append(lse)
     out, lse = merge_lse(outs, lses, sink)
     out = out * v_cache.scale
     return DecodeOutput(out.to(q.dtype).view(batch, queries, heads, v_dim), lse.view(batch, queries, heads))
 
 
+def _parts(
+    q: Tensor, k_cache: Cache, v_cache: Cache, keys: Keys, splits: int, softmax_scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Attention over some tokens at a time, `splits` times or as the workspace has it: outs and lses for `merge_lse`.
+
+    Returns:
+        out (batch, queries, heads, Dv) without the scale of the values and lse (batch, queries, heads), fp32, of each.
+    """
+    kv_heads, heads, rows = k_cache.codes.shape[1], q.shape[2], keys.slot.shape[0]
+    tokens = keys.slot.shape[1] if k_cache.codes.shape[0] else 0
+    dims = k_cache.codes.shape[3] * 2, v_cache.codes.shape[3] * 2
+    grouped = q.view(rows, -1, kv_heads, heads // kv_heads, q.shape[3]).transpose(1, 2).contiguous()
+    pairs = _pairs(q)
+    outs, lses = [], []
+    step = -(-tokens // splits) if splits else max(BLOCK, WORKSPACE // (rows * kv_heads * max(dims)))
+    for start in range(0, tokens, step):
+        part = keys.part(start, min(start + step, tokens))
+        out, lse = _partial(grouped, k_cache, v_cache, part, pairs, softmax_scale)
+        outs.append(out.view(*q.shape[:3], -1))
+        lses.append(lse.view(q.shape[:3]))
+    return outs, lses
+
+
 def _append(cache: Cache, new: Tensor, block_table: Tensor, lengths: Tensor) -> None:
     """Quantises `new` (batch, new, kv_heads, D) and scatters it into the last token slots of each sequence."""
-    count, page = new.shape[1], cache.codes.shape[2]
+    count = new.shape[1]
     if new.numel() == 0 or cache.codes.numel() == 0 or block_table.shape[1] == 0:
         return
     quantized = quantize(new, 1.0 / cache.scale)
     positions = lengths[:, None] - count + torch.arange(count, device=lengths.device)
-    slot, exists = (x.flatten() for x in _slots(block_table, lengths, positions, page))  # (batch * count,)
+    slot, exists = (x.flatten() for x in _slots(cache, block_table, lengths, positions))  # (batch * count,)
     # A token that is dropped repeats the write of one that is not, since a masked scatter would wait for its count.
     donor = exists.int().argmax()
     source = torch.where(exists, torch.arange(len(exists), device=exists.device), donor)
@@ -131,36 +164,58 @@ def _append(cache: Cache, new: Tensor, block_table: Tensor, lengths: Tensor) -> 
         flat.index_copy_(0, rows.flatten(), data.flatten(0, 1))
 
 
-def _slots(block_table: Tensor, lengths: Tensor, positions: Tensor, page: int) -> tuple[Tensor, Tensor]:
+def _slots(cache: Cache, block_table: Tensor, lengths: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Where tokens (rows, tokens) lie, int64 page * page size + slot, and whether they exist."""
+    pages, page = cache.codes.shape[0], cache.codes.shape[2]
     exists = (positions >= 0) & (positions < lengths[:, None].clamp(max=block_table.shape[1] * page))
     inside = torch.where(exists, positions, 0).long()
     home = block_table.gather(1, inside // page)
-    exists &= home >= 0
+    exists &= (home >= 0) & (home < pages)
     return torch.where(exists, home.long() * page + inside % page, 0), exists
 
 
 def _keys(
-    block_table: Tensor, lengths: Tensor, indices: Tensor | None, queries: int, page: int, window: int | None
+    cache: Cache, block_table: Tensor, lengths: Tensor, indices: Tensor | None, queries: int, window: int | None
 ) -> Keys:
     """The tokens to look at: the picked ones, those of the window, or all that the table has room for."""
     if indices is not None:
-        positions = indices.flatten(0, 1)  # (batch * queries, n): one row a query
-        block_table, lengths = block_table.repeat_interleave(queries, 0), lengths.repeat_interleave(queries)
-    else:
-        capacity = block_table.shape[1] * page
-        span = capacity if window is None else min(capacity, window + queries - 1)
-        first = 0 if window is None else lengths[:, None].clamp(max=capacity) - span
-        positions = first + torch.arange(span, device=lengths.device).expand(len(lengths), span)
-    if positions.numel() == 0 or block_table.shape[1] == 0:
-        empty = positions.new_zeros(positions.shape[0], 0)
-        return Keys(empty.long(), empty.bool(), empty.bool()[:, None])
-    slot, exists = _slots(block_table, lengths, positions, page)
-    if indices is not None:
-        return Keys(slot, exists, exists[:, None])
+        return _picked(cache, block_table, lengths, indices)
+    capacity = block_table.shape[1] * cache.codes.shape[2]
+    span = capacity if window is None else min(capacity, window + queries - 1)
+    first = 0 if window is None else lengths[:, None].clamp(max=capacity) - span
+    positions = first + torch.arange(span, device=lengths.device).expand(len(lengths), span)
+    if positions.numel() == 0:
+        return _no_keys(positions)
+    slot, exists = _slots(cache, block_table, lengths, positions)
     query_positions = lengths[:, None] - queries + torch.arange(queries, device=lengths.device)
     visible = visible_keys(query_positions, positions, window=window) & exists[:, None]
     return Keys(slot, visible.any(1), visible)
+
+
+def _entries(cache: Cache, extra: Extra, queries: int) -> Keys:
+    """The entries of the second cache to look at: the picked ones, or all that the table has room for."""
+    if extra.indices is not None:
+        return _picked(cache, extra.table, extra.lengths, extra.indices)
+    positions = torch.arange(extra.room, device=extra.table.device).expand(len(extra.lengths), -1)
+    if positions.numel() == 0:
+        return _no_keys(positions)
+    slot, exists = _slots(cache, extra.table, extra.lengths, positions)
+    return Keys(slot, exists, exists[:, None].expand(-1, queries, -1))
+
+
+def _picked(cache: Cache, block_table: Tensor, lengths: Tensor, indices: Tensor) -> Keys:
+    """The tokens `indices` (batch, queries, n), a row a query."""
+    queries, positions = indices.shape[1], indices.flatten(0, 1)
+    if positions.numel() == 0 or block_table.shape[1] == 0:
+        return _no_keys(positions)
+    table, held = block_table.repeat_interleave(queries, 0), lengths.repeat_interleave(queries)
+    slot, exists = _slots(cache, table, held, positions)
+    return Keys(slot, exists, exists[:, None])
+
+
+def _no_keys(positions: Tensor) -> Keys:
+    empty = positions.new_zeros(positions.shape[0], 0)
+    return Keys(empty.long(), empty.bool(), empty.bool()[:, None])
 
 
 def _cache_rows(slot: Tensor, codes: Tensor) -> Tensor:

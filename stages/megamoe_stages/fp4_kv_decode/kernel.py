@@ -10,7 +10,7 @@ import math
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, cute
+from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
 from megamoe.cute import arith, attention_mma, ring
@@ -18,13 +18,15 @@ from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.convert import DECODED_UNIT
 from megamoe_stages.fp4_kv_decode import attend, produce
-from megamoe_stages.fp4_kv_decode.attend import Rows
-from megamoe_stages.fp4_kv_decode.produce import Store, Tokens
-from megamoe_stages.fp4_kv_decode.result import Result, finish, join_consumers
-from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, GROUP, ROWS, TILE, Shape
+from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows, Scales
+from megamoe_stages.fp4_kv_decode.produce import Tokens, Work
+from megamoe_stages.fp4_kv_decode.result import Result, finish, join_consumers, join_pair, pass_pair, store
+from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, CONSUMERS, GROUP, ROWS, TILE, Shape
 
-PRODUCER_REGISTERS = 56
-CONSUMER_REGISTERS = {1: 224, 2: 200}  # by the number of producers: what is left of 64 K
+PRODUCER_REGISTERS = {1: 72, 2: 48}  # by their number
+CONSUMER_REGISTERS = {1: 216, 2: 208}  # what is left of 64 K
+_LEAST_FACTOR = 2.0**-100  # for a softmax_scale of 0
+_BATCH = 8  # loads of queries in flight
 
 
 @cute.jit
@@ -37,21 +39,31 @@ def launch(
     block_table: cute.Tensor,  # (batch, max_pages) int32
     lengths: cute.Tensor,  # (batch,) int32
     indices: cute.Tensor,  # (batch * queries, picked) int32; not read unless indexed
+    extra_codes: cute.Tensor,  # (pages * kv_heads * page, D/2) uint8 of the second cache; the first where there is none
+    extra_scales: cute.Tensor,
+    extra_table: cute.Tensor,
+    extra_lengths: cute.Tensor,
+    extra_indices: cute.Tensor,  # not read unless extra_indexed
+    extra_scale: cute.Tensor,  # () fp32
     k_scale: cute.Tensor,  # () fp32
     v_scale: cute.Tensor,  # () fp32
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
     out: cute.Tensor,  # (batch * queries * heads, Dv) bf16
     lse: cute.Tensor,  # (batch * queries * heads,) fp32
-    parts: cute.Tensor,  # (CTAs * ROWS, Dv) fp32; not used with one split
-    stats: cute.Tensor,  # (CTAs * ROWS, 2) fp32
-    arrived: cute.Tensor,  # (CTAs / splits,) int32, zeros
+    parts: cute.Tensor,  # these three as `result.Result` has them; not used where there is one part
+    stats: cute.Tensor,
+    arrived: cute.Tensor,
     softmax_scale: Float32,
     queries: Int32,
     heads: Int32,
     kv_heads: Int32,
     page: Int32,
+    pages: Int32,
+    extra_page: Int32,
+    extra_pages: Int32,
     window: Int32,  # 0 for none
     indexed: Int32,
+    extra_indexed: Int32,
     has_sink: Int32,
     splits: Int32,
     stream: CUstream,
@@ -60,10 +72,11 @@ def launch(
     """Launches a CTA for each share of the tokens of 64 rows."""
     group = heads // kv_heads
     batch = cute.size(lengths)
-    rows = group if indexed != 0 else group * queries
-    problems = batch * queries if indexed != 0 else batch
+    apart = (indexed != 0) | (extra_indexed != 0)  # each query sees tokens of its own
+    rows = group if apart else group * queries
+    problems = batch * queries if apart else batch
     scores = softmax_scale * Float32(DECODED_UNIT / math.log(2))
-    pages = cute.FastDivmodDivisorV2(page)
+    by_page, by_extra_page = cute.FastDivmodDivisorV2(page), cute.FastDivmodDivisorV2(extra_page)
     kernel(
         q,
         k_codes,
@@ -73,6 +86,12 @@ def launch(
         block_table,
         lengths,
         indices,
+        extra_codes,
+        extra_scales,
+        extra_table,
+        extra_lengths,
+        extra_indices,
+        extra_scale,
         k_scale,
         v_scale,
         sink,
@@ -87,16 +106,23 @@ def launch(
         kv_heads,
         page,
         pages,
+        by_page,
+        extra_page,
+        extra_pages,
+        by_extra_page,
         window,
         indexed,
+        extra_indexed,
         has_sink,
         splits,
         shape,
     ).launch(
         grid=[problems, cute.ceil_div(rows, ROWS) * kv_heads, splits],
         block=[shape.threads, 1, 1],
+        cluster=[1, 1, 2 if shape.paired else 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,
+        use_pdl=True,
         stream=stream,
     )
 
@@ -111,6 +137,12 @@ def kernel(
     block_table: cute.Tensor,
     lengths: cute.Tensor,
     indices: cute.Tensor,
+    extra_codes: cute.Tensor,
+    extra_scales: cute.Tensor,
+    extra_table: cute.Tensor,
+    extra_lengths: cute.Tensor,
+    extra_indices: cute.Tensor,
+    extra_scale: cute.Tensor,
     k_scale: cute.Tensor,
     v_scale: cute.Tensor,
     sink: cute.Tensor,
@@ -124,9 +156,14 @@ def kernel(
     heads: Int32,
     kv_heads: Int32,
     page: Int32,
-    pages: cute.FastDivmodDivisorV2,
+    pages: Int32,
+    by_page: cute.FastDivmodDivisorV2,
+    extra_page: Int32,
+    extra_pages: Int32,
+    by_extra_page: cute.FastDivmodDivisorV2,
     window: Int32,
     indexed: Int32,
+    extra_indexed: Int32,
     has_sink: Int32,
     splits: Int32,
     shape: Constexpr[Shape],
@@ -143,54 +180,98 @@ def kernel(
         for i in cutlass.range_constexpr(2 if shape.split_columns else 0):
             ring.init(base + shape.ready_at + i * 8, GROUP)
         ring.init_fence()
+    cute.arch.griddepcontrol_wait()  # for what earlier launches write: so far this one has looked at nothing
 
     row_block, kv_head = part // kv_heads, part % kv_heads
     group = heads // kv_heads
-    sequence = arith.select(indexed != 0, problem // queries, problem)
+    apart = (indexed != 0) | (extra_indexed != 0)
+    sequence = arith.select(apart, problem // queries, problem)
     length = lengths[sequence]
     rows = Rows(
         first=row_block * ROWS,
-        count=arith.select(indexed != 0, group, group * queries),
+        count=arith.select(apart, group, group * queries),
         group=group,
-        position=length - queries,
+        position=length - queries + arith.select(apart, problem % queries, Int32(0)),
         window=window,
         indexed=indexed,
-        query=arith.select(indexed != 0, problem, problem * queries),
+        near=Int32(0),
+        query=arith.select(apart, problem, problem * queries),
         heads=heads,
         head=kv_head * group,
     )
     held = cutlass.min(length, cute.size(block_table, mode=[1]) * page)
     start, end = seen(rows, held, cute.size(indices, mode=[1]))
-    tiles = (cutlass.max(end - start, 0) + (TILE - 1)) // TILE
-    share = (tiles + splits - 1) // splits
-    first = start + split * share * TILE
-    own = cutlass.max(cutlass.min(tiles - split * share, share), 0)
     tokens = Tokens(
-        block_table, indices, indexed, sequence, problem, held, first, end, own, pages, page, kv_heads, kv_head
+        block_table, indices, indexed, sequence, problem, held, start, end, by_page, page, pages, kv_heads, kv_head
     )
-    problem_number = problem * cute.arch.grid_dim()[1] + part
-    result = Result(out, lse, sink, has_sink, v_scale, parts, stats, arrived, splits, split, problem_number)
+    near = (cutlass.max(end - start, 0) + (TILE - 1)) // TILE
+    tiles, entries = near, tokens
+    if cutlass.const_expr(shape.extra):
+        held = cutlass.min(extra_lengths[sequence], cute.size(extra_table, mode=[1]) * extra_page)
+        end = arith.select(extra_indexed != 0, cute.size(extra_indices, mode=[1]), held)
+        tiles = near + (cutlass.max(end, 0) + (TILE - 1)) // TILE
+        entries = Tokens(
+            extra_table,
+            extra_indices,
+            extra_indexed,
+            sequence,
+            problem,
+            held,
+            -near * TILE,
+            end,
+            by_extra_page,
+            extra_page,
+            extra_pages,
+            kv_heads,
+            kv_head,
+        )
+    share = (tiles + splits - 1) // splits
+    skipped = split * share  # tiles of other CTAs
+    own = cutlass.max(cutlass.min(tiles - skipped, share), 0)
+    rows = rows._replace(near=near - skipped)
+    first = start + skipped * TILE
+    work = Work(
+        tiles=own,
+        near=near - skipped,
+        tokens=tokens._replace(first=first),
+        entries=entries._replace(first=entries.first + skipped * TILE),
+        keys=tokens.store(k_codes, k_scales, shape.head_dim),
+        values=tokens.store(v_codes, v_scales, shape.v_dim),
+        extra=tokens.store(extra_codes, extra_scales, shape.head_dim),
+    )
+    number = problem * cute.arch.grid_dim()[1] + part
+    result = Result(out, lse, sink, has_sink, Float32(1.0), parts, stats, arrived, splits, split, number, Int32(0))
 
-    load_queries(q, base, rows, shape)
-    attention_mma.proxy_fence()
     cute.arch.sync_threads()
     if thread < shape.producer_threads:
-        cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
-        produce.produce(
-            base, tokens, store_of(k_codes, k_scales, shape.head_dim), store_of(v_codes, v_scales, shape.v_dim), shape
-        )
+        cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS[shape.producers])
+        produce.produce(base, work, shape)
+        if cutlass.const_expr(shape.paired):
+            pass_pair()
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[shape.producers])
         consumer = thread // GROUP - shape.producers
         acc = cute.make_rmem_tensor((shape.out_columns // 2,), Float32)
         stat = cute.make_rmem_tensor((4,), Float32)
-        attend.attend(acc, stat, base, consumer, own, first, scores * k_scale[()], rows, shape)
-        if cutlass.const_expr(shape.split_columns):
-            finish(acc, stat, base, consumer, rows, result, shape)
+        scale, extra = k_scale[()], extra_scale[()]  # these and the queries come at once
+        result = result._replace(v_scale=v_scale[()])
+        negative = arith.select(scores < Float32(0.0), Uint32(0x80008000), Uint32(0))
+        load_queries(thread - shape.producer_threads, q, negative, base, rows, shape)
+        scales = Scales(factor(scores * scale), factor(scores * extra), extra / scale)
+        attend.attend(acc, stat, base, consumer, own, first, scales, rows, shape)
+        if cutlass.const_expr(shape.paired):
+            rank = split % 2
+            join_pair(acc, stat, base, consumer, rank, shape)
+            column, problem = rank * shape.out_columns, number * 2 + rank
+            half = result._replace(splits=splits // 2, split=split // 2, problem=problem, column=column)
+            if consumer == rank:
+                finish(acc, stat, base, rows, half, shape)
+        elif cutlass.const_expr(shape.split_columns):  # all tokens
+            store(acc, stat, rows, result._replace(column=consumer * shape.out_columns), shape)
         else:
             join_consumers(acc, stat, base, consumer, shape)
             if consumer == 0:
-                finish(acc, stat, base, consumer, rows, result, shape)
+                finish(acc, stat, base, rows, result, shape)
 
 
 def seen(rows: Rows, held: Int32, picked: Int32) -> tuple[Int32, Int32]:
@@ -203,24 +284,32 @@ def seen(rows: Rows, held: Int32, picked: Int32) -> tuple[Int32, Int32]:
     return arith.select(some, Int32(0), start), arith.select(some, picked, end)
 
 
-def store_of(codes: cute.Tensor, scales: cute.Tensor, dim: int) -> Store:
-    """A side of the cache by its addresses."""
-    return Store(ring.address(codes.iterator), ring.address(scales.iterator), dim // 2, dim // 16)
+def factor(scores: Float32) -> Float32:
+    """The size of a factor of scores, above 0, so that a product that stands for nothing visible stays -inf."""
+    return arith.maximum(arith.magnitude(scores, Target.SM90), Float32(_LEAST_FACTOR), Target.SM90)
 
 
-@cute.jit
-def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows], shape: Constexpr[Shape]) -> None:
-    """Brings the queries into shared memory, in the order of decoded values; zeros where there are no rows."""
-    thread, _, _ = cute.arch.thread_idx()
-    chunks = shape.head_dim // 8
-    for item in cutlass.range(thread, ROWS * chunks, shape.threads, unroll=1):
-        row, chunk = item // chunks, item % chunks
-        at = base + chunk // 8 * BLOCK_BYTES + row * 128 + ((chunk ^ row) % 8) * 16
-        inside = rows.first + row < rows.count
-        place = rows.place(arith.select(inside, rows.first + row, Int32(0)))
-        words = attention_mma.load16_global(ring.address(q.iterator) + (Int64(place) * shape.head_dim + chunk * 8) * 2)
-        words = [arith.select(inside, word, word ^ word) for word in produce.value_order(words)]
-        attention_mma.store16(at, words)
+def load_queries(thread: Int32, q: cute.Tensor, negative: Uint32, base: Int32, rows: Rows, shape: Shape) -> None:
+    """Brings the queries into shared memory, in the order of decoded values; zeros where there is no row.
+
+    `negative` flips their signs: the factor of the scores has none.
+    """
+    chunks, threads = shape.head_dim // 8, CONSUMERS * GROUP
+    count = ROWS * chunks // threads
+    for start in range(0, count, _BATCH):
+        places, loaded = [], []
+        for i in range(start, min(start + _BATCH, count)):
+            row, chunk = (thread + i * threads) // chunks, (thread + i * threads) % chunks
+            inside = rows.first + row < rows.count
+            place = rows.place(arith.select(inside, rows.first + row, Int32(0)))
+            at = ring.address(q.iterator) + (Int64(place) * shape.head_dim + chunk * 8) * 2
+            loaded.append((inside, attention_mma.load16_global(at)))
+            places.append(base + chunk // 8 * BLOCK_BYTES + row * 128 + ((chunk ^ row) % 8) * 16)
+        for place, (inside, words) in zip(places, loaded, strict=True):
+            words = [arith.select(inside, word ^ negative, word ^ word) for word in produce.value_order(words)]
+            attention_mma.store16(place, words)
+    attention_mma.proxy_fence()
+    attention_mma.named_barrier(CONSUMERS_BARRIER, threads)
 
 
 def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
@@ -235,11 +324,16 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
         def vector(dtype: type) -> object:
             return make_fake_compact_tensor(dtype, (size(),), stride_order=(0,), assumed_align=4)
 
-        caches = [matrix(Uint8, dim // part, 16) for dim in (shape.head_dim, shape.v_dim) for part in (2, 16)]
-        scalars = [make_fake_tensor(Float32, (), (), assumed_align=4) for _ in range(2)]
+        dims = (shape.head_dim, shape.v_dim, shape.head_dim)
+        caches = [matrix(Uint8, dim // part, 16) for dim in dims for part in (2, 16)]
+        scalars = [make_fake_tensor(Float32, (), (), assumed_align=4) for _ in range(3)]
         return (
             matrix(BFloat16, shape.head_dim, 16),
-            *caches,
+            *caches[:4],
+            matrix(Int32, size(), 4),
+            vector(Int32),
+            matrix(Int32, size(), 4),
+            *caches[4:],
             matrix(Int32, size(), 4),
             vector(Int32),
             matrix(Int32, size(), 4),
@@ -247,14 +341,15 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
             vector(Float32),
             matrix(BFloat16, shape.v_dim, 16),
             vector(Float32),
-            matrix(Float32, shape.v_dim, 16),
+            matrix(Float32, shape.out_columns, 16),
             matrix(Float32, 2, 4),
             vector(Int32),
             Float32(0),
-            *(Int32(0) for _ in range(8)),
+            *(Int32(0) for _ in range(12)),
             make_fake_stream(use_tvm_ffi_env_stream=True),
             shape,
         )
 
-    kind = "shared" if shape.shared else f"v{shape.v_dim}"
+    kind = ("extra" if shape.extra else "shared") if shape.shared else f"v{shape.v_dim}"
+    kind += "_paired" if shape.paired else ""
     return KernelSpec(f"decode_d{shape.head_dim}_{kind}", target.value, launch, arguments, tuple(shape))

@@ -12,7 +12,7 @@ from megamoe.cute import compiler
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.strips import DTYPES
 from megamoe_stages.fp4_kv_decode import append, kernel
-from megamoe_stages.fp4_kv_decode.contract import DecodeOutput
+from megamoe_stages.fp4_kv_decode.contract import DecodeOutput, Extra
 from megamoe_stages.fp4_kv_decode.shape import ROWS, SHAPES, TILE, Shape
 
 _LEAST_TILES = 4  # of a CTA, where the tokens are split
@@ -48,6 +48,7 @@ def append_new(
         new,
         kv_heads,
         page,
+        keys.codes.shape[0] // (kv_heads * page),
         1 if v_new is None else 2,
     )
 
@@ -60,6 +61,7 @@ def attend(
     lengths: Tensor,
     sink: Tensor | None,
     indices: Tensor | None,
+    extra: Extra | None,
     out: DecodeOutput,
     *,
     softmax_scale: float,
@@ -68,18 +70,31 @@ def attend(
     kv_heads: int,
     page: int,
     sms: int,
-) -> tuple[object, ...]:
-    """The arguments of the decode kernel; nothing is empty."""
+) -> tuple[Shape, tuple[object, ...]]:
+    """The decode kernel to launch and its arguments; nothing is empty, unless there is a second cache."""
     batch, queries, heads, dim = q.shape
     v_dim = out.out.shape[3]
-    rows = heads // kv_heads * (1 if indices is not None else queries)
-    problems = batch * (queries if indices is not None else 1) * kv_heads * -(-rows // ROWS)
+    apart = indices is not None or (extra is not None and extra.indices is not None)
+    rows = heads // kv_heads * (1 if apart else queries)
+    problems = batch * (queries if apart else 1) * kv_heads * -(-rows // ROWS)
     tokens = block_table.shape[1] * page if indices is None else indices.shape[2]
     if window is not None:
         tokens = min(tokens, window + queries - 1)
-    splits = min(splits, -(-tokens // TILE)) or choose_splits(problems, tokens, sms)
-    parts = problems * splits * ROWS if splits > 1 else 0
-    return (
+    second = keys, block_table, lengths, block_table, 1
+    if extra is not None:
+        entries = extra.room if extra.indices is None else extra.indices.shape[2]
+        tokens = -(-tokens // TILE) * TILE + entries
+        picks = extra.table if extra.indices is None else extra.indices.flatten(0, 1)
+        second = Side(extra.codes, extra.scales, extra.scale), extra.table, extra.lengths, picks, extra.codes.shape[2]
+    more, *places, extra_page = second
+    shape = Shape(dim, v_dim, shared=values is keys, extra=extra is not None)
+    splits = min(splits, -(-tokens // TILE)) or choose_splits(problems, tokens, sms, pairs=shape.split_columns)
+    parts = splits
+    if shape.split_columns and splits > 1:
+        shape, splits = shape._replace(paired=True), splits + splits % 2
+        problems, parts = problems * 2, splits // 2
+    merged = problems if parts > 1 else 0
+    return shape, (
         q.view(-1, dim),
         keys.codes,
         keys.scales,
@@ -87,31 +102,50 @@ def attend(
         values.scales,
         block_table,
         lengths,
-        block_table if indices is None else indices.view(-1, indices.shape[2]),
+        block_table if indices is None else indices.flatten(0, 1),
+        more.codes,
+        more.scales,
+        *places,
+        more.scale,
         keys.scale,
         values.scale,
         keys.scale.view(1) if sink is None else sink,
         out.out.view(-1, v_dim),
         out.lse.view(-1),
-        q.new_empty(parts, v_dim, dtype=torch.float32),
-        q.new_empty(parts, 2, dtype=torch.float32),
-        q.new_zeros(problems if splits > 1 else 0, dtype=torch.int32),
+        q.new_empty(merged * parts * ROWS, shape.out_columns, dtype=torch.float32),
+        q.new_empty(merged * parts * ROWS, 2, dtype=torch.float32),
+        q.new_zeros(merged, dtype=torch.int32),
         softmax_scale,
         queries,
         heads,
         kv_heads,
         page,
+        keys.codes.shape[0] // (kv_heads * page),
+        extra_page,
+        more.codes.shape[0] // (kv_heads * extra_page),
         0 if window is None else window,
         int(indices is not None),
+        int(extra is not None and extra.indices is not None),
         int(sink is not None),
         splits,
     )
 
 
-def choose_splits(problems: int, tokens: int, sms: int) -> int:
-    """Into how many parts the tokens go: as many as fill the machine, unless a CTA would get but a few tiles."""
-    tiles = -(-tokens // TILE)
-    return max(1, min(sms // problems, tiles // _LEAST_TILES, _MOST_SPLITS))
+def choose_splits(problems: int, tokens: int, sms: int, *, pairs: bool = False) -> int:
+    """Into how many parts the tokens go: as many as fill the machine, unless a CTA would get but a few tiles.
+
+    Args:
+        problems: CTAs without splits.
+        tokens: At most.
+        sms: Of the GPU.
+        pairs: CTAs work in pairs, which cost little: two for any two tiles, and an even number.
+    """
+    tiles, room = -(-tokens // TILE), sms // problems
+    splits = max(1, min(room, tiles // _LEAST_TILES, _MOST_SPLITS))
+    if pairs:
+        splits = max(splits, min(2, tiles, room))
+        splits -= splits % 2 if splits > 1 else 0
+    return splits
 
 
 @functools.cache

@@ -14,7 +14,8 @@ def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
         reasons.append(f"{facts['dtype']} queries: the kernel takes bfloat16")
     if "head_dim" in facts:
         shared = bool(facts.get("shared"))
-        wanted = Shape(int(facts["head_dim"] or 0), int(facts.get("v_dim") or facts["head_dim"] or 0), shared)
+        dims = int(facts["head_dim"] or 0), int(facts.get("v_dim") or facts["head_dim"] or 0)
+        wanted = Shape(*dims, shared, bool(facts.get("extra")))
         if wanted not in SHAPES:
             kind = "that are the values" if shared else f"with values of {wanted.v_dim}"
             reasons.append(f"keys of {wanted.head_dim} {kind}: no kernel is compiled for them")

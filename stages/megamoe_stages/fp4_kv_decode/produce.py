@@ -31,7 +31,7 @@ class Store(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The tokens that a CTA goes through.
+    """The tokens of a cache that a CTA goes through.
 
     Attributes:
         block_table: (batch, max_pages) int32.
@@ -40,11 +40,11 @@ class Tokens(NamedTuple):
         sequence: Row of `block_table`.
         row: Of `indices`.
         length: Tokens that exist, unless on a page that does not.
-        first: Where its first tile starts.
-        end: Where its last tile ends.
-        tiles: How many it has.
-        page: Divides by the tokens of a page.
-        page_size: Tokens of a page.
+        first: Where tile 0 of the CTA would start.
+        end: Where the last tile ends.
+        by_page: Divides by the tokens of a page.
+        page: Tokens of a page.
+        pages: Of the cache.
         kv_heads: Of the cache.
         kv_head: The CTA's.
     """
@@ -57,28 +57,101 @@ class Tokens(NamedTuple):
     length: Int32
     first: Int32
     end: Int32
-    tiles: Int32
-    page: cute.FastDivmodDivisorV2
-    page_size: Int32
+    by_page: cute.FastDivmodDivisorV2
+    page: Int32
+    pages: Int32
     kv_heads: Int32
     kv_head: Int32
 
+    def store(self, codes: cute.Tensor, scales: cute.Tensor, dim: int) -> Store:
+        """A side of the cache by its addresses."""
+        return Store(ring.address(codes.iterator), ring.address(scales.iterator), dim // 2, dim // 16)
+
+
+class Work(NamedTuple):
+    """The tiles of a CTA: some of the first cache, then some of the second.
+
+    Attributes:
+        tiles: How many there are.
+        near: How many are of the first cache; not what is left of them for this CTA where that is less than 0.
+        tokens: The first cache.
+        entries: The second one; the first one again where there is no second.
+        keys: The keys of the first one.
+        values: Its values.
+        extra: The keys of the second one, which are its values.
+    """
+
+    tiles: Int32
+    near: Int32
+    tokens: Tokens
+    entries: Tokens
+    keys: Store
+    values: Store
+    extra: Store
+
 
 @cute.jit
-def locate(tile: Int32, tokens: Constexpr[Tokens]) -> Int32:
-    """The row of the cache of this thread's token of a tile, -1 for none."""
+def find_token(tile: Int32, work: Constexpr[Work], shape: Constexpr[Shape]) -> Int32:
+    """This thread's token of a tile, -1 for none; may still be on its way when this returns."""
+    token = Int32(-1)
+    if cutlass.const_expr(shape.extra):
+        if tile < work.near:
+            token = token_of(tile, work.tiles, work.tokens)
+        else:
+            token = token_of(tile, work.tiles, work.entries)
+    else:
+        token = token_of(tile, work.tiles, work.tokens)
+    return token
+
+
+@cute.jit
+def token_of(tile: Int32, tiles: Int32, tokens: Constexpr[Tokens]) -> Int32:
+    """The same in one cache."""
     thread, _, _ = cute.arch.thread_idx()
     place = tokens.first + tile * TILE + thread % TILE
-    token = arith.select((tile < tokens.tiles) & (place < tokens.end), place, Int32(-1))
+    token = arith.select((tile < tiles) & (place < tokens.end), place, Int32(-1))
     if (tokens.indexed != 0) & (token >= 0):
         token = tokens.indices[tokens.row, token]
-    row = Int32(-1)
+    return token
+
+
+@cute.jit
+def find_page(token: Int32, tile: Int32, work: Constexpr[Work], shape: Constexpr[Shape]) -> tuple[Int32, Int32]:
+    """Page of a tile's token, -1 for none, and where in it; the page may still be on its way."""
+    home, within = Int32(-1), Int32(0)
+    if cutlass.const_expr(shape.extra):
+        if tile < work.near:
+            home, within = page_of(token, work.tokens)
+        else:
+            home, within = page_of(token, work.entries)
+    else:
+        home, within = page_of(token, work.tokens)
+    return home, within
+
+
+@cute.jit
+def page_of(token: Int32, tokens: Constexpr[Tokens]) -> tuple[Int32, Int32]:
+    """The same in one cache."""
+    home, within = Int32(-1), Int32(0)
     if (token >= 0) & (token < tokens.length):
-        number, within = divmod(token, tokens.page)
+        number, within = divmod(token, tokens.by_page)
         home = tokens.block_table[tokens.sequence, number]
-        if home >= 0:
-            row = (home * tokens.kv_heads + tokens.kv_head) * tokens.page_size + within
+    return home, within
+
+
+def find_row(home: Int32, within: Int32, tile: Int32, work: Work, shape: Shape) -> Int32:
+    """The row of the cache of a tile's token: -1 for none, -2 - row for one of the second cache."""
+    row = row_of(home, within, work.tokens)
+    if shape.extra:
+        far = row_of(home, within, work.entries)
+        row = arith.select(tile < work.near, row, arith.select(far >= 0, -2 - far, far))
     return row
+
+
+def row_of(home: Int32, within: Int32, tokens: Tokens) -> Int32:
+    """The same in one cache."""
+    row = (home * tokens.kv_heads + tokens.kv_head) * tokens.page + within
+    return arith.select((home >= 0) & (home < tokens.pages), row, Int32(-1))
 
 
 def codes_at(unit: int, shape: Shape) -> int:
@@ -91,8 +164,7 @@ def copy_unit(
     row: Int32,
     unit: Constexpr[int],
     slot: Int32,
-    keys: Constexpr[Store],
-    values: Constexpr[Store],
+    work: Constexpr[Work],
     shape: Constexpr[Shape],
 ) -> None:
     """Starts the copies of one of this thread's units to its place in a slot of the ring."""
@@ -100,6 +172,7 @@ def copy_unit(
     block = thread // TILE + shape.threads_a_token * unit
     if block < shape.blocks:
         column = block
+        keys, values = work.keys, work.values
         codes, scales = keys.codes, keys.scales
         code_bytes, scale_bytes = Int32(keys.code_bytes), Int32(keys.scale_bytes)
         if cutlass.const_expr(not shape.shared):
@@ -107,39 +180,56 @@ def copy_unit(
             codes, scales = (arith.select(of_values, values[i], keys[i]) for i in range(2))
             code_bytes, scale_bytes = (arith.select(of_values, Int32(values[i]), Int32(keys[i])) for i in (2, 3))
             column = arith.select(of_values, block - shape.key_blocks, block)
-        there = Int64(arith.select(row >= 0, row, Int32(0)))
-        source = codes + there * code_bytes + column * 32
-        size = arith.select(row >= 0, Int32(16), Int32(0))
+        there = arith.select(row >= 0, row, Int32(0))
+        if cutlass.const_expr(shape.extra):
+            far = row < -1
+            codes, scales = (arith.select(far, work.extra[i], keys[i]) for i in range(2))
+            there = arith.select(far, -2 - row, there)
+        source = codes + Int64(there) * code_bytes + column * 32
+        size = arith.select(row != -1, Int32(16), Int32(0))
         at = slot + codes_at(unit, shape) + thread * 16
         attention_mma.copy16(at, source, size)
         attention_mma.copy16(at + shape.producer_threads * 16, source + 16, size)
         at = slot + codes_at(shape.units, shape) + (unit * shape.producer_threads + thread) * 4
-        attention_mma.copy4(at, scales + there * scale_bytes + column * 4, size // 4)
+        attention_mma.copy4(at, scales + Int64(there) * scale_bytes + column * 4, size // 4)
+
+
+def load_unit(unit: int, slot: Int32, shape: Shape) -> list[Uint32]:
+    """Eight words of codes and one of scales of one of this thread's units, from a slot of the ring."""
+    thread, _, _ = cute.arch.thread_idx()
+    codes, scales = codes_at(unit, shape), codes_at(shape.units, shape) + unit * shape.producer_threads * 4
+    if shape.blocks % shape.threads_a_token and unit == shape.units - 1:  # not all threads have this one
+        some = thread // TILE + shape.threads_a_token * unit < shape.blocks
+        codes = arith.select(some, Int32(codes), Int32(codes_at(0, shape)))
+        scales = arith.select(some, Int32(scales), Int32(codes_at(shape.units, shape)))
+    at = slot + codes + thread * 16
+    words = ring.load16(at) + ring.load16(at + shape.producer_threads * 16)
+    return [*words, Uint32(ring.load4(slot + scales + thread * 4))]
 
 
 @cute.jit
-def decode_unit(unit: Constexpr[int], slot: Int32, tile: Int32, shape: Constexpr[Shape]) -> None:
-    """Decodes one of this thread's units from a slot of the ring to a tile in shared memory."""
+def decode_unit(words: Constexpr[list[Uint32]], unit: Constexpr[int], tile: Int32, shape: Constexpr[Shape]) -> None:
+    """Decodes what `load_unit` loaded to a tile in shared memory."""
     thread, _, _ = cute.arch.thread_idx()
     block, token = thread // TILE + shape.threads_a_token * unit, thread % TILE
     if block < shape.blocks:
-        at = slot + codes_at(unit, shape) + thread * 16
-        words = ring.load16(at) + ring.load16(at + shape.producer_threads * 16)
-        scales = Uint32(ring.load4(slot + codes_at(shape.units, shape) + (unit * shape.producer_threads + thread) * 4))
         row = tile + block * BLOCK_BYTES + token * 128
         for i in cutlass.range_constexpr(_CHUNKS // 2):
-            factor = convert.bf16_factor(scales >> (8 * i) & 0xFF, Target.SM90)
+            factor = convert.bf16_factor(words[_CHUNKS] >> (8 * i) & 0xFF, Target.SM90)
             for chunk in (2 * i, 2 * i + 1):
                 there = row + ((token % _CHUNKS) ^ chunk) * 16
                 attention_mma.store16(there, decode_word(words[chunk], factor))
 
 
 def decode_word(codes: Uint32, factor: Uint32) -> list[Uint32]:
-    """Eight codes to four pairs of bf16, 2^-7 of E2M1 * E4M3: values (0, 4), (1, 5), (2, 6), (3, 7)."""
+    """Eight codes to four pairs of bf16, 2^-7 of E2M1 * E4M3: values (0, 4), (1, 5), (2, 6), (3, 7).
+
+    A code s e e m becomes s 000 0 00ee m000000: a product puts it in both places, and a mask takes what belongs there.
+    """
     words = []
     for i in range(4):
-        top = codes << (12 - 4 * i) if i < 3 else codes
-        spread = (top & Uint32(0x80008000)) | (top >> 6 & 0x01C001C0)
+        pair = (codes if i < 2 else codes >> 8) & Uint32(0x000F000F << 4 * (i % 2))
+        spread = pair * Uint32(0x1040 >> 4 * (i % 2)) & Uint32(0x81C081C0)
         words.append(convert.mul_bf16x2(spread, factor, Target.SM90))
     return words
 
@@ -152,38 +242,46 @@ def value_order(words: Sequence[Uint32]) -> list[Uint32]:
 @cute.jit
 def produce(
     base: Int32,
-    tokens: Constexpr[Tokens],
-    keys: Constexpr[Store],
-    values: Constexpr[Store],
+    work: Constexpr[Work],
     shape: Constexpr[Shape],
 ) -> None:
     """Decodes all tiles of the CTA; the CTA's first threads, `Shape.producer_threads`."""
     thread, _, _ = cute.arch.thread_idx()
     lane, wide = thread % WARP, thread // WARP
     exist = Uint32(0)  # a bit a tile on its way: this thread's token exists; the last tile in the lowest
-    for tile in cutlass.range_constexpr(shape.stages):
-        row = locate(Int32(tile), tokens)
+    stages = shape.stages
+    found = [find_token(Int32(tile), work, shape) for tile in range(stages + 2)]
+    pages = [find_page(found[tile], Int32(tile), work, shape) for tile in range(stages + 1)]
+    for tile in cutlass.range_constexpr(stages):
+        row = find_row(pages[tile][0], pages[tile][1], Int32(tile), work, shape)
         for unit in cutlass.range_constexpr(shape.units):
-            copy_unit(row, unit, base + shape.ring_at + tile * shape.stage_bytes, keys, values, shape)
-        attention_mma.commit_copies()
-        exist = exist << 1 | arith.select(row >= 0, Uint32(1), Uint32(0))
-    ahead = locate(Int32(shape.stages), tokens)
+            copy_unit(row, unit, base + shape.ring_at + tile * shape.stage_bytes, work, shape)
+            attention_mma.commit_copies()
+        exist = exist << 1 | arith.select(row != -1, Uint32(1), Uint32(0))
+    home, within = pages[stages]
+    token = found[stages + 1]
     stage, buffer, parity = Int32(0), Int32(0), Int32(1)
-    for tile in cutlass.range(tokens.tiles, unroll=1):
-        row = ahead
-        ahead = locate(tile + shape.stages + 1, tokens)  # long before its address is needed
-        attention_mma.wait_copies(shape.stages - 1)
+    for tile in cutlass.range(work.tiles, unroll=1):
+        row = find_row(home, within, tile + shape.stages, work, shape)
+        home, within = find_page(token, tile + shape.stages + 1, work, shape)  # a tile before its row is needed
+        token = find_token(tile + shape.stages + 2, work, shape)  # a tile before its page is looked up
         slot = base + shape.ring_at + stage * shape.stage_bytes
         full = base + shape.barriers_at + buffer * 16
         ring.wait(full + 8, parity)
         mask = cute.arch.vote_ballot_sync((exist >> (shape.stages - 1) & 1) != 0)
         if (lane == 0) & (wide < TILE // WARP):
             ring.store4(base + shape.masks_at + buffer * 8 + wide * 4, Uint32(mask))
+        attention_mma.wait_copies(shape.stages * shape.units - 1)
+        words = load_unit(0, slot, shape)
         for unit in cutlass.range_constexpr(shape.units):
-            decode_unit(unit, slot, base + shape.tiles_at + buffer * shape.tile_bytes, shape)
-            copy_unit(row, unit, slot, keys, values, shape)
-        attention_mma.commit_copies()
-        exist = exist << 1 | arith.select(row >= 0, Uint32(1), Uint32(0))
+            now = words
+            if cutlass.const_expr(unit + 1 < shape.units):  # they come while this one is decoded
+                attention_mma.wait_copies(shape.stages * shape.units - 2)
+                words = load_unit(unit + 1, slot, shape)
+            decode_unit(now, unit, base + shape.tiles_at + buffer * shape.tile_bytes, shape)
+            copy_unit(row, unit, slot, work, shape)
+            attention_mma.commit_copies()
+        exist = exist << 1 | arith.select(row != -1, Uint32(1), Uint32(0))
         attention_mma.proxy_fence()
         ring.arrive_if(full, Int32(1))
         stage = arith.select(stage == shape.stages - 1, Int32(0), stage + 1)

@@ -9,7 +9,7 @@ from megamoe.contracts import E4M3Tensor
 from megamoe.numerics.attention import masked_attention, visible_keys
 from megamoe.numerics.nvfp4 import NVFP4Tensor, dequantize, quantize
 from megamoe_stages.fp4_kv_decode import contract
-from megamoe_stages.fp4_kv_decode.contract import DecodeOutput
+from megamoe_stages.fp4_kv_decode.contract import DecodeOutput, Extra
 
 
 def fp4_kv_decode(
@@ -26,6 +26,12 @@ def fp4_kv_decode(
     v_new: Tensor | None = None,
     sink: Tensor | None = None,
     indices: Tensor | None = None,
+    extra_codes: Tensor | None = None,
+    extra_scales: E4M3Tensor | None = None,
+    extra_table: Tensor | None = None,
+    extra_lengths: Tensor | None = None,
+    extra_scale: Tensor | None = None,
+    extra_indices: Tensor | None = None,
     *,
     softmax_scale: float,
     window: int | None = None,
@@ -34,9 +40,13 @@ def fp4_kv_decode(
     """Writes the new tokens into the cache, then attends over it: see megamoe.numerics.attention for the formula.
 
     Token t of sequence b lies in slot t % page of page block_table[b, t // page]; its value is E2M1 * E4M3 * scale. A
-    token exists when 0 <= t < lengths[b], it lies within the table and its page is not -1; a new token that would not
-    exist is dropped. Query i of sequence b sits at position lengths[b] - queries + i. What lies in a slot that no query
-    of its sequence sees never matters, be it NaN: slots past the end or before the window need not be written.
+    token exists when 0 <= t < lengths[b], it lies within the table and its page is one of the cache's; a new token that
+    would not exist is dropped. Query i of sequence b sits at position lengths[b] - queries + i. What lies in a slot
+    that no query of its sequence sees never matters, be it NaN: slots past the end or before the window may be as they
+    are.
+
+    A second cache (`extra_`; DeepSeek-V4's compressed entries beside the window) joins the same softmax: entry t of it
+    exists by the same rule, and every query sees each one, or those that `extra_indices` picks for it.
 
     The cache is written in place; a page must belong to one sequence. `contract.check_values` checks, for debugging,
     what is only known from values.
@@ -57,6 +67,13 @@ def fp4_kv_decode(
         sink: fp32 (heads,), a logit that takes part in the denominator only; -inf for none.
         indices: int32 (batch, queries, n): the tokens that each query sees, -1 for none, no token twice. Positions
             (causality) and `window` then play no part.
+        extra_codes: uint8 (extra pages, kv_heads, extra page, D/2), keys that are the values; None for no second cache,
+            and with v_codes. Nothing is appended to it.
+        extra_scales: float8_e4m3fn (extra pages, kv_heads, extra page, D/16).
+        extra_table: int32 (batch, extra max_pages).
+        extra_lengths: int32 (batch,), its entries.
+        extra_scale: fp32 (), its decode scale.
+        extra_indices: int32 (batch, queries, m): the entries that each query sees, as `indices`; None for all.
         softmax_scale: What the scores are multiplied by.
         window: Hide the tokens `window` or more positions before the query; it counts the query's own position.
         splits: Into how many parts the keys are split; 0 leaves it to the variant, and the reference never splits.
@@ -82,6 +99,12 @@ def fp4_kv_decode(
         v_new,
         sink,
         indices,
+        extra_codes,
+        extra_scales,
+        extra_table,
+        extra_lengths,
+        extra_scale,
+        extra_indices,
         softmax_scale=softmax_scale,
         window=window,
         splits=splits,
@@ -91,6 +114,7 @@ def fp4_kv_decode(
     if v_codes is not None and v_scales is not None and v_scale is not None and v_new is not None:
         _append(v_codes, v_scales, v_scale, v_new, block_table, lengths)
 
+    extra = Extra.of(extra_codes, extra_scales, extra_table, extra_lengths, extra_scale, extra_indices)
     batch, queries, heads, _ = q.shape
     out = q.new_empty(batch, queries, heads, q.shape[3] if v_codes is None else v_codes.shape[3] * 2)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
@@ -106,6 +130,14 @@ def fp4_kv_decode(
         else:
             visible = _picked(indices[b], tokens)
         visible &= exists
+        if extra is not None:
+            entries = min(int(extra.lengths[b]), extra.room)
+            more, exists = _read(extra.codes, extra.scales, extra.scale, extra.table[b], entries)
+            seen = exists.expand(queries, -1)
+            if extra.indices is not None:
+                seen = seen & _picked(extra.indices[b], entries)
+            k = v = torch.cat([k, more])
+            visible = torch.cat([visible, seen], dim=-1)
         v = v.masked_fill(~visible.any(0)[:, None, None], 0.0)  # may hold NaN where nobody looks
         out_b, lse[b] = masked_attention(q[b], k, v, visible, softmax_scale=softmax_scale, sink=sink)
         out[b] = out_b.to(q.dtype)
@@ -120,15 +152,15 @@ def _append(codes: Tensor, scales: Tensor, scale: Tensor, new: Tensor, block_tab
         for i in range(new.shape[1]):
             t = length - new.shape[1] + i
             home = table[b][t // page] if 0 <= t < len(table[b]) * page else -1
-            if home >= 0:
+            if 0 <= home < codes.shape[0]:
                 codes[home, :, t % page] = quantized.codes[b, i]
                 scales[home, :, t % page] = quantized.scales[b, i]
 
 
 def _read(codes: Tensor, scales: Tensor, scale: Tensor, table: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """The first `tokens` tokens of one sequence: fp32 (tokens, kv_heads, D), 0 where the page is -1; bool (tokens,)."""
+    """The first `tokens` tokens of one sequence: fp32 (tokens, kv_heads, D), 0 where none exists; bool (tokens,)."""
     page = codes.shape[2]
-    homes = table[: -(-tokens // page)].tolist()
+    homes = [h if h < codes.shape[0] else -1 for h in table[: -(-tokens // page)].tolist()]
     own_codes = codes.new_zeros(len(homes), *codes.shape[1:])
     own_scales = scales.new_zeros(len(homes), *scales.shape[1:])
     for i, home in enumerate(homes):

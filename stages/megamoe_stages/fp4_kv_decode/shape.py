@@ -23,11 +23,15 @@ class Shape(NamedTuple):
         head_dim: D, a multiple of 64 up to 512.
         v_dim: Dv, likewise; up to 256 unless shared.
         shared: The keys are the values.
+        extra: There is a second cache.
+        paired: Two CTAs of a cluster share the tokens of some rows, and each ends with half of the columns.
     """
 
     head_dim: int
     v_dim: int
     shared: bool
+    extra: bool = False
+    paired: bool = False
 
     @property
     def key_blocks(self) -> int:
@@ -58,9 +62,9 @@ class Shape(NamedTuple):
     def producers(self) -> int:
         """Warpgroups that decode; a thread of them has a token and every so many of its blocks.
 
-        With two of them ptxas holds a product to 128 registers, too few for 256 columns.
+        One for head_dim 256: its consumers do not fit beside two.
         """
-        return 2 if self.blocks > 2 and self.out_columns <= 128 else 1
+        return 2 if self.split_columns or (self.blocks > 2 and self.out_columns <= 128) else 1
 
     @property
     def producer_threads(self) -> int:
@@ -156,6 +160,9 @@ class Shape(NamedTuple):
 
 SHAPES = (
     Shape(512, 512, shared=True),
+    Shape(512, 512, shared=True, paired=True),
+    Shape(512, 512, shared=True, extra=True),
+    Shape(512, 512, shared=True, extra=True, paired=True),
     Shape(64, 64, shared=False),
     Shape(128, 128, shared=False),
     Shape(192, 128, shared=False),

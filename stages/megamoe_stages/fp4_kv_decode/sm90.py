@@ -9,8 +9,9 @@ from megamoe.contracts import E4M3Tensor
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.host import check_readable
 from megamoe.errors import ArgumentError
-from megamoe_stages.fp4_kv_decode import contract, launch, limits
-from megamoe_stages.fp4_kv_decode.contract import DecodeOutput
+from megamoe_stages.fp4_kv_decode import contract, gqa_launch, launch, limits
+from megamoe_stages.fp4_kv_decode.contract import DecodeOutput, Extra
+from megamoe_stages.fp4_kv_decode.gqa_shape import shape_of
 from megamoe_stages.fp4_kv_decode.shape import Shape
 
 
@@ -28,6 +29,12 @@ def fp4_kv_decode(
     v_new: Tensor | None = None,
     sink: Tensor | None = None,
     indices: Tensor | None = None,
+    extra_codes: Tensor | None = None,
+    extra_scales: E4M3Tensor | None = None,
+    extra_table: Tensor | None = None,
+    extra_lengths: Tensor | None = None,
+    extra_scale: Tensor | None = None,
+    extra_indices: Tensor | None = None,
     *,
     softmax_scale: float,
     window: int | None = None,
@@ -52,6 +59,12 @@ def fp4_kv_decode(
         v_new,
         sink,
         indices,
+        extra_codes,
+        extra_scales,
+        extra_table,
+        extra_lengths,
+        extra_scale,
+        extra_indices,
         softmax_scale=softmax_scale,
         window=window,
         splits=splits,
@@ -59,27 +72,54 @@ def fp4_kv_decode(
     keys = values = launch.Side(k_codes, k_scales, k_scale)
     if v_codes is not None and v_scales is not None and v_scale is not None:
         values = launch.Side(v_codes, v_scales, v_scale)
-    shape = Shape(q.shape[3], values.codes.shape[1] * 2, shared=v_codes is None)
+    extra = Extra.of(extra_codes, extra_scales, extra_table, extra_lengths, extra_scale, extra_indices)
+    if extra is not None and extra.seen == 0:
+        extra = None
+    shape = Shape(q.shape[3], values.codes.shape[1] * 2, shared=v_codes is None, extra=extra is not None)
     facts = {"dtype": str(q.dtype).removeprefix("torch."), **shape._asdict()}
     if reasons := limits.supports(facts):
         raise ArgumentError("fp4_kv_decode", "; ".join(reasons), "what this kernel supports")
     caches = {"k_codes": k_codes, "k_scales": k_scales, "v_codes": v_codes, "v_scales": v_scales}
+    caches |= {"extra_codes": extra_codes, "extra_scales": extra_scales}
     for name, tensor in {"q": q, **caches, "k_new": k_new, "v_new": v_new}.items():
         if tensor is not None and tensor.numel():
             check_readable(name, tensor)
     pages, kv_heads, page, _ = k_codes.shape
-    empty = pages == 0 or block_table.shape[1] == 0
-    if k_new is not None and k_new.numel() and not empty:
+    if k_new is not None and k_new.numel() and pages and block_table.shape[1]:
         arguments = launch.append_new(keys, values, k_new, v_new, block_table, lengths, page)
         launch.append_kernel(k_new.dtype)(*arguments)
     out = contract.fake(q, k_codes, k_scales, block_table, lengths, k_scale, v_codes, softmax_scale=softmax_scale)
     if q.numel() == 0:
         return out
-    if empty or (indices is not None and indices.shape[2] == 0):
+    seen = pages * block_table.shape[1] * (1 if indices is None else indices.shape[2])
+    if seen == 0 and extra is None:
         out.out.zero_()
         out.lse.fill_(-torch.inf)
         return out
-    arguments = launch.attend(
+    sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+    grouped = None
+    if indices is None and not shape.shared and gqa_launch.fits(k_codes):
+        grouped = shape_of(q.shape[3], out.out.shape[3], q.shape[1] * q.shape[2] // kv_heads, page)
+    if grouped is not None:
+        arguments = gqa_launch.attend(
+            q,
+            keys,
+            values,
+            block_table,
+            lengths,
+            sink,
+            out,
+            softmax_scale=softmax_scale,
+            window=window,
+            splits=splits,
+            kv_heads=kv_heads,
+            page=page,
+            sms=sms,
+            shape=grouped,
+        )
+        gqa_launch.decode_kernel(grouped)(*arguments)
+        return out
+    kernel, arguments = launch.attend(
         q,
         keys,
         values,
@@ -87,18 +127,19 @@ def fp4_kv_decode(
         lengths,
         sink,
         indices,
+        extra,
         out,
         softmax_scale=softmax_scale,
         window=window,
         splits=splits,
         kv_heads=kv_heads,
         page=page,
-        sms=torch.cuda.get_device_properties(q.device).multi_processor_count,
+        sms=sms,
     )
-    launch.decode_kernel(shape)(*arguments)
+    launch.decode_kernel(kernel)(*arguments)
     return out
 
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return launch.kernels()
+    return [*launch.kernels(), *gqa_launch.kernels()]

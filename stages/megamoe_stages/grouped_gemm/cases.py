@@ -178,6 +178,14 @@ _HOPPER_CASES: dict[str, Case] = {
     "special-scales": _hopper(values="scales", a="nvfp4"),
     "integers": _hopper(values="integers", k=512),
     "integers-many-rows": _hopper(values="integers", rows=(130, 3), n=136, k=512, a="nvfp4", indexed=True),
+    "integers-twelve-rows-an-expert": _hopper(
+        values="integers", rows=tuple(5 + 7 * e % 16 for e in range(48)), n=272, k=256, a="nvfp4", indexed=True
+    ),
+    "integers-forty-rows-an-expert": _hopper(
+        values="integers", rows=tuple(20 + 11 * e % 45 for e in range(16)), n=320, k=384
+    ),
+    "one-hot-one-expert": _hopper(values="one_hot", rows=(20,), n=320, k=4096),
+    "one-expert-100-rows": _hopper(rows=(100,), n=512, k=4096, a="nvfp4"),
     "nonfinite": _hopper(values="nonfinite"),
     "all-experts-live": _hopper(rows=tuple(1 + e % 3 for e in range(256)), n=64, k=256, a="nvfp4", indexed=True),
 }

@@ -11,13 +11,18 @@ from megamoe.cute import arith, bf16, ring, weight_gemm
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.warp import WARP
-from megamoe.cute.weight_gemm import DECODED_UNIT, TILE_ROWS, TILES, Operands, Piece, Shape
+from megamoe.cute.weight_gemm import DECODED_UNIT, TILE_ROWS, TILES, Operands, Piece, Shape, Share
 
 _WARPS = weight_gemm.CONSUMERS * weight_gemm.GROUP // WARP
 _TURNED = 8 * 32 * 2  # bytes of 8 tokens by 32 columns
-WIDE, NARROW = (
+WIDE, NARROW, SPARSE = (
     Shape((96, 104, 128), 4, _WARPS * 2 * _TURNED),
     Shape((32, 40, 48, 56, 64), 6, _WARPS * 2 * _TURNED),
+    Shape((16, 24, 32, 40, 48), 6, _WARPS * 2 * _TURNED),
+)
+DENSE = (  # for one expert, whose pieces are too few for all SMs
+    Shape((16, 32, 64), 6, _WARPS * 2 * _TURNED, shared=True),
+    Shape((96, 128), 4, _WARPS * 2 * _TURNED, shared=True),
 )
 
 
@@ -32,17 +37,20 @@ def launch(
     out: cute.Tensor,  # (rows, N) bf16
     parts: Int32,  # of an expert's rows; 0: one alpha for all
     ctas: Int32,
+    cluster: Int32,  # CTAs that share a piece; 1 unless `Shape.shared`
     stream: CUstream,
     quantized: Constexpr[bool],
     aligned: Constexpr[bool],
     shape: Constexpr[Shape],
 ) -> None:
-    """Launches one CTA for each SM."""
+    """Launches so many CTAs."""
     kernel(codes, scales, packed, offsets, alpha, dec, out, parts, quantized, aligned, shape).launch(
         grid=[ctas, 1, 1],
+        cluster=[cluster, 1, 1] if shape.shared else None,
         block=[weight_gemm.THREADS, 1, 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,
+        use_pdl=True,
         stream=stream,
     )
 
@@ -63,8 +71,8 @@ def kernel(
 ) -> None:
     """The kernel; see the module."""
 
-    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32) -> None:
-        store(acc, piece, staging, alpha, dec, out, parts, quantized, aligned, width)
+    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, part: Share) -> None:
+        store(acc, piece, staging, part, alpha, dec, out, parts, quantized, aligned, width)
 
     weight_gemm.work(Operands(codes, scales, packed, offsets), finish, shape)
 
@@ -74,6 +82,7 @@ def store(
     acc: cute.Tensor,
     piece: Constexpr[Piece],
     staging: Int32,
+    part: Constexpr[Share],
     alpha: cute.Tensor,
     dec: cute.Tensor,
     out: cute.Tensor,
@@ -97,7 +106,7 @@ def store(
     place = ring.address(out.iterator) + (Int64(piece.start + piece.first + lane // 4) * n + left) * 2
     cute.arch.sync_warp()  # the piece before has been read
     for c in cutlass.range_constexpr(width // 8):
-        if c * 8 < piece.valid:
+        if part.holds(c) & (c * 8 < piece.valid):
             words = []
             for i in cutlass.range_constexpr(4):
                 pair = [arith.mul(acc[i // 2, c * 4 + i % 2 * 2 + j], factors[i], target) for j in range(2)]
@@ -146,9 +155,11 @@ def spec(quantized: bool, aligned: bool, shape: Shape) -> KernelSpec:
         dec = make_fake_tensor(Float32, (), (), assumed_align=4)
         out = _compact(BFloat16, (size(), size(divisibility=8) if aligned else size()), 16 if aligned else 2)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return (codes, scales, packed, offsets, alpha, dec, out, Int32(0), Int32(0), stream, quantized, aligned, shape)
+        numbers = (Int32(0), Int32(0), Int32(1))
+        return (codes, scales, packed, offsets, alpha, dec, out, *numbers, stream, quantized, aligned, shape)
 
-    name = f"prefill_{shape.tokens}{'_quantized' if quantized else ''}{'' if aligned else '_unaligned'}"
+    kind = "dense" if shape.shared else "prefill"
+    name = f"{kind}_{shape.tokens}{'_quantized' if quantized else ''}{'' if aligned else '_unaligned'}"
     return KernelSpec(name, Target.SM90.value, launch, arguments, (quantized, aligned, *shape.widths, *shape[1:]))
 
 

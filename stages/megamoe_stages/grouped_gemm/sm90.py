@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megamoe.cute import decode_limits
+from megamoe.cute import decode_limits, prepare
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.host import check_readable
 from megamoe.errors import ArgumentError
@@ -32,7 +32,8 @@ def grouped_gemm(
     out = contract.fake(a, weights, offsets, row_index)
     if rows:
         few = decode_limits.takes(rows, weights.codes.shape[0], *contract.logical_size(weights))
-        (decode if few else prefill).run(a, weights, offsets, row_index, out)
+        dense = weights.codes.shape[0] == 1 and rows > decode_limits.COLUMNS  # else it would take several passes
+        (decode if few and not dense else prefill).run(a, weights, offsets, row_index, out)
     return out
 
 
@@ -51,4 +52,4 @@ def check_operands(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor) -> None:
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return [*decode.kernels(), *prefill.kernels()]
+    return [prepare.spec(), *decode.kernels(), *prefill.kernels()]

@@ -26,6 +26,14 @@ STAGE = Stage(
             supports=f"{__name__}.limits:supports",
         ),
         Variant(
+            "fused_many_sm90",
+            Role.FUSED,
+            f"{__name__}.sm90_many:mhc_quant",
+            archs=frozenset({Arch(90)}),
+            needs=_DSL,
+            supports=f"{__name__}.limits:supports_many",
+        ),
+        Variant(
             "fused_sm100",
             Role.FUSED,
             f"{__name__}.sm100:mhc_quant",

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Boolean, Constexpr, Float32, Int32, Uint8, Uint32, cute
+from cutlass import BFloat16, Constexpr, Float32, Int32, Numeric, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, cluster, layout, mhc, recipe, strips, warp
+from megamoe.cute import arith, cluster, exchange, layout, mhc, recipe, strips, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mhc import LOGITS, STREAMS
-from megamoe.cute.recipe import BLOCK, Block
+from megamoe.cute.recipe import BLOCK
 from megamoe.cute.warp import WARP
-from megamoe_stages.mhc_quant import mix, places
+from megamoe_stages.mhc_quant import blocks, mix, places
 from megamoe_stages.mhc_quant.places import (
     GROUP,
     MATRIX,
@@ -121,17 +121,17 @@ def mhc_quant(
     groups = (tokens + GROUP - 1) // GROUP
 
     if place.seat == 0:
-        for bar in (area.sums_here, area.squares_here, area.all_logits):
-            cute.arch.mbarrier_init(bar, 1)
+        for bar, sends in zip((area.sums_here, area.squares_here, area.all_logits), (*shape.sends, 0), strict=True):
+            cute.arch.mbarrier_init(bar, 1 + sends)
     if thread == 0:
-        cute.arch.mbarrier_init(places.fn_here(floats, shape), shape.all_warps)
+        cute.arch.mbarrier_init(places.fn_here(floats, shape), shape.all_warps * WARP)
     cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
     cute.arch.cluster_arrive_relaxed()
     _prefetch(place, given, shape)
     _fetch_factors(place.turn, place, area, given, shape)
     mix.fetch_fn(floats, given, target, shape)
-    _zero_padding(out, tokens, tiled, cta * (shape.all_warps * WARP) + thread, ctas * (shape.all_warps * WARP))
+    zero_padding(out, tokens, tiled, cta * (shape.all_warps * WARP) + thread, ctas * (shape.all_warps * WARP))
     if cta + thread == 0:
         dec[()] = recipe.global_scale(enc[()], target).dec
     cluster.wait_copies()
@@ -177,7 +177,7 @@ def _prefetch(place: Place, given: Inputs, shape: Shape) -> None:
 
 
 @cute.jit
-def _zero_padding(out: Constexpr[Outputs], tokens: Int32, tiled: Int32, thread: Int32, threads: Int32) -> None:
+def zero_padding(out: Constexpr[Outputs], tokens: Int32, tiled: Int32, thread: Int32, threads: Int32) -> None:
     """Writes the scales of the rows that fill up the last 128x4 tiles."""
     rows, tiles = cute.size(out.scales, mode=[0]), cute.size(out.scales, mode=[1]) // layout.TILE_COLS
     if tiled == 1:
@@ -198,8 +198,9 @@ def _group(ahead: Words, floats: cute.Pointer, given: Inputs, out: Outputs, targ
     place = places.place_of(floats, given, shape)
     area = places.area_of(floats, place.team, shape)
     sums = GROUP * (STREAMS + 1) + shape.owned * OWN_SUMS
-    cluster.expect(area.sums_here, shape.ctas * sums * 4, place.seat == 0)
-    cluster.expect(area.squares_here, shape.ctas * GROUP * 4, place.seat == 0)
+    travels = 4 if shape.ctas > 1 else 0  # bytes of a number: in a cluster of one CTA each send is an arrival
+    cluster.expect(area.sums_here, shape.ctas * sums * travels, place.seat == 0)
+    cluster.expect(area.squares_here, shape.ctas * GROUP * travels, place.seat == 0)
     streams = _new_streams(ahead, floats, given, out, target, shape)
     place = places.place_of(floats, given, shape)
     _prefetch(place._replace(turn=places.next_turn(place.turn, shape)), given, shape)
@@ -315,7 +316,7 @@ def _sum_slice(
         if i < GROUP * shape.ctas:
             token, rank = i % GROUP, i // GROUP
             total = _sum_of_four(area.partial, token * LOGITS, target)
-            cluster.send(total, places.pointer_to(area.pre, place.rank, token, 0), area.sums_here, rank)
+            _send(total, places.pointer_to(area.pre, place.rank, token, 0), area.sums_here, rank, shape)
     fours = OWN_SUMS // 4
     for k in cutlass.range_constexpr(0, GROUP * fours, shape.team):
         i = place.seat + k
@@ -323,7 +324,7 @@ def _sum_slice(
             token, which = i // fours, i % fours * 4
             total = _sum_of_four(area.partial, token * LOGITS + STREAMS + which, target)
             slot = places.pointer_to(area.own, place.rank, token % shape.owned, which)
-            cluster.send(total, slot, area.sums_here, token // shape.owned)
+            _send(total, slot, area.sums_here, token // shape.owned, shape)
     i = shape.team - 1 - place.seat  # the seats that have done less so far
     _send_to_all(area.partial_streams, area.streams, area.sums_here, i, place.rank, target, shape)
 
@@ -342,7 +343,16 @@ def _send_to_all(
     fours = GROUP // 4
     if i < fours * shape.ctas:
         total = _sum_of_four(partial, i % fours * 4, target)
-        cluster.send(total, places.pointer_to(slots, rank, i % fours * 4), arrived, i // fours)
+        _send(total, places.pointer_to(slots, rank, i % fours * 4), arrived, i // fours, shape)
+
+
+def _send(values: list[Float32], slot: cute.Pointer, arrived: cute.Pointer, rank: Int32, shape: Shape) -> None:
+    """Sends four numbers to a CTA; a CTA alone keeps them by a plain store: memcheck takes `st.async` there amiss."""
+    if shape.ctas > 1:
+        cluster.send(values, slot, arrived, rank)
+    else:
+        exchange.store_floats(exchange.address(slot), values)
+        cute.arch.mbarrier_arrive(arrived)
 
 
 def _sum_of_four(partial: cute.Tensor, first: Int32, target: Target) -> list[Float32]:
@@ -485,38 +495,7 @@ def _quantize(
     cols = places.hidden_of(given, shape) // BLOCK
     unit = place.rank * shape.warps + place.member
     col = unit * (UNIT // BLOCK) + place.quad % 2 * 2 + place.quad // 2
-    encode = given.enc[()]
-    scale = recipe.regular_global_scale(encode, target)
-    block = recipe.encode_block([*low, *high], BFloat16, scale, target)
-    _store_block(block, row, col, cols, here, given, out)
-    if cutlass.const_expr(not target.native_e2m1):  # noqa: SIM102, the inner condition is the GPU's
-        if not (scale.regular & block.regular):  # rare: NaN, infinity or saturation
-            exact = recipe.global_scale(encode, target)
-            _store_block(
-                recipe.encode_any_block([*low, *high], BFloat16, exact, target), row, col, cols, here, given, out
-            )
-
-
-@cute.jit
-def _store_block(
-    block: Constexpr[Block],
-    row: Int32,
-    col: Int32,
-    cols: Int32,
-    here: Boolean,
-    given: Constexpr[Inputs],
-    out: Constexpr[Outputs],
-) -> None:
-    stored = layout.tiles(cols) * layout.TILE_COLS  # padding columns of a tile get 0
-    at = layout.offset_128x4(row, col, cols)
-    if given.tiled == 0:
-        stored, at = cols, layout.offset_linear(row, col, cols)
-    if here & (col < cols):
-        pair = cute.make_rmem_tensor(2, Uint32)
-        pair[0], pair[1] = block.low, block.high
-        cute.autovec_copy(pair, strips.blocks_of(out.codes, 2)[row * cols + col, None])
-    if here & (col < stored):
-        strips.flat(out.scales)[at] = Uint8(arith.select(col < cols, block.scale, Uint32(0)))
+    blocks.quantize([*low, *high], row, col, cols, here, given.enc[()], given, out, target)
 
 
 def _norm_weights(place: Place, given: Inputs) -> list[Float32]:
@@ -537,6 +516,41 @@ def _in_order(values: Sequence[Float32], target: Target) -> Float32:
     return total
 
 
+def arguments(norm_weight: type[Numeric], target: Target, cut: object) -> tuple[object, ...]:
+    """What `launch` is compiled for: any number of tokens and hidden dims."""
+    tokens, hidden, wide, half = (
+        cute.sym_int32(),
+        cute.sym_int32(divisibility=BLOCK),
+        cute.sym_int32(divisibility=BLOCK * STREAMS),
+        cute.sym_int32(divisibility=BLOCK // 2),
+    )
+
+    def compact(dtype: type, *dims: object, align: int = 16) -> object:
+        order = tuple(range(len(dims) - 1, -1, -1))
+        return make_fake_compact_tensor(dtype, dims, stride_order=order, assumed_align=align)
+
+    def scalar() -> object:
+        return make_fake_tensor(Float32, (), (), assumed_align=4)
+
+    streams, vector = compact(BFloat16, tokens, STREAMS, hidden), compact(BFloat16, tokens, hidden)
+    per_stream, mixing = compact(Float32, tokens, STREAMS), compact(Float32, tokens, STREAMS, STREAMS)
+    read = (
+        streams,
+        vector,
+        per_stream,
+        mixing,
+        compact(Float32, LOGITS, wide),
+        compact(Float32, LOGITS, align=4),
+        compact(Float32, 3, align=4),
+        compact(norm_weight, hidden),
+        scalar(),
+    )
+    scales = compact(Uint8, cute.sym_int32(), cute.sym_int32(), align=4)
+    written = (streams, vector, compact(Uint8, tokens, half, align=8), scales, scalar(), per_stream, mixing)
+    numbers = (Int32(1), Float32(0.0), Float32(0.0), Int32(0), Int32(1))
+    return (*read, *written, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True), target, cut)
+
+
 def spec(shape: Shape, norm_dtype: str, target: Target) -> KernelSpec:
     """The kernel for one cut, any number of tokens, both scale layouts.
 
@@ -545,39 +559,6 @@ def spec(shape: Shape, norm_dtype: str, target: Target) -> KernelSpec:
         norm_dtype: A key of NORM_DTYPES.
         target: A GPU.
     """
-
-    def arguments() -> tuple[object, ...]:
-        tokens, hidden, wide, half = (
-            cute.sym_int32(),
-            cute.sym_int32(divisibility=BLOCK),
-            cute.sym_int32(divisibility=BLOCK * STREAMS),
-            cute.sym_int32(divisibility=BLOCK // 2),
-        )
-
-        def compact(dtype: type, *dims: object, align: int = 16) -> object:
-            order = tuple(range(len(dims) - 1, -1, -1))
-            return make_fake_compact_tensor(dtype, dims, stride_order=order, assumed_align=align)
-
-        def scalar() -> object:
-            return make_fake_tensor(Float32, (), (), assumed_align=4)
-
-        streams, vector = compact(BFloat16, tokens, STREAMS, hidden), compact(BFloat16, tokens, hidden)
-        per_stream, mixing = compact(Float32, tokens, STREAMS), compact(Float32, tokens, STREAMS, STREAMS)
-        read = (
-            streams,
-            vector,
-            per_stream,
-            mixing,
-            compact(Float32, LOGITS, wide),
-            compact(Float32, LOGITS, align=4),
-            compact(Float32, 3, align=4),
-            compact(NORM_DTYPES[norm_dtype], hidden),
-            scalar(),
-        )
-        scales = compact(Uint8, cute.sym_int32(), cute.sym_int32(), align=4)
-        written = (streams, vector, compact(Uint8, tokens, half, align=8), scales, scalar(), per_stream, mixing)
-        numbers = (Int32(1), Float32(0.0), Float32(0.0), Int32(0), Int32(1))
-        return (*read, *written, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True), target, shape)
-
     name = f"mhc_quant_{shape.ctas}x{shape.warps}{'' if shape.whole else '_ragged'}_{norm_dtype}"
-    return KernelSpec(name, target.value, launch, arguments, (*shape, norm_dtype))
+    make = functools.partial(arguments, NORM_DTYPES[norm_dtype], target, shape)
+    return KernelSpec(name, target.value, launch, make, (*shape, norm_dtype))

@@ -13,9 +13,10 @@ from megamoe.cute.arith import Target
 from megamoe.errors import ArgumentError
 from megamoe.numerics.layout import padded_shape
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
-from megamoe_stages.mhc_quant import contract, kernel, limits
+from megamoe_stages.mhc_quant import contract, kernel, limits, prefill_kernel
 from megamoe_stages.mhc_quant.contract import MhcOutput
 from megamoe_stages.mhc_quant.places import GROUP, Shape
+from megamoe_stages.mhc_quant.prefill_cut import Cut
 
 ALIGNMENT = 16  # bytes that a thread loads at once
 
@@ -36,11 +37,13 @@ def mhc_quant(
     hc_eps: float,
     norm_eps: float,
     scale_layout: str,
+    many: bool = False,
 ) -> MhcOutput:
-    """See `reference.mhc_quant`; one launch on the current stream, no synchronisation.
+    """See `reference.mhc_quant`; one launch on the current stream, no synchronisation; `many` picks the kernel.
 
     Raises:
-        ArgumentError: As the reference, and for what `limits.supports` names, and a tensor not aligned to 16 bytes.
+        ArgumentError: As the reference, for what `limits.supports` or `limits.supports_many` names, and for a tensor
+            that is not aligned to 16 bytes.
     """
     tensors = (x, f, post, comb, fn, base, scale, norm_weight, global_scale_enc)
     options = {
@@ -55,6 +58,8 @@ def mhc_quant(
         _refuse(contract.problem(*tensors, **options))  # type: ignore[arg-type]
     if hidden > limits.SMALL and hidden not in limits.CTAS:
         _refuse(contract.problem(*tensors, **options))  # type: ignore[arg-type]
+    if many and (hidden not in limits.MANY_HIDDEN or tokens < GROUP * cut_for_many(hidden).teams):
+        raise ArgumentError("x", f"shape {tuple(x.shape)}", f"64 tokens and more, H of {limits.MANY_HIDDEN}")
     for name, tensor in zip(("x", "f", "post", "comb", "fn", "norm_weight"), (*tensors[:5], norm_weight), strict=True):
         if tensor.data_ptr() % ALIGNMENT:
             raise ArgumentError(
@@ -67,12 +72,18 @@ def mhc_quant(
     scales = x.new_empty(padded_shape(tokens, cols) if tiled else (tokens, cols), dtype=torch.uint8)
     dec = torch.empty_like(global_scale_enc)
     if tokens:
-        shape = cut(hidden)
-        groups = (tokens + GROUP - 1) // GROUP
-        launch = _launcher(shape, norm_weight.dtype, target)
-        clusters = min(groups, _clusters(shape.ctas, x.device))
         outputs = (residual, normed, codes, scales, dec, new_post, new_comb)
-        launch(*tensors, *outputs, sinkhorn_iters, hc_eps, norm_eps, int(tiled), clusters)
+        numbers = (sinkhorn_iters, hc_eps, norm_eps, int(tiled))
+        groups = (tokens + GROUP - 1) // GROUP
+        if many:
+            parts = cut_for_many(hidden)
+            sets = min(groups // parts.teams, _processors(x.device) // parts.ctas)
+            launch = _launcher_for_many(parts, norm_weight.dtype, target)
+            launch(*tensors, *outputs, _work(parts, sets, x.device), *numbers, sets)
+        else:
+            shape = cut(hidden)
+            launch = _launcher(shape, norm_weight.dtype, target)
+            launch(*tensors, *outputs, *numbers, min(groups, _clusters(shape.ctas, x.device)))
     else:
         torch.reciprocal(global_scale_enc, out=dec)
     quantized = NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), dec, scale_layout)
@@ -89,6 +100,35 @@ def cut(hidden: int) -> Shape:
 
 
 @functools.cache
+def cut_for_many(hidden: int) -> Cut:
+    """The cut of the kernel for many tokens, for H of `limits.MANY_HIDDEN`."""
+    return Cut(limits.CTAS[hidden], limits.TEAMS.get(hidden, 4), limits.WARPS.get(hidden, 4), roomy=hidden <= 4096)
+
+
+_works: dict[tuple[Cut, int, torch.device, int], Tensor] = {}
+
+
+def _work(many: Cut, sets: int, device: torch.device) -> Tensor:
+    """Memory in which the CTAs of a launch meet, zeros before and after it.
+
+    Calls on one stream, which run one after the other, share it; a graph that is being captured gets its own.
+    """
+    size = many.exchange_words * many.teams * sets
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.float32, device=device)
+    key = (many, sets, device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _works:
+        _works[key] = torch.zeros(size, dtype=torch.float32, device=device)
+    return _works[key]
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """SMs of the GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
 def _clusters(ctas: int, device: torch.device) -> int:
     """Clusters of CTAs with all the shared memory there is that run at once; more would wait for their whole turn."""
     from cutlass.utils import HardwareInfo
@@ -100,6 +140,11 @@ def _clusters(ctas: int, device: torch.device) -> int:
 @functools.cache
 def _launcher(shape: Shape, norm_dtype: torch.dtype, target: Target) -> Callable[..., None]:
     return compiler.load(kernel.spec(shape, str(norm_dtype).removeprefix("torch."), target))
+
+
+@functools.cache
+def _launcher_for_many(cut: Cut, norm_dtype: torch.dtype, target: Target) -> Callable[..., None]:
+    return compiler.load(prefill_kernel.spec(cut, str(norm_dtype).removeprefix("torch."), target))
 
 
 def _refuse(problem: contract.Problem) -> None:
@@ -117,3 +162,9 @@ def kernels(target: Target) -> list[compiler.KernelSpec]:
     if target is Target.SM90:
         cuts.append((208, "float32"))
     return [kernel.spec(cut(hidden), norm_dtype, target) for hidden, norm_dtype in cuts]
+
+
+def kernels_for_many(target: Target) -> list[compiler.KernelSpec]:
+    """The same for many tokens."""
+    cuts = [(4096, "float32"), (7168, "float32"), (2048, "float32"), (1024, "bfloat16")]
+    return [prefill_kernel.spec(cut_for_many(hidden), norm_dtype, target) for hidden, norm_dtype in cuts]

@@ -63,9 +63,7 @@ def fetch_fn(
     start = arith.select(wide >= busy, wide - busy, Int32(shape.warps * PIECES))
     for first in cutlass.range(start, shape.warps * PIECES, step * BATCH, unroll=1):
         _fetch_pieces([first + i * step for i in range(BATCH)], floats, lane, cta % shape.ctas, given, target, shape)
-    cute.arch.sync_warp()
-    if lane == 0:
-        cute.arch.mbarrier_arrive(places.fn_here(floats, shape))
+    cute.arch.mbarrier_arrive(places.fn_here(floats, shape))  # every thread: racecheck sees no lane speak for others
 
 
 @cute.jit  # type: ignore[untyped-decorator]
@@ -78,7 +76,7 @@ def _fetch_pieces(
     target: Constexpr[Target],
     shape: Constexpr[Shape],
 ) -> None:
-    loaded = [_load_piece(piece, lane, rank, given, shape) for piece in pieces]
+    loaded = [load_piece(piece, lane, rank, given, shape) for piece in pieces]
     slots, parts = places.rows_of_words(floats, shape.fn_words // 4), shape.parts
     for i in cutlass.range_constexpr(BATCH):
         if pieces[i] < shape.warps * PIECES:
@@ -89,7 +87,7 @@ def _fetch_pieces(
                 cute.autovec_copy(four, slots[slot_of(pieces[i], part, lane, parts), None])
 
 
-def _load_piece(piece: Int32, lane: Int32, rank: Int32, given: Inputs, shape: Shape) -> list[Words]:
+def load_piece(piece: Int32, lane: Int32, rank: Int32, given: Inputs, shape: Shape) -> list[Words]:
     """8 fp32 values of each of a lane's three rows."""
     safe, groups = cutlass.min(piece, shape.warps * PIECES - 1), []
     for group in range(LOGITS // ROWS):

@@ -103,6 +103,13 @@ class Shape(NamedTuple):
         return 3 * self.teams + 1
 
     @property
+    def sends(self) -> tuple[int, int]:
+        """Arrivals that the sums and the squares of y make, where a CTA has no other to send them to."""
+        if self.ctas > 1:
+            return 0, 0
+        return GROUP + GROUP * OWN_SUMS // 4 + GROUP // 4, GROUP // 4
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory of a CTA: fn, the teams' areas, 8-byte mbarriers, a turn a warp."""
         return 4 * (self.fn_words + self.teams * (self.team_words + self.warps)) + self.bars * 8

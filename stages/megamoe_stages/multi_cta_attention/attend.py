@@ -20,7 +20,7 @@ from megamoe_stages.multi_cta_attention.shape import GROUP, QUERY_WARPS, ROWS, S
 
 _STEP_ROWS = wgmma.K_STEP * wgmma.ROW_BYTES >> 4  # in units of descriptors
 _TURN_BARRIER = 1  # of the first consumer, its turn; 0 is that of the CTA
-STATS = 7  # of a lane: largest scores of two rows, their sums, by what sums are to shrink; whether they are
+STATS = 6  # of a lane: largest scores of two rows, their sums, by what sums over values are to shrink
 ROWS_FIELD = Tile._fields.index("rows")
 _OWN_BARRIER = 4  # of the first consumer, its own warps
 
@@ -91,7 +91,7 @@ def stage_of(turn: Int32, stages: int) -> tuple[Int32, Int32]:
     return turn & (stages - 1), turn >> (stages.bit_length() - 1) & 1
 
 
-def wait_turn(consumer: Int32, shape: Shape) -> None:
+def wait_turn(consumer: Int32) -> None:
     """Until the consumer before has started its products."""
     _barrier("bar.sync", consumer + _TURN_BARRIER, 2 * GROUP)
 
@@ -124,34 +124,23 @@ def attend(base: Int32, sequences: Constexpr[Sequences], result: Constexpr[Resul
     weights = cute.make_rmem_tensor((shape.keys // 4,), Uint32)
     stat = cute.make_rmem_tensor((STATS,), Float32)
     current = cute.make_rmem_tensor((len(Tile._fields),), Int32)
-    first_turns = shape.consumers - 1 if shape.turns else -1  # who passes the turn that the first one starts with
-    if consumer == first_turns:
-        pass_turn(consumer, shape)
+    if consumer == shape.consumers - 1:
+        pass_turn(consumer, shape)  # the first one starts
     number = next_tile(current, Int32(0), place, sequences, result, shape)
     turn, loads = Int32(0), Int32(0)
-    if current[ROWS_FIELD] != 0:
-        begin(acc, weights, stat, current, turn, loads, place, sequences, result, shape)
     while current[ROWS_FIELD] != 0:
         tile = tile_of(current)
         steps = tile.steps(shape.keys)
+        begin(acc, weights, stat, tile, turn, loads, place, sequences, result, shape)
         go_on(acc, weights, stat, tile, steps, turn, loads, place, sequences, result, shape)
-        last = turn + steps - 1
-        turn, loads = turn + steps, loads + 1
-        if cutlass.const_expr(shape.query_stages > 1):
-            number = next_tile(current, number, place, sequences, result, shape)
-            if current[ROWS_FIELD] != 0:
-                hand_over(acc, weights, stat, tile, current, turn, loads, place, sequences, result, shape)
-            else:
-                end(acc, weights, stat, tile, last, loads - 1, place, sequences, result, shape)
-        else:
-            end(acc, weights, stat, tile, last, loads - 1, place, sequences, result, shape)
+        end(acc, weights, stat, tile, turn + steps - 1, loads, place, sequences, result, shape)
+        if cutlass.const_expr(shape.query_stages == 1):
             tma.wait_stores()
-            release_queries(loads - 1, place, shape)
-            number = next_tile(current, number, place, sequences, result, shape)
-            if current[ROWS_FIELD] != 0:
-                begin(acc, weights, stat, current, turn, loads, place, sequences, result, shape)
-    if consumer == (0 if shape.turns else -1):
-        wait_turn(consumer, shape)  # the last one, which nobody needs
+            release_queries(loads, place, shape)
+        turn, loads = turn + steps, loads + 1
+        number = next_tile(current, number, place, sequences, result, shape)
+    if consumer == 0:
+        wait_turn(consumer)  # the last one, which nobody needs
     tma.wait_stores()
 
 
@@ -202,7 +191,6 @@ def start(acc: cute.Tensor, stat: cute.Tensor, shape: Constexpr[Shape]) -> None:
         acc[i] = zero
     for i in cutlass.range_constexpr(2):
         stat[i], stat[2 + i], stat[4 + i] = Float32(softmax.HIDDEN), Float32(0.0), Float32(1.0)
-    stat[6] = Float32(0.0)
 
 
 def keep(weights: cute.Tensor, fresh: list[Float32], shape: Shape) -> None:
@@ -216,7 +204,7 @@ def begin(
     acc: cute.Tensor,
     weights: cute.Tensor,
     stat: cute.Tensor,
-    current: cute.Tensor,
+    tile: Constexpr[Tile],
     turn: Int32,
     loads: Int32,
     place: Constexpr[Place],
@@ -225,14 +213,13 @@ def begin(
     shape: Constexpr[Shape],
 ) -> None:
     """The first scores of a tile, with nothing to do meanwhile."""
-    tile = tile_of(current)
     start(acc, stat, shape)
     wait_queries(loads, place, shape)
     scores = attention_mma.wait(start_scores(queries_of(loads, place, shape), turn, place, shape))
     release(turn, 8, place, shape)
     keep(
         weights,
-        weigh(scores, stat, tile.begin, view_of(tile, place, sequences, result, shape), result.factor, shape),
+        weigh(scores, stat, tile.begin, view_of(tile, place, sequences, result, shape), result.factor),
         shape,
     )
 
@@ -259,65 +246,20 @@ def go_on(
         scores, sums = start_both(acc, weights, stat, queries, here, place, shape)
         scores = attention_mma.wait(scores, 1)
         release(here, 8, place, shape)
-        fresh = weigh(scores, stat, tile.begin + step * shape.keys, view, result.factor, shape)
+        fresh = weigh(scores, stat, tile.begin + step * shape.keys, view, result.factor)
         sums, fresh = attention_mma.wait_behind(sums, fresh, [stat[2], stat[3]])
         release(here - 1, 24, place, shape)
         for i, value in enumerate(sums):
             acc[i] = value
         if cutlass.const_expr(not shape.late):
-            scale(acc, stat, shape)
+            scale(acc, stat)
         keep(weights, fresh, shape)
         if (step == 1) & (shape.query_stages > 1):
             release_output(loads, place, shape)
     if (steps == 1) & (shape.query_stages > 1):
         release_output(loads, place, shape)
     if cutlass.const_expr(shape.late):
-        scale(acc, stat, shape)
-
-
-@cute.jit
-def hand_over(
-    acc: cute.Tensor,
-    weights: cute.Tensor,
-    stat: cute.Tensor,
-    tile: Constexpr[Tile],
-    following: cute.Tensor,
-    turn: Int32,
-    loads: Int32,
-    place: Constexpr[Place],
-    sequences: Constexpr[Sequences],
-    result: Constexpr[Result],
-    shape: Constexpr[Shape],
-) -> None:
-    """The last sums of a tile together with the first scores of the following one, which is number `loads`."""
-    new = tile_of(following)
-    count, words = shape.v_dim // 2, shape.keys // 4
-    fresh_stat = cute.make_rmem_tensor((STATS,), Float32)
-    for i in cutlass.range_constexpr(STATS):
-        fresh_stat[i] = stat[i]
-    wait_queries(loads, place, shape)
-    if cutlass.const_expr(shape.turns):
-        wait_turn(place.consumer, shape)
-    ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
-    scores = start_scores(queries_of(loads, place, shape), turn, place, shape)
-    sums = start_sums(ready[:count], ready[count:], turn - 1, place, shape)
-    if cutlass.const_expr(shape.turns):
-        pass_turn(place.consumer, shape)
-    scores = attention_mma.wait(scores, 1)
-    release(turn, 8, place, shape)
-    for i in cutlass.range_constexpr(2):
-        fresh_stat[i], fresh_stat[2 + i] = Float32(softmax.HIDDEN), Float32(0.0)
-    fresh = weigh(scores, fresh_stat, new.begin, view_of(new, place, sequences, result, shape), result.factor, shape)
-    sums, fresh = attention_mma.wait_behind(sums, fresh, [fresh_stat[2], fresh_stat[3]])
-    release(turn - 1, 24, place, shape)
-    for i, value in enumerate(sums):
-        acc[i] = value
-    finish(acc, stat, tile, queries_of(loads - 1, place, shape), place, sequences, result, shape)
-    for i, zero in enumerate(wgmma.zeros(count)):
-        acc[i] = zero
-    for i in cutlass.range_constexpr(STATS):
-        stat[i] = fresh_stat[i]
-    keep(weights, fresh, shape)
+        scale(acc, stat)
 
 
 @cute.jit
@@ -356,18 +298,16 @@ def start_both(
 ) -> tuple[list[Float32], list[Float32]]:
     """Starts the scores of a tile of keys and the sums over the one before, a group each."""
     count, words = shape.v_dim // 2, shape.keys // 4
-    if shape.turns:
-        wait_turn(place.consumer, shape)
+    wait_turn(place.consumer)
     if shape.late:
         scores = start_scores(queries, turn, place, shape)
-        scale(acc, stat, shape)
+        scale(acc, stat)
         ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
     else:
         ready = attention_mma.fence([acc[i] for i in range(count)] + [weights[i] for i in range(words)])
         scores = start_scores(queries, turn, place, shape)
     sums = start_sums(ready[:count], ready[count:], turn - 1, place, shape)
-    if shape.turns:
-        pass_turn(place.consumer, shape)
+    pass_turn(place.consumer, shape)
     return scores, sums
 
 
@@ -445,9 +385,7 @@ def release_queries(loads: Int32, place: Place, shape: Shape) -> None:
     ring.arrive_if(queries_barrier(place.base, stage, shape) + 8, place.one_lane())
 
 
-def weigh(
-    scores: list[Float32], stat: cute.Tensor, start: Int32, view: View, factor: Float32, shape: Shape
-) -> list[Float32]:
+def weigh(scores: list[Float32], stat: cute.Tensor, start: Int32, view: View, factor: Float32) -> list[Float32]:
     """Weights of the scores of the keys from `start` on; updates `stat`."""
     held = cute.make_rmem_tensor((len(scores),), Float32)
     for i, score in enumerate(scores):
@@ -457,28 +395,14 @@ def weigh(
         softmax.hide_masked(held, start, view.masks, [last for _, last in view.rows])
     seen, top = [held[i] for i in range(len(scores))], [stat[0], stat[1]]
     largest = softmax.tops_of(seen, top)
-    if shape.lazy:
-        grown = softmax.outgrown(largest, top, factor)
-        largest = [arith.select(grown, largest[half], top[half]) for half in range(2)]
-        stat[6] = arith.select(grown, Float32(1.0), Float32(0.0))
     weights, shrink, total = softmax.step(seen, top, largest, [stat[2], stat[3]], factor)
     for half in range(2):
         stat[half], stat[2 + half], stat[4 + half] = largest[half], total[half], shrink[half]
     return weights
 
 
-@cute.jit
-def scale(acc: cute.Tensor, stat: cute.Tensor, shape: Constexpr[Shape]) -> None:
+def scale(acc: cute.Tensor, stat: cute.Tensor) -> None:
     """Makes sums relative to the largest score that weights are relative to now."""
-    if cutlass.const_expr(shape.lazy):
-        if stat[6] != Float32(0.0):
-            shrink(acc, stat)
-    else:
-        shrink(acc, stat)
-
-
-def shrink(acc: cute.Tensor, stat: cute.Tensor) -> None:
-    """Multiplies the sums of a lane's two rows."""
     for i in range(cute.size(acc)):
         acc[i] = acc[i] * stat[4 + i // 2 % 2]
 

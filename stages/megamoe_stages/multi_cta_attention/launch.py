@@ -59,6 +59,12 @@ def attend(
 
 
 @functools.cache
+def processors(device: torch.device) -> int:
+    """SMs of a GPU; asking takes longer than a launch."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def attend_kernel(shape: Shape) -> Callable[..., None]:
     """The compiled kernel."""
     return compiler.load(kernel.spec(shape))

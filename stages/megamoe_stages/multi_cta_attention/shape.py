@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 GROUP = 128  # threads of a warpgroup
@@ -24,9 +25,7 @@ class Shape(NamedTuple):
         dtype: "bfloat16" or "float16".
         consumers: Warpgroups that attend, each to 64 rows.
         keys: Of a tile, a multiple of 16.
-        turns: Consumers start their products one after another, so that one's softmax falls on the others' products.
         late: Sums so far are scaled after the next scores were started, not before.
-        lazy: Weights stay relative to an older largest score while they do not grow too large; sums are rarely scaled.
         masked: There is a mask of one's own.
         stages: Tiles of keys, and of values, in shared memory; a power of two.
     """
@@ -36,9 +35,7 @@ class Shape(NamedTuple):
     dtype: str
     consumers: int
     keys: int
-    turns: bool = True
     late: bool = False
-    lazy: bool = False
     masked: bool = False
     stages: int = 2
 
@@ -125,11 +122,12 @@ class Shape(NamedTuple):
         return self.barriers_at + 32 * self.stages + 16 * self.query_stages
 
 
+@functools.cache
 def shape_of(head_dim: int, v_dim: int, dtype: str, masked: bool = False) -> Shape | None:
     """The kernel for a head, None where there is none."""
     cuts = {
         (64, 64): Shape(64, 64, dtype, consumers=3, keys=128),
-        (128, 128): Shape(128, 128, dtype, consumers=2, keys=128, lazy=True),
+        (128, 128): Shape(128, 128, dtype, consumers=2, keys=128),
         (192, 128): Shape(192, 128, dtype, consumers=2, keys=128, late=True),
         (256, 256): Shape(256, 256, dtype, consumers=2, keys=80, late=True),
     }

@@ -48,7 +48,6 @@ def multi_cta_attention(
         out.out.zero_()
         out.lse.fill_(-torch.inf)
         return out
-    sms = torch.cuda.get_device_properties(q.device).multi_processor_count
     if isinstance(shape, shape_512.Shape):
         given = (q, k, v, cu_seqlens_q, cu_seqlens_k, sink, out)
         arguments = launch_512.attend(*given, softmax_scale=softmax_scale, causal=causal, window=window)
@@ -67,7 +66,7 @@ def multi_cta_attention(
         causal=causal,
         window=window,
         rows=shape.rows,
-        sms=sms,
+        sms=launch.processors(q.device),
     )
     launch.attend_kernel(shape)(*arguments)
     return out

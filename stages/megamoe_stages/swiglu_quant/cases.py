@@ -169,6 +169,23 @@ _HOPPER_CASES: dict[str, Case] = {
     "saturated-many-rows": _hopper(
         values="saturated", limit=None, rows=(130, 3), intermediate=144, a="nvfp4", indexed=True, bounds=_EXACT
     ),
+    "saturated-twelve-rows-an-expert": _hopper(
+        values="saturated",
+        limit=None,
+        rows=tuple(5 + 7 * e % 16 for e in range(48)),
+        intermediate=144,
+        a="nvfp4",
+        indexed=True,
+        bounds=_EXACT,
+    ),
+    "saturated-forty-rows-an-expert": _hopper(
+        values="saturated",
+        limit=None,
+        rows=tuple(20 + 11 * e % 45 for e in range(16)),
+        intermediate=144,
+        scale_layout="128x4",
+        bounds=_EXACT,
+    ),
     "all-experts-live": _hopper(
         rows=tuple(1 + e % 3 for e in range(256)), intermediate=32, k=256, a="nvfp4", indexed=True
     ),

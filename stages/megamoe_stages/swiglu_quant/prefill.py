@@ -57,7 +57,8 @@ def run(
 
 def shape_for(rows: int, experts: int) -> Shape:
     """How the work on so many rows is cut."""
-    return prefill_kernel.NARROW if rows <= 56 * experts else prefill_kernel.WIDE
+    shapes = prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE
+    return shapes[gemm.narrowness(rows, experts)]
 
 
 @functools.cache
@@ -72,5 +73,5 @@ def kernels() -> list[KernelSpec]:
         for quantized in (False, True)
         for weighted in (False, True)
         for tiled in (False, True)
-        for shape in (prefill_kernel.NARROW, prefill_kernel.WIDE)
+        for shape in (prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE)
     ]

@@ -17,16 +17,17 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.layout import offset_128x4, offset_linear
 from megamoe.cute.recipe import BLOCK, Block, GlobalScale
 from megamoe.cute.warp import WARP
-from megamoe.cute.weight_gemm import TILES, Operands, Piece, Shape
+from megamoe.cute.weight_gemm import TILES, Operands, Piece, Shape, Share
 from megamoe_stages.grouped_gemm.prefill_kernel import factor_of
 from megamoe_stages.swiglu_quant.kernel import maximum_or_nan, minimum_or_nan, swiglu
 
 _WARPS = weight_gemm.CONSUMERS * weight_gemm.GROUP // WARP
 _STRIDE = BLOCK + 4  # floats from token to token: then neither writing nor reading meets a bank twice
 _STAGING = WARP * _STRIDE * 4  # bytes of a warp
-WIDE, NARROW = (
+WIDE, NARROW, SPARSE = (
     Shape((96, 104, 128), 4, _WARPS * _STAGING),
     Shape((32, 40, 48, 56, 64), 5, _WARPS * _STAGING),
+    Shape((16, 24, 32, 40, 48), 6, _WARPS * _STAGING),
 )
 
 
@@ -60,6 +61,7 @@ def launch(
         block=[weight_gemm.THREADS, 1, 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,
+        use_pdl=True,
         stream=stream,
     )
 
@@ -90,7 +92,7 @@ def kernel(
     if cta + thread == 0:
         out_dec[()] = recipe.global_scale(enc[()], Target.SM90).dec
 
-    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32) -> None:
+    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, part: Share) -> None:
         first = piece.expert * parts
         factors = [factor_of(alpha, first + i * (parts // 2), dec, quantized) for i in range(2)]  # of gate and up
         given = (row_weight, enc, limit, factors, weighted)
@@ -117,9 +119,9 @@ def encode(
     """Writes a piece, 32 tokens at a time."""
     target = Target.SM90
     lane = cute.arch.lane_idx()
-    mine = weight_gemm.warp_of_consumers()
-    area = staging + mine * _STAGING
-    block = piece.row_piece * _WARPS + mine
+    warp = weight_gemm.warp_of_consumers()
+    area = staging + warp * _STAGING
+    block = piece.row_piece * _WARPS + warp
     blocks = cute.size(out_codes, mode=[1]) // (BLOCK // 2)
     to = area + (lane % 4 * 2 * _STRIDE + lane // 4) * 4
     scale = recipe.regular_global_scale(enc[()], target)
@@ -132,7 +134,8 @@ def encode(
                     y = swiglu(minimum_or_nan(gate, limit, target), up, target)
                     ring.store4(to + ((c * 8 - first + j) * _STRIDE + t * 8) * 4, y)
             cute.arch.sync_warp()
-            words = [word for i in range(4) for word in ring.load16(area + (lane * _STRIDE + i * 4) * 4)]
+            mine = cutlass.min(lane, min(WARP, width - first) - 1)  # a token that was written
+            words = [word for i in range(4) for word in ring.load16(area + (mine * _STRIDE + i * 4) * 4)]
             cute.arch.sync_warp()
             if first + lane < piece.valid:
                 row = piece.start + piece.first + first + lane

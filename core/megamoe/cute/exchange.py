@@ -1,0 +1,138 @@
+"""What CTAs that work on the same tokens say to each other in global memory, and raw accesses beside it.
+
+Shared memory by its 32-bit addresses, global memory by its 64-bit ones. Who waits for a count sees what those who
+counted wrote, or had been shown by a barrier of their CTA. All CTAs must run at once: a cooperative launch makes sure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cutlass import Float32, Int32, Int64, Numeric, Uint32, cute
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+
+from megamoe.cute import arith
+
+_LETTERS = {"Float32": "f", "Int64": "l"}
+
+
+def count(at: Int64) -> None:
+    """Adds 1 in global memory; who sees it by `wait_count` sees what this thread wrote or was shown by a barrier."""
+    _asm("red.release.gpu.global.add.u32 [$0], 1;", at)
+
+
+def wait_count(at: Int64, least: Int32) -> None:
+    """Until so many have counted."""
+    text = (
+        "{.reg .pred p; .reg .u32 n; L: ld.acquire.gpu.global.u32 n, [$0]; setp.ge.u32 p, n, $1; @p bra D; bra L; D: }"
+    )
+    _asm(text, at, least)
+
+
+def count_and_tell(at: Int64) -> Int32:
+    """Adds 1 in global memory and returns what was there; orders all that this thread sees."""
+    return Int32(_words("atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", 1, at)[0])
+
+
+def load_float(at: Int64) -> Float32:
+    """One fp32 of global memory."""
+    return arith.number(_words("ld.global.b32 $0, [$1];", 1, at)[0])
+
+
+def copy16(source: Int64, slot: Int32) -> None:
+    """Starts a copy of 16 bytes from global to shared memory; `wait_copies` ends it."""
+    _asm("cp.async.cg.shared.global [$0], [$1], 16;", slot, source)
+
+
+def wait_copies() -> None:
+    """Waits for this thread's copies, which only this thread may rely on then."""
+    _asm("cp.async.wait_all;")
+
+
+def load16_once(at: Int64) -> list[Uint32]:
+    """Four words of global memory that nobody reads again, so they need no place in L1."""
+    return _words("ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", 4, at)
+
+
+def load16(at: Int64) -> list[Uint32]:
+    """Four words of global memory."""
+    return _words("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", 4, at)
+
+
+def store_global(at: Int64, value: Float32) -> None:
+    """One fp32 to global memory."""
+    _asm("st.global.f32 [$0], $1;", at, value)
+
+
+def load_floats(at: Int32, count: int) -> list[Float32]:
+    """One fp32 or four of shared memory."""
+    if count == 1:
+        return [arith.number(word) for word in _words("ld.shared.b32 $0, [$1];", 1, at)]
+    return [arith.number(word) for word in _words("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", count, at)]
+
+
+def store_floats(at: Int32, values: Sequence[Float32]) -> None:
+    """One fp32 or four to shared memory."""
+    if len(values) == 1:
+        _asm("st.shared.f32 [$0], $1;", at, *values)
+    else:
+        _asm("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", at, *values)
+
+
+def store16(at: Int32, words: Sequence[Uint32]) -> None:
+    """Four words to shared memory."""
+    _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", at, *words)
+
+
+def meet(number: int | Int32, threads: int) -> None:
+    """A barrier of some whole warps of the CTA, which all wait."""
+    _asm("bar.sync $0, $1;", Int32(number), Int32(threads))
+
+
+def pass_by(number: int | Int32, threads: int) -> None:
+    """The same for a warp that does not wait for those that do."""
+    _asm("bar.arrive $0, $1;", Int32(number), Int32(threads))
+
+
+def address(pointer: cute.Pointer) -> Int32:
+    """Of a place in shared memory."""
+    return Int32(llvm.ptrtoint(Int32.mlir_type, pointer.to_llvm_ptr()))
+
+
+def global_address(tensor: cute.Tensor) -> Int64:
+    """Of a tensor in global memory."""
+    return Int64(llvm.ptrtoint(Int64.mlir_type, tensor.iterator.to_llvm_ptr()))
+
+
+def _words(text: str, count: int, at: Numeric) -> list[Uint32]:
+    single = Uint32.mlir_type
+    result = single if count == 1 else llvm.StructType.get_literal([single] * count)
+    out = llvm.inline_asm(
+        result,
+        [at.ir_value()],
+        text,
+        ",".join(["=r"] * count + [_letter(at), "~{memory}"]),
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    if count == 1:
+        return [Uint32(out)]
+    return [Uint32(llvm.extractvalue(single, out, ir.DenseI64ArrayAttr.get([i]))) for i in range(count)]
+
+
+def _letter(operand: Numeric) -> str:
+    return _LETTERS.get(type(operand).__name__, "r")
+
+
+def _asm(text: str, *operands: Numeric) -> None:
+    llvm.inline_asm(
+        None,
+        [operand.ir_value() for operand in operands],
+        text,
+        ",".join([*map(_letter, operands), "~{memory}"]),
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )

@@ -1,0 +1,120 @@
+"""The projection of mHC's mix for many tokens: fn as two terms of bf16 in shared memory, on the left of `mma`.
+
+The two terms keep 16 significant bits of fn (TF32 keeps 11), in the 4 bytes that fp32 takes; a third would cost 64 KB
+and 64 products a turn. fn lies in pieces, CHUNK dims of a stream by all rows, and a piece in parts of 16 bytes a lane:
+
+    for each half of the dims:  hi0 hi1 | hi2 lo2 | lo0 lo1     (rows in groups of 8)
+
+The streams are the right operand: the words of a thread's line, in pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cutlass
+from cutlass import Constexpr, Float32, Int32, Uint32, cute
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+
+from megamoe.cute import arith, exchange, ring, warp
+from megamoe.cute.arith import Target
+from megamoe.cute.fragments import mma
+from megamoe.cute.mhc import STREAMS
+from megamoe.cute.warp import WARP
+from megamoe_stages.mhc_quant import mix
+from megamoe_stages.mhc_quant.places import PIECES, Inputs, Words
+from megamoe_stages.mhc_quant.prefill_cut import LINE, PARTS, Cut, Spot
+
+BATCH = 2  # pieces that a warp fetches at once: so many loads are in flight
+_MMA_K8 = "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
+Quads = list[list[Float32]]
+
+
+@cute.jit  # type: ignore[untyped-decorator]
+def fetch_fn(
+    base: Int32, here: Constexpr[Spot], given: Constexpr[Inputs], target: Constexpr[Target], cut: Constexpr[Cut]
+) -> None:
+    """Brings this CTA's slice of fn to shared memory."""
+    pieces = cut.warps * PIECES
+    for first in cutlass.range(here.wide, pieces, cut.all_warps * BATCH, unroll=1):
+        numbers = [first + i * cut.all_warps for i in range(BATCH)]
+        loaded = [mix.load_piece(number, here.lane, here.rank, given, cut.shape) for number in numbers]
+        for i in cutlass.range_constexpr(BATCH):
+            if numbers[i] < pieces:
+                for part, words in enumerate(parts_of(loaded[i], target)):
+                    exchange.store16(_slot(base, numbers[i], part, here.lane), words)
+
+
+def parts_of(groups: Sequence[Words], target: Target) -> list[Words]:
+    """A lane's parts of a piece, from 8 fp32 values of each of its three rows."""
+    terms = []  # [group][term][word]
+    for words in groups:
+        values = [arith.number(word) for word in words]
+        split = [warp.split_bf16(values[i], values[i + 1], target)[:2] for i in range(0, 8, 2)]
+        terms.append([[pair[term] for pair in split] for term in range(2)])
+    rows = [(terms[0][0], terms[1][0]), (terms[2][0], terms[2][1]), (terms[0][1], terms[1][1])]
+    return [[a[i], b[i], a[i + 1], b[i + 1]] for i in (0, 2) for a, b in rows]
+
+
+def _slot(base: Int32, piece: Int32, part: int, lane: Int32) -> Int32:
+    """Where a lane's part of a piece lies."""
+    return base + (piece * (PARTS * WARP * LINE) + (part * WARP * LINE) + lane * LINE)
+
+
+def no_sums() -> list[Quads]:
+    """Sums for `add_dots` to begin with, for each half of the tokens."""
+    return [[[Float32(0.0)] * 4 for _ in range(3)] for _ in range(2)]
+
+
+def add_dots(streams: list[list[Words]], chunk: int, sums: list[Quads], base: Int32, here: Spot) -> list[Quads]:
+    """Adds the products of fn with the streams of a chunk, [token][stream][word]: those of each part to a quad."""
+    for s in range(STREAMS):
+        piece = here.member * PIECES + (2 * s + chunk)
+        for half in range(2):
+            for part in range(3):
+                left = ring.load16(_slot(base, piece, half * 3 + part, here.lane))
+                for t in range(2):
+                    right = streams[t][s][half * 2 : half * 2 + 2]
+                    sums[t] = [mma(left, right, quad) if i == part else quad for i, quad in enumerate(sums[t])]
+    return sums
+
+
+def dots(sums: list[Quads], target: Target) -> list[list[Float32]]:
+    """This warp's dots: for each half of the tokens six, rows g, g + 8, g + 16 of fn with tokens 2q and 2q + 1."""
+    found = []
+    for leading, mixed, small in sums:
+        found.append([*_added(leading, small, target), *_added(mixed[:2], mixed[2:], target)])
+    return found
+
+
+def squares(streams: list[Words], here: Spot, target: Target) -> Float32:
+    """The squares of a token's streams over a chunk, in the lane with q = g // 2 of its four.
+
+    They are a diagonal of each word times itself: even words in the upper half of a product, odd ones in the lower.
+    """
+    even, odd = [Float32(0.0)] * 4, [Float32(0.0)] * 4
+    for words in streams:
+        for i in (0, 2):
+            even = _mma_k8(words[i : i + 2], words[i], even)
+            odd = _mma_k8(words[i : i + 2], words[i + 1], odd)
+    first, second = _added(even[:2], odd[2:], target)
+    return arith.select(here.row % 2 == 0, first, second)
+
+
+def _mma_k8(a: Sequence[Uint32], b: Uint32, c: Sequence[Float32]) -> list[Float32]:
+    """c + a b, one warp, of bf16 a (16, 8) and b (8, 8); placed as in `fragments.mma`."""
+    out = llvm.inline_asm(
+        llvm.StructType.get_literal([Float32.mlir_type] * 4),
+        [operand.ir_value() for operand in (*a, b, *c)],
+        _MMA_K8,
+        ",".join(["=f"] * 4 + ["r"] * 3 + ["f"] * 4),
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    return [Float32(llvm.extractvalue(Float32.mlir_type, out, ir.DenseI64ArrayAttr.get([i]))) for i in range(4)]
+
+
+def _added(a: Sequence[Float32], b: Sequence[Float32], target: Target) -> list[Float32]:
+    return [arith.add(*pair, target) for pair in zip(a, b, strict=True)]
