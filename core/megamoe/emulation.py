@@ -86,6 +86,9 @@ class Emulator:
                 (torch.cuda, "current_device", lambda: 0),
                 (torch.cuda, "get_device_capability", lambda device=None: capability),
                 (torch.cuda, "get_device_properties", lambda device=None: facts),
+                (torch.cuda, "is_current_stream_capturing", lambda: False),
+                (torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
+                (torch.cuda, "synchronize", lambda device=None: None),
                 (cutlass.utils, "HardwareInfo", lambda device=0: info),
                 (compiler, "load", self._load),
             ):
