@@ -156,6 +156,7 @@ def test_limits() -> None:
     assert not limits.supports({})
     assert not limits.supports({"dtype": "bfloat16", "head_dim": 128, "v_dim": 128})
     assert not limits.supports({"dtype": "float16", "head_dim": 192, "v_dim": 128})
+    assert limits.supports({"dtype": "float16", "head_dim": 192, "v_dim": 128, "masked": True})
     assert "float32" in limits.supports({"dtype": "float32"})[0]
     assert "96" in limits.supports({"head_dim": 96, "v_dim": 96})[0]
 
