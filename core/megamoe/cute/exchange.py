@@ -85,6 +85,12 @@ def store16(at: Int32, words: Sequence[Uint32]) -> None:
     _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", at, *words)
 
 
+def store_of(at: Int32, value: Float32, rank: Int32) -> None:
+    """One fp32 to the same place of the shared memory of a CTA of the cluster; a barrier of the cluster shows it."""
+    text = "{.reg .b32 to; mapa.shared::cluster.u32 to, $0, $2; st.shared::cluster.f32 [to], $1;}"
+    _asm(text, at, value, rank)
+
+
 def meet(number: int | Int32, threads: int) -> None:
     """A barrier of some whole warps of the CTA, which all wait."""
     _asm("bar.sync $0, $1;", Int32(number), Int32(threads))

@@ -13,7 +13,7 @@ from megamoe.cute.arith import Target
 from megamoe.errors import ArgumentError
 from megamoe.numerics.layout import padded_shape
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
-from megamoe_stages.mhc_quant import contract, kernel, limits, prefill_kernel
+from megamoe_stages.mhc_quant import contract, kernel, limits, prefill_kernel, prefill_mix
 from megamoe_stages.mhc_quant.contract import MhcOutput
 from megamoe_stages.mhc_quant.places import GROUP, Shape
 from megamoe_stages.mhc_quant.prefill_cut import Cut
@@ -58,8 +58,8 @@ def mhc_quant(
         _refuse(contract.problem(*tensors, **options))  # type: ignore[arg-type]
     if hidden > limits.SMALL and hidden not in limits.CTAS:
         _refuse(contract.problem(*tensors, **options))  # type: ignore[arg-type]
-    if many and (hidden not in limits.MANY_HIDDEN or tokens < GROUP * cut_for_many(hidden).teams):
-        raise ArgumentError("x", f"shape {tuple(x.shape)}", f"64 tokens and more, H of {limits.MANY_HIDDEN}")
+    if many and hidden not in limits.MANY_HIDDEN:
+        raise ArgumentError("x", f"shape {tuple(x.shape)}", f"H of {limits.MANY_HIDDEN}")
     for name, tensor in zip(("x", "f", "post", "comb", "fn", "norm_weight"), (*tensors[:5], norm_weight), strict=True):
         if tensor.data_ptr() % ALIGNMENT:
             raise ArgumentError(
@@ -77,9 +77,11 @@ def mhc_quant(
         groups = (tokens + GROUP - 1) // GROUP
         if many:
             parts = cut_for_many(hidden)
-            sets = min(groups // parts.teams, _processors(x.device) // parts.ctas)
-            launch = _launcher_for_many(parts, norm_weight.dtype, target)
-            launch(*tensors, *outputs, _work(parts, sets, x.device), *numbers, sets)
+            pieces = x.new_empty(prefill_mix.piece_bytes(hidden), dtype=torch.uint8)
+            _launcher_of_order(target)(fn, pieces)
+            batches = -(-tokens // parts.batch)
+            sets = min(batches, _clusters(parts.ctas, x.device))
+            _launcher_for_many(parts, norm_weight.dtype, target)(*tensors, *outputs, pieces, *numbers, sets)
         else:
             shape = cut(hidden)
             launch = _launcher(shape, norm_weight.dtype, target)
@@ -102,30 +104,7 @@ def cut(hidden: int) -> Shape:
 @functools.cache
 def cut_for_many(hidden: int) -> Cut:
     """The cut of the kernel for many tokens, for H of `limits.MANY_HIDDEN`."""
-    return Cut(limits.CTAS[hidden], limits.TEAMS.get(hidden, 4), limits.WARPS.get(hidden, 4), roomy=hidden <= 4096)
-
-
-_works: dict[tuple[Cut, int, torch.device, int], Tensor] = {}
-
-
-def _work(many: Cut, sets: int, device: torch.device) -> Tensor:
-    """Memory in which the CTAs of a launch meet, zeros before and after it.
-
-    Calls on one stream, which run one after the other, share it; a graph that is being captured gets its own.
-    """
-    size = many.exchange_words * many.teams * sets
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.float32, device=device)
-    key = (many, sets, device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _works:
-        _works[key] = torch.zeros(size, dtype=torch.float32, device=device)
-    return _works[key]
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """SMs of the GPU."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return Cut(hidden, 4, 4, 8, 3 if hidden > 4096 else 4)
 
 
 @functools.cache
@@ -145,6 +124,11 @@ def _launcher(shape: Shape, norm_dtype: torch.dtype, target: Target) -> Callable
 @functools.cache
 def _launcher_for_many(cut: Cut, norm_dtype: torch.dtype, target: Target) -> Callable[..., None]:
     return compiler.load(prefill_kernel.spec(cut, str(norm_dtype).removeprefix("torch."), target))
+
+
+@functools.cache
+def _launcher_of_order(target: Target) -> Callable[..., None]:
+    return compiler.load(prefill_mix.spec(target))
 
 
 def _refuse(problem: contract.Problem) -> None:

@@ -1,14 +1,13 @@
-"""mhc_quant for many tokens: one CuTe DSL kernel that works in two halves, one source for sm_90a and sm_100a.
+"""mhc_quant for many tokens: a CuTe DSL kernel that streams, one source for sm_90a and sm_100a.
 
-First half: some CTAs have 16 tokens at a time, each CTA a slice of the hidden dims and that slice of fn in shared
-memory for good. Each warp computes the new streams of 64 hidden dims, writes them, and multiplies them with fn while
-they are in registers. The 24 dot products and the squares of the slice go to the CTA that owns the token.
+First half: a cluster has a batch of 64 tokens at a time, each of its CTAs a slice of the hidden dims of all of them. X
+and F come straight into registers, a slab ahead; the new streams are written and, while they are in registers,
+multiplied with fn, which comes slab by slab through a ring in shared memory (`prefill_mix` has brought it in order). At
+the end each warp sends its 24 dot products and the squares of each token to the CTA that owns the token: one barrier of
+the cluster a batch.
 
-Second half: the owner reads the token's new streams back, which are in L2, all hidden dims of them; so collapse, norm
-and quantisation need no other CTA. The CTAs meet in global memory, since clusters of 16 would leave a seventh of an
-H200 idle: a cooperative launch makes sure that all of them run.
-
-The warps of a CTA are teams, each with a group of its own. Sinkhorn's iteration comes last, a thread a token.
+Second half: a warp reads the new streams of its token back, which are still in L2, all hidden dims of them; so collapse,
+norm and quantisation need nobody else. Sinkhorn's iteration comes last, a thread a token.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from collections.abc import Sequence
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint32, cute
-from cutlass.cute.nvgpu import cpasync
+from cutlass import Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor
 
 from megamoe.cute import arith, exchange, mhc, recipe, ring, warp
@@ -27,50 +25,33 @@ from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.recipe import BLOCK
-from megamoe.cute.warp import WARP
 from megamoe_stages.mhc_quant import blocks, prefill_mix
 from megamoe_stages.mhc_quant.kernel import NORM_DTYPES, arguments, zero_padding
-from megamoe_stages.mhc_quant.places import (
-    CHUNK,
-    FACTORS,
-    GROUP,
-    MATRIX,
-    ROWS,
-    UNIT,
-    Inputs,
-    Outputs,
-    Words,
-    rows_of_streams,
-)
+from megamoe_stages.mhc_quant.places import GROUP, MATRIX, ROWS, Inputs, Outputs, Words, rows_of_streams
 from megamoe_stages.mhc_quant.prefill_cut import (
+    AHEAD,
     BARRIER,
     LINE,
     MESSAGE,
+    PIECE,
     RUN,
-    SHARE,
     WORD,
     Cut,
-    Source,
     Spot,
-    Turn,
-    area,
-    arrived,
-    counter,
+    clamped,
+    clusters,
+    factors_of,
     first_half,
-    first_turn,
-    groups_of_a_turn,
-    message,
-    owned_token,
-    parity_of,
+    piece_of,
     second_half,
-    set_turn,
-    share,
     spot,
-    staged,
-    staged_layout,
+    sums_of,
+    token,
     tokens_of,
-    turn_of,
 )
+
+SOURCES = 1 + STREAMS  # lines that a new line of every stream is made of: F's, and one of each old stream
+TOKENS = 2  # of a thread in the first half
 
 
 @cute.jit
@@ -91,7 +72,7 @@ def launch(
     dec: cute.Tensor,
     new_post: cute.Tensor,
     new_comb: cute.Tensor,
-    work: cute.Tensor,
+    pieces: cute.Tensor,
     iters: Int32,
     hc_eps: Float32,
     norm_eps: Float32,
@@ -101,206 +82,375 @@ def launch(
     target: Constexpr[Target],
     cut: Constexpr[Cut],
 ) -> None:
-    """Launches `sets` sets of CTAs, with a group of tokens for every team at least; see Inputs and Outputs.
+    """Launches `sets` clusters, which share the batches of tokens evenly; see Inputs and Outputs.
 
-    `work` is for the exchange of sums; its counters are 0 before and after.
+    `pieces` is fn in the order of `prefill_mix`, written by the launch just before.
     """
-    inputs = (x, f, post, comb, fn, base, scale, norm_weight, enc, iters, hc_eps, norm_eps, tiled)
-    outputs = (residual, normed, codes, scales, dec, new_post, new_comb)
-    layout = cute.make_layout(
-        (cut.hidden, cute.size(f, mode=[0]), STREAMS), stride=(1, STREAMS * cut.hidden, cut.hidden)
-    )
-    box = (CHUNK, ROWS, STREAMS)
-    atom, tensor = cpasync.make_tiled_tma_atom(
-        cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(x.iterator, layout), staged_layout(), box
-    )
-    mhc_quant_prefill(*inputs, *outputs, work, atom, tensor, target, cut).launch(
+    given = Inputs(x, f, post, comb, fn, base, scale, norm_weight, enc, iters, hc_eps, norm_eps, tiled)
+    out = Outputs(residual, normed, codes, scales, dec, new_post, new_comb)
+    mhc_quant_prefill(given, out, pieces, target, cut).launch(
         grid=[sets * cut.ctas, 1, 1],
-        block=[cut.all_warps * WARP, 1, 1],
-        cooperative=True,
+        block=[cut.threads, 1, 1],
+        cluster=[cut.ctas, 1, 1],
         smem=cut.shared_bytes,
         min_blocks_per_mp=1,  # or ptxas saves registers for a second CTA, for which there is no shared memory
+        use_pdl=True,
         stream=stream,
     )
 
 
+class State:
+    """What a thread keeps from slab to slab, in registers.
+
+    Attributes:
+        ahead: (TOKENS, SOURCES, 4) words of the next slab.
+        sums: (TOKENS, 3, 4) dots of this batch, see `prefill_mix.add_dots`.
+        squares: (TOKENS,) of this batch.
+    """
+
+    def __init__(self) -> None:
+        self.ahead = cute.make_rmem_tensor((TOKENS * SOURCES * 4,), Uint32)
+        self.sums = cute.make_rmem_tensor((TOKENS * 3 * 4,), Float32)
+        self.squares = cute.make_rmem_tensor((TOKENS,), Float32)
+
+
 @cute.kernel
 def mhc_quant_prefill(
-    x: cute.Tensor,
-    f: cute.Tensor,
-    post: cute.Tensor,
-    comb: cute.Tensor,
-    fn: cute.Tensor,
-    base: cute.Tensor,
-    scale: cute.Tensor,
-    norm_weight: cute.Tensor,
-    enc: cute.Tensor,
-    iters: Int32,
-    hc_eps: Float32,
-    norm_eps: Float32,
-    tiled: Int32,
-    residual: cute.Tensor,
-    normed: cute.Tensor,
-    codes: cute.Tensor,
-    scales: cute.Tensor,
-    dec: cute.Tensor,
-    new_post: cute.Tensor,
-    new_comb: cute.Tensor,
-    work: cute.Tensor,
-    atom: cute.CopyAtom,
-    streams: cute.Tensor,
-    target: Constexpr[Target],
-    cut: Constexpr[Cut],
+    given: Inputs, out: Outputs, pieces: cute.Tensor, target: Constexpr[Target], cut: Constexpr[Cut]
 ) -> None:
     """The kernel; see the module."""
-    given = Inputs(x, f, post, comb, fn, base, scale, norm_weight, enc, iters, hc_eps, norm_eps, tiled)
-    out = Outputs(residual, normed, codes, scales, dec, new_post, new_comb)
     thread, _, _ = cute.arch.thread_idx()
     cta, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
-    shared = cute.arch.get_dyn_smem(BFloat16, alignment=128)
-    floats, source, here = exchange.address(shared), Source(atom, streams), spot(cut)
-    groups = (tokens_of(given) + GROUP - 1) // GROUP
-    group = first_turn(cut) >> 1
-    set_turn(floats, first_turn(cut), cut)
-    if thread < cut.all_warps * cut.stages:
-        ring.init(floats + (cut.barriers_at + thread * BARRIER), 1)
+    base = exchange.address(cute.arch.get_dyn_smem(Uint8, alignment=128))
+    first, batches = cta // cut.ctas, (tokens_of(given) + cut.batch - 1) // cut.batch
+    turns = (batches - first + clusters(cut) - 1) // clusters(cut)
+    if thread < 2 * cut.stages:
+        arrivals = arith.select(thread < cut.stages, Int32(1), Int32(cut.threads))
+        ring.init(base + (cut.barriers_at + thread * BARRIER), arrivals)
     ring.init_fence()
     cute.arch.sync_threads()
-    _fetch_factors(Turn(group, Int32(0)), floats, given, cut)
-    for t in range(cut.stages):
-        _ask(t, 0, group, shared, source, cut)
-    ahead = _load_f(0, group, given, cut)
-    prefill_mix.fetch_fn(floats, here, given, target, cut)
-    _fetch_weights(floats, given, target, cut)
-    zero_padding(out, tokens_of(given), tiled, cta * (cut.all_warps * WARP) + thread, ctas * (cut.all_warps * WARP))
+    cute.arch.cluster_arrive_relaxed()
+    state = State()
+    for t in cutlass.range_constexpr(TOKENS):
+        _load(state, t, first, Int32(0), given, cut)
+    _fetch_factors(first, Int32(0), base, given, cut)
+    if thread == 0:
+        cute.arch.griddepcontrol_wait()  # for fn in order; all else was there before that launch
+        for n in cutlass.range_constexpr(cut.stages):
+            _ask(Int32(n), turns, base, pieces, cut)
+    zero_padding(out, tokens_of(given), given.tiled, cta * cut.threads + thread, ctas * cut.threads)
     if cta + thread == 0:
-        dec[()] = recipe.global_scale(enc[()], target).dec
+        out.dec[()] = recipe.global_scale(given.enc[()], target).dec
     exchange.wait_copies()
     cute.arch.sync_threads()
-    while turn_of(floats, cut).group < groups:
-        ahead = _turn(ahead, shared, source, work, given, out, target, cut)
-    turn = turn_of(floats, cut)
-    last = Turn(turn.group - groups_of_a_turn(cut), turn.parity ^ 1)
-    _sinkhorn(last.group, groups_of_a_turn(cut), given, out, target, cut)
-    exchange.wait_copies()  # of a group that is not there
-    for t in range(cut.stages):
-        ring.wait(arrived(floats, spot(cut), t, cut), Int32(0))
-    _leave(work, cut)
+    cute.arch.cluster_wait()  # all CTAs run: their shared memory may be written to
+    for turn in cutlass.range(turns, unroll=1):
+        _first_half(state, turn, turns, base, pieces, given, out, target, cut)
+        _second_half(turn, base, given, out, target, cut)
+    _sinkhorn(turns, given, out, target, cut)
 
 
-def _turn(
-    ahead: Words,
-    shared: cute.Pointer,
-    source: Source,
-    work: cute.Tensor,
+@cute.jit
+def _first_half(
+    state: Constexpr[State],
+    turn: Int32,
+    turns: Int32,
+    base: Int32,
+    pieces: cute.Tensor,
+    given: Constexpr[Inputs],
+    out: Constexpr[Outputs],
+    target: Constexpr[Target],
+    cut: Constexpr[Cut],
+) -> None:
+    """The new streams of this CTA's hidden dims of a batch, and their sums to the owners of the tokens."""
+    _fetch_factors(_batch(turn + 1, cut), (turn + 1) & 1, base, given, cut)
+    for part in (state.sums, state.squares):
+        for i in cutlass.range_constexpr(cute.size(part)):
+            part[i] = Float32(0.0)
+    for slab in cutlass.range(cut.slabs, unroll=1):
+        number = turn * cut.slabs + slab
+        if (cute.arch.thread_idx()[0] == 0) & (number >= _lag(cut)):
+            _ask(number + (cut.stages - _lag(cut)), turns, base, pieces, cut)
+        _slab(state, turn, slab, base, given, out, target, cut)
+    _send_sums(state, turn & 1, base, target, cut)
+    exchange.wait_copies()  # of the factors; the barrier shows them to all
+    cute.arch.sync_warp()
+    cute.arch.cluster_arrive()
+    cute.arch.cluster_wait()
+
+
+def _batch(turn: Int32, cut: Cut) -> Int32:
+    """The batch of this cluster's turn."""
+    return cute.arch.block_idx()[0] // cut.ctas + turn * clusters(cut)
+
+
+def _lag(cut: Cut) -> int:
+    """Slabs after which a stage is asked for anew: with one more than needed the asking thread seldom waits."""
+    return 2 if cut.stages >= 4 else 1
+
+
+@cute.jit
+def _ask(number: Int32, turns: Int32, base: Int32, pieces: cute.Tensor, cut: Constexpr[Cut]) -> None:
+    """Asks for fn of slab `number`, counted from the launch's beginning, once its stage has been read; one thread."""
+    if number < turns * cut.slabs:
+        stage, round_ = number % cut.stages, number // cut.stages
+        if number >= cut.stages:
+            ring.wait(_was_read(base, stage, cut), (round_ & 1) ^ 1)
+        ring.expect(_arrived(base, stage, cut), Int32(cut.slab_bytes))
+        at = Int64(piece_of(number % cut.slabs, cut)) * (STREAMS * PIECE)
+        to = base + stage * cut.slab_bytes
+        ring.copy(exchange.global_address(pieces) + at, to, Int32(cut.slab_bytes), _arrived(base, stage, cut))
+
+
+def _arrived(base: Int32, stage: Int32, cut: Cut) -> Int32:
+    """mbarrier: fn is in a stage."""
+    return base + (cut.barriers_at + stage * BARRIER)
+
+
+def _was_read(base: Int32, stage: Int32, cut: Cut) -> Int32:
+    """mbarrier: all threads have read it."""
+    return base + (cut.barriers_at + cut.stages * BARRIER + stage * BARRIER)
+
+
+def _load(state: State, t: int, batch: Int32, slab: Int32, given: Inputs, cut: Cut) -> None:
+    """Loads the lines of this thread's token number t of a batch, or of the last token there is, for a slab."""
+    here = spot(cut)
+    row = clamped(token(batch, t, here, cut), given)
+    streams = first_half(given.x, STREAMS, row, slab, here, cut)
+    places = [first_half(given.f, 1, row, slab, here, cut), *(streams + s * cut.hidden * 2 for s in range(STREAMS))]
+    for i, place in enumerate(places):
+        for w, word in enumerate(exchange.load16_once(place)):
+            state.ahead[(t * SOURCES + i) * 4 + w] = word
+
+
+@cute.jit
+def _fetch_factors(
+    batch: Int32, parity: Int32, base: Int32, given: Constexpr[Inputs], cut: Constexpr[Cut]
+) -> None:
+    """Copies post and comb of a batch's tokens to shared memory, 16 bytes a thread and step."""
+    thread, _, _ = cute.arch.thread_idx()
+    for first in cutlass.range_constexpr(0, cut.batch * SOURCES, cut.threads):
+        place = first + thread
+        if place < cut.batch * SOURCES:
+            own, part = place // SOURCES, place % SOURCES
+            row = clamped(batch * cut.batch + own, given)
+            comb = exchange.global_address(given.comb) + Int64(row * (MATRIX * WORD) + (part - 1) * LINE)
+            post = exchange.global_address(given.post) + Int64(row * LINE)
+            exchange.copy16(arith.select(part > 0, comb, post), factors_of(base, own, parity, cut) + part * LINE)
+
+
+def _slab(
+    state: State, turn: Int32, slab: Int32, base: Int32, given: Inputs, out: Outputs, target: Target, cut: Cut
+) -> None:
+    """One slab: writes the new streams of this thread's lines and adds their products with fn and their squares."""
+    here, batch = spot(cut), _batch(turn, cut)
+    last = slab == cut.slabs - 1
+    next_batch = arith.select(last, _batch(turn + 1, cut), batch)
+    next_slab = arith.select(last, Int32(0), slab + 1)
+    streams = []
+    for t in range(TOKENS):
+        lines = [[state.ahead[(t * SOURCES + i) * 4 + w] for w in range(4)] for i in range(SOURCES)]
+        at = factors_of(base, here.group * GROUP + here.row + 8 * t, turn & 1, cut)
+        new = mhc.post_mix(lines, functools.partial(_factors, at), target)
+        _load(state, t, next_batch, next_slab, given, cut)
+        row = token(batch, t, here, cut)
+        exists = arith.select(row < tokens_of(given), Int32(1), Int32(0))
+        to = first_half(out.residual, STREAMS, row, slab, here, cut)
+        for s, words in enumerate(new):
+            ring.store_global16_if(to + s * cut.hidden * 2, words, exists)
+        squares = prefill_mix.squares(new, here.row, target)
+        state.squares[t] = arith.add(state.squares[t], squares, target)
+        streams.append(new)
+    number = turn * cut.slabs + slab
+    stage = number % cut.stages
+    ring.wait(_arrived(base, stage, cut), number // cut.stages & 1)
+    at = base + (stage * cut.slab_bytes + here.member * (STREAMS * PIECE) + here.lane * LINE)
+    for t, quads in enumerate(prefill_mix.add_dots(streams, _sums(state), at)):
+        for i, value in enumerate(value for quad in quads for value in quad):
+            state.sums[t * 12 + i] = value
+    ring.arrive_if(_was_read(base, stage, cut), Int32(1))  # every thread: racecheck sees no lane speak for others
+
+
+def _factors(at: Int32, row: int) -> list[Float32]:
+    return exchange.load_floats(at + row * LINE, 4)
+
+
+def _sums(state: State) -> list[prefill_mix.Quads]:
+    return [[[state.sums[(t * 3 + part) * 4 + i] for i in range(4)] for part in range(3)] for t in range(TOKENS)]
+
+
+@cute.jit
+def _send_sums(
+    state: Constexpr[State], parity: Int32, base: Int32, target: Constexpr[Target], cut: Constexpr[Cut]
+) -> None:
+    """Sends this warp's sums of each token to the CTA that owns it."""
+    here = spot(cut)
+    dots = prefill_mix.dots(_sums(state), target)
+    for t in cutlass.range_constexpr(TOKENS):
+        for i in cutlass.range_constexpr(2):
+            at, owner = _place_of(here.group * GROUP + 8 * t + 2 * here.quad + i, parity, base, here, cut)
+            for part in cutlass.range_constexpr(LOGITS // ROWS):
+                exchange.store_of(at + (here.row + part * ROWS) * WORD, dots[t][2 * part + i], owner)
+        at, owner = _place_of(here.group * GROUP + 8 * t + here.row, parity, base, here, cut)
+        if here.quad == here.row // 2:
+            exchange.store_of(at + LOGITS * WORD, state.squares[t], owner)
+
+
+def _place_of(place: Int32, parity: Int32, base: Int32, here: Spot, cut: Cut) -> tuple[Int32, Int32]:
+    """Where a warp's sums of a batch's token go, in the shared memory of which CTA."""
+    sender = here.rank * cut.across + here.member
+    return sums_of(base, place % cut.owned, parity, cut) + sender * (MESSAGE * WORD), place // cut.owned
+
+
+@cute.jit
+def _second_half(
+    turn: Int32,
+    base: Int32,
+    given: Constexpr[Inputs],
+    out: Constexpr[Outputs],
+    target: Constexpr[Target],
+    cut: Constexpr[Cut],
+) -> None:
+    """Finishes this warp's own tokens of a batch, one after the other."""
+    here = spot(cut)
+    for u in cutlass.range(cut.owned // cut.warps, unroll=1):
+        own = u * cut.warps + here.warp
+        row = _batch(turn, cut) * cut.batch + here.rank * cut.owned + own
+        if row < tokens_of(given):
+            _finish(own, row, turn & 1, base, given, out, target, cut)
+
+
+@cute.jit
+def _finish(
+    own: Int32,
+    row: Int32,
+    parity: Int32,
+    base: Int32,
+    given: Constexpr[Inputs],
+    out: Constexpr[Outputs],
+    target: Constexpr[Target],
+    cut: Constexpr[Cut],
+) -> None:
+    """From a token's new streams to its output: collapse, norm, quantisation."""
+    here = spot(cut)
+    lines = cute.make_rmem_tensor((AHEAD * STREAMS * 4,), Uint32)
+    total = cute.make_rmem_tensor((1,), Float32)
+    total[0] = Float32(0.0)
+    at = second_half(out.residual, STREAMS, row, here, cut)
+    for i in cutlass.range_constexpr(AHEAD):
+        _read_back(lines, i, at + i * (RUN * 2), cut)
+    pre = _pre(own, row, parity, base, given, out, target, cut)
+    y_at = base + (cut.y_at + here.warp * (cut.hidden * 2) + here.lane * LINE)
+    for some in cutlass.range(cut.runs // AHEAD - 1, unroll=1):
+        for i in cutlass.range_constexpr(AHEAD):
+            run = some * AHEAD + i
+            words = _collapsed(lines, i, pre, target)
+            _read_back(lines, i, at + Int64(run + AHEAD) * (RUN * 2), cut)
+            _keep_y(words, total, y_at + run * (RUN * 2), target)
+    for i in cutlass.range_constexpr(AHEAD):
+        _keep_y(_collapsed(lines, i, pre, target), total, y_at + (cut.runs - AHEAD + i) * (RUN * 2), target)
+    squares = _sum_of_warp(total[0], target)
+    factor, encode = mhc.inverse_rms(squares, cut.hidden, given.norm_eps, target), given.enc[()]
+    for pair in cutlass.range(cut.runs // 2, unroll=1):
+        _normalise(pair * 2, row, y_at, factor, encode, given, out, target, cut)
+
+
+def _sum_of_warp(value: Float32, target: Target) -> Float32:
+    for distance in (16, 8, 4, 2, 1):
+        value = arith.add(value, warp.from_lane(value, distance), target)
+    return value
+
+
+def _read_back(lines: cute.Tensor, i: int, at: Int64, cut: Cut) -> None:
+    """Loads a lane's lines of a run of the new streams."""
+    for s in range(STREAMS):
+        for w, word in enumerate(exchange.load16_once(at + s * cut.hidden * 2)):
+            lines[(i * STREAMS + s) * 4 + w] = word
+
+
+def _collapsed(lines: cute.Tensor, i: int, pre: Sequence[Float32], target: Target) -> Words:
+    """y of a lane's line."""
+    return [mhc.collapse([lines[(i * STREAMS + s) * 4 + w] for s in range(STREAMS)], pre, target) for w in range(4)]
+
+
+def _keep_y(words: Words, total: cute.Tensor, at: Int32, target: Target) -> None:
+    """Keeps a line of y in shared memory, for this very lane, and adds its squares."""
+    exchange.store16(at, words)
+    for word in words:
+        total[0] = mhc.add_squares(word, total[0], target)
+
+
+def _pre(
+    own: Int32, row: Int32, parity: Int32, base: Int32, given: Inputs, out: Outputs, target: Target, cut: Cut
+) -> list[Float32]:
+    """The weights of the collapse of this warp's token; lane r computes logit r, and writes it if of post or comb."""
+    here = spot(cut)
+    first = sums_of(base, own, parity, cut) + cutlass.min(here.lane, LOGITS) * WORD  # the last one has the squares
+    parts = [exchange.load_floats(first + i * (MESSAGE * WORD), 1)[0] for i in range(cut.ctas * cut.across)]
+    total = functools.reduce(lambda a, b: arith.add(a, b, target), parts)  # in this order in every run
+    squares = cute.arch.shuffle_sync(total, LOGITS)
+    rms = mhc.inverse_rms(squares, cut.hidden * STREAMS, given.norm_eps, target)
+    r = cutlass.min(here.lane, LOGITS - 1)
+    kind = arith.select(r < STREAMS, Int32(0), arith.select(r < 2 * STREAMS, Int32(1), Int32(2)))
+    value = mhc.logit(total, rms, given.scale[kind], given.base[r], target)
+    weight = mhc.sigmoid(value, target)
+    _write_logits(row, value, weight, here, out, target)
+    mine = arith.add(weight, given.hc_eps, target)
+    return [cute.arch.shuffle_sync(mine, s) for s in range(STREAMS)]
+
+
+@cute.jit
+def _write_logits(
+    row: Int32,
+    value: Float32,
+    weight: Float32,
+    here: Constexpr[Spot],
+    out: Constexpr[Outputs],
+    target: Constexpr[Target],
+) -> None:
+    """Writes a token's new post, and the logits of comb in comb's place."""
+    is_post = here.lane < 2 * STREAMS
+    post = arith.mul(weight, Float32(mhc.POST_MULTIPLIER), target)
+    at = arith.select(
+        is_post,
+        exchange.global_address(out.post) + Int64((row * STREAMS + here.lane - STREAMS) * WORD),
+        exchange.global_address(out.comb) + Int64((row * MATRIX + here.lane - 2 * STREAMS) * WORD),
+    )
+    if (here.lane >= STREAMS) & (here.lane < LOGITS):
+        exchange.store_global(at, arith.select(is_post, post, value))
+
+
+def _normalise(
+    first: Int32,
+    row: Int32,
+    y_at: Int32,
+    factor: Float32,
+    encode: Float32,
     given: Inputs,
     out: Outputs,
     target: Target,
     cut: Cut,
-) -> Words:
-    """Both halves of a group.
-
-    Takes F of the group's chunk 0, and returns that of the team's next group.
-    """
-    base = exchange.address(shared)
-    sums, squares = prefill_mix.no_sums(), [Float32(0.0)] * 2
-    for chunk in range(2):
-        streams, more = _new_streams(chunk, ahead, shared, source, given, out, target, cut)
-        turn = turn_of(base, cut)
-        if chunk == 0:
-            ahead = _load_f(1, turn.group, given, cut)
-            _fetch_factors(Turn(turn.group + groups_of_a_turn(cut), turn.parity ^ 1), base, given, cut)
-        else:
-            ahead = _load_f(0, turn.group + groups_of_a_turn(cut), given, cut)
-        squares = [arith.add(*pair, target) for pair in zip(squares, more, strict=True)]
-        sums = prefill_mix.add_dots(streams, chunk, sums, base, spot(cut))
-    _keep_sums(prefill_mix.dots(sums, target), squares, base, cut)
-    exchange.wait_copies()  # of the factors: the barrier shows them to the team
-    exchange.meet(1 + spot(cut).team, cut.team)
-    _send_sums(base, work, target, cut)
-    turn = turn_of(base, cut)
-    _second_half(turn, base, work, given, out, target, cut)
-    turn = turn_of(base, cut)
-    set_turn(base, 2 * (turn.group + groups_of_a_turn(cut)) + (turn.parity ^ 1), cut)
-    return ahead
-
-
-def _load_f(chunk: int, group: Int32, given: Inputs, cut: Cut) -> Words:
-    """A chunk of the sublayer's output of this thread's two tokens of a group; where there is none, the last one's."""
-    here, words = spot(cut), []
-    for t in range(2):
-        row = cutlass.min(group * GROUP + here.row + 8 * t, tokens_of(given) - 1)
-        words += exchange.load16_once(first_half(given.f, 1, row, chunk, here, cut))
-    return words
-
-
-@cute.jit
-def _ask(
-    t: Constexpr[int],
-    chunk: Constexpr[int],
-    group: Int32,
-    shared: cute.Pointer,
-    source: Constexpr[Source],
-    cut: Constexpr[Cut],
 ) -> None:
-    """Asks for a chunk of the streams of this warp's tokens 8 t to 8 t + 7 of a group; there come zeros for none.
-
-    All lanes have read what is there before.
-    """
-    here = spot(cut)
-    cute.arch.sync_warp()
-    bar = arrived(exchange.address(shared), here, t, cut)
-    if here.lane == 0:
-        ring.expect(bar, Int32(cut.staged_bytes))
-    box = (CHUNK, ROWS, STREAMS)
-    place = ((here.rank * cut.warps + here.member) * (UNIT // CHUNK) + chunk, group * (GROUP // ROWS) + t, 0)
-    tile = cute.local_tile(source.tensor, box, place)
-    room = cute.make_tensor((shared + staged(here, t, cut) // 2).align(128), staged_layout())
-    to, origin = cpasync.tma_partition(
-        source.atom, 0, cute.make_layout(1), cute.group_modes(room, 0, 3), cute.group_modes(tile, 0, 3)
-    )
-    pointer = (shared + (cut.barriers_at // 2 + (here.wide * cut.stages + t % cut.stages) * (BARRIER // 2))).align(8)
-    cute.copy(source.atom, origin, to, tma_bar_ptr=cute.recast_ptr(pointer, dtype=Int64))
+    """Norm and quantisation of two runs of a token, `first` and the next: two half blocks make a block each."""
+    here, halves = spot(cut), []
+    loaded = [(ring.load16(y_at + (first + i) * (RUN * 2)), _weights(first + i, here.lane, given)) for i in range(2)]
+    to = second_half(out.normed, 1, row, here, cut) + Int64(first) * (RUN * 2)
+    for i, (line, weights) in enumerate(loaded):
+        words = [mhc.normalise(line[w], factor, weights[2 * w : 2 * w + 2], target) for w in range(4)]
+        ring.store_global16_if(to + i * (RUN * 2), words, Int32(1))
+        halves.append(words)
+    even = here.lane % 2 == 0
+    got = [warp.from_lane(arith.select(even, b, a), 1) for a, b in zip(*halves, strict=True)]
+    low = [arith.select(even, a, other) for a, other in zip(halves[0], got, strict=True)]
+    high = [arith.select(even, other, b) for b, other in zip(halves[1], got, strict=True)]
+    col = (first + here.lane % 2) * (RUN // BLOCK) + here.lane // 2
+    cols = cut.hidden // BLOCK
+    blocks.quantize([*low, *high], row, col, cols, row < tokens_of(given), encode, given, out, target)
 
 
-@cute.jit
-def _fetch_factors(turn: Constexpr[Turn], base: Int32, given: Constexpr[Inputs], cut: Constexpr[Cut]) -> None:
-    """Copies post and comb of a group's tokens to shared memory, 16 bytes a thread."""
-    here = spot(cut)
-    seat = here.member * WARP + here.lane
-    token = arith.select(seat < GROUP * STREAMS, seat // STREAMS, seat - GROUP * STREAMS)
-    row = cutlass.min(turn.group * GROUP + token, tokens_of(given) - 1)
-    part = arith.select(seat < GROUP * STREAMS, seat % STREAMS + 1, Int32(0))
-    comb = exchange.global_address(given.comb) + Int64(row * (MATRIX * WORD) + (part - 1) * LINE)
-    source = arith.select(part > 0, comb, exchange.global_address(given.post) + Int64(row * LINE))
-    if seat < GROUP * (STREAMS + 1):
-        exchange.copy16(source, _factors_at(token, turn.parity, base, here, cut) + part * LINE)
-
-
-def _factors_at(token: Int32, parity: Int32, base: Int32, here: Spot, cut: Cut) -> Int32:
-    """Where post and comb of a group's token lie."""
-    return area(base, here, cut) + (parity * GROUP + token) * (FACTORS * WORD)
-
-
-@cute.jit
-def _fetch_weights(base: Int32, given: Constexpr[Inputs], target: Constexpr[Target], cut: Constexpr[Cut]) -> None:
-    """Brings the norm's weights to shared memory, each lane's lines of four side by side."""
-    if cutlass.const_expr(cut.roomy):
-        here = spot(cut)
-        for run in cutlass.range(here.wide, cut.hidden // RUN, cut.all_warps, unroll=1):
-            weights = _read_weights(run, here.lane, given)
-            for i in cutlass.range_constexpr(2):
-                exchange.store_floats(_weights_at(base, run, i, here, cut), weights[4 * i : 4 * i + 4])
-
-
-def _weights_at(base: Int32, run: Int32, i: int, here: Spot, cut: Cut) -> Int32:
-    """Where a lane's weights 4 i to 4 i + 3 of a run of hidden dims lie."""
-    return base + (cut.weights_at + i * WARP * LINE) + (run * (2 * WARP * LINE) + here.lane * LINE)
-
-
-def _read_weights(run: Int32, lane: Int32, given: Inputs) -> list[Float32]:
-    """The norm's weights of a lane's 8 dims of a run, from global memory."""
+def _weights(run: Int32, lane: Int32, given: Inputs) -> list[Float32]:
+    """The norm's weights of a lane's 8 dims of a run; they are in L1."""
     dtype = given.norm_weight.element_type
     size = dtype.width // 8
     at = exchange.global_address(given.norm_weight) + Int64((run * RUN + lane * 8) * size)
@@ -308,265 +458,31 @@ def _read_weights(run: Int32, lane: Int32, given: Inputs) -> list[Float32]:
     return recipe.values(words, dtype)
 
 
-def _new_streams(
-    chunk: int,
-    ahead: Words,
-    shared: cute.Pointer,
-    source: Source,
-    given: Inputs,
-    out: Outputs,
-    target: Target,
-    cut: Cut,
-) -> tuple[list[list[Words]], list[Float32]]:
-    """The new streams of a chunk of this thread's two tokens, [token][stream][word], which it writes; their squares.
-
-    Asks for what comes next to a place once it has used what was there: a copy may not overtake the reads.
-    """
-    streams, squares, base = [], [], exchange.address(shared)
-    for t in range(2):
-        here, turn = spot(cut), turn_of(base, cut)
-        ring.wait(arrived(base, here, t, cut), Int32(parity_of(chunk, t, cut)))
-        at = base + staged(here, t, cut) + here.lane * LINE
-        lines = [ahead[4 * t : 4 * t + 4]]
-        lines += [ring.load16(at + s * (ROWS * CHUNK * 2)) for s in range(STREAMS)]
-        factors_at = _factors_at(here.row + 8 * t, turn.parity, base, here, cut)
-        factors = functools.partial(_factors, factors_at)
-        new = mhc.post_mix(lines, factors, target)
-        token = turn.group * GROUP + here.row + 8 * t
-        exists = arith.select(token < tokens_of(given), Int32(1), Int32(0))
-        at = first_half(out.residual, STREAMS, token, chunk, here, cut)
-        for s, four in enumerate(new):
-            ring.store_global16_if(at + s * cut.hidden * 2, four, exists)
-        streams.append(new)
-        if t + cut.stages < 2:
-            _ask(t + 1, chunk, turn.group, shared, source, cut)
-        elif chunk == 0:
-            _ask((t + cut.stages) % 2, 1, turn.group, shared, source, cut)
-        else:
-            _ask((t + cut.stages) % 2, 0, turn.group + groups_of_a_turn(cut), shared, source, cut)
-        squares.append(prefill_mix.squares(new, spot(cut), target))
-    return streams, squares
-
-
-def _factors(at: Int32, row: int) -> list[Float32]:
-    return exchange.load_floats(at + row * LINE, 4)
-
-
-@cute.jit
-def _keep_sums(
-    dots: Constexpr[list[list[Float32]]], squares: Constexpr[list[Float32]], base: Int32, cut: Constexpr[Cut]
-) -> None:
-    """Writes this warp's sums to shared memory."""
-    here = spot(cut)
-    at = area(base, here, cut)
-    rows = at + (cut.partial_at + here.member * (GROUP * LOGITS * WORD)) + (here.quad * 2 * LOGITS + here.row) * WORD
-    for t in cutlass.range_constexpr(2):
-        for i in cutlass.range_constexpr(6):
-            exchange.store_floats(rows + ((t * 8 + i % 2) * LOGITS + i // 2 * ROWS) * WORD, [dots[t][i]])
-    if here.quad == here.row // 2:
-        for t in cutlass.range_constexpr(2):
-            token = here.member * GROUP + here.row + 8 * t
-            exchange.store_floats(at + cut.squares_at + token * WORD, [squares[t]])
-
-
-@cute.jit
-def _send_sums(base: Int32, work: cute.Tensor, target: Constexpr[Target], cut: Constexpr[Cut]) -> None:
-    """Sums over the team's warps and sends each token's sums to its owner, then says so."""
-    here = spot(cut)
-    at = area(base, here, cut)
-    seat, parity = here.member * WARP + here.lane, turn_of(base, cut).parity
-    fours = LOGITS // 4
-    if seat < GROUP * fours:
-        token, four = seat // fours, seat % fours
-        rows = [at + cut.partial_at + m * (GROUP * LOGITS * WORD) + seat * LINE for m in range(cut.warps)]
-        loaded = [exchange.load_floats(row, 4) for row in rows]
-        sums = [_in_order(values, target) for values in zip(*loaded, strict=True)]
-        words = [value.bitcast(Uint32) for value in sums]
-        ring.store_global16_if(message(work, token, here.rank, parity, here, cut) + four * LINE, words, Int32(1))
-    elif seat < GROUP * (fours + 1):
-        token = seat - GROUP * fours
-        parts = [exchange.load_floats(at + cut.squares_at + (m * GROUP + token) * WORD, 1)[0] for m in range(cut.warps)]
-        exchange.store_global(
-            message(work, token, here.rank, parity, here, cut) + fours * LINE, _in_order(parts, target)
-        )
-    number = 1 + cut.teams + here.team
-    if here.member == 0:
-        exchange.meet(number, cut.team)  # all sums have been sent, all streams written
-        if here.lane == 0:
-            exchange.count(counter(work, here, cut))
-    else:
-        exchange.pass_by(number, cut.team)
-
-
-def _second_half(
-    turn: Turn, base: Int32, work: cute.Tensor, given: Inputs, out: Outputs, target: Target, cut: Cut
-) -> None:
-    """From the new streams of this warp's token to its output: collapse, norm, quantisation of 1024 hidden dims."""
-    here, group, parity = spot(cut), turn.group, turn.parity
-    token = owned_token(group, here, cut)
-    row = cutlass.min(token, tokens_of(given) - 1)
-    exchange.wait_count(counter(work, here, cut), (group // groups_of_a_turn(cut) + 1) * cut.ctas)
-    at = second_half(out.residual, STREAMS, row, here, cut)
-    runs, encode = SHARE // RUN, given.enc[()]
-    lines = [[exchange.load16_once(at + (s * cut.hidden + i * RUN) * 2) for s in range(STREAMS)] for i in range(runs)]
-    pre = _pre(token, parity, work, given, out, target, cut)
-    y, total = [], Float32(0.0)
-    for run in lines:
-        words = [mhc.collapse([stream[w] for stream in run], pre, target) for w in range(4)]
-        for word in words:
-            total = mhc.add_squares(word, total, target)
-        y.append(words)
-    for distance in (16, 8, 4, 2, 1):
-        total = arith.add(total, warp.from_lane(total, distance), target)
-    here = spot(cut)
-    _keep_y_squares(total, area(base, here, cut) + cut.y_squares_at + here.member * WORD, here)
-    exchange.meet(1 + here.team, cut.team)
-    factor = mhc.inverse_rms(_y_squares(base, target, cut), cut.hidden, given.norm_eps, target)
-    for i in range(0, runs, 2):
-        _finish(i, y[i : i + 2], factor, encode, group, base, given, out, target, cut)
-
-
-@cute.jit
-def _keep_y_squares(total: Float32, at: Int32, here: Constexpr[Spot]) -> None:
-    if here.lane == 0:
-        exchange.store_floats(at, [total])
-
-
-def _y_squares(base: Int32, target: Target, cut: Cut) -> Float32:
-    """The squares of y of this warp's token."""
-    here = spot(cut)
-    first = area(base, here, cut) + cut.y_squares_at + here.member // cut.sharers * (cut.sharers * WORD)
-    return _in_order([exchange.load_floats(first + m * WORD, 1)[0] for m in range(cut.sharers)], target)
-
-
-def _pre(
-    token: Int32, parity: Int32, work: cute.Tensor, given: Inputs, out: Outputs, target: Target, cut: Cut
-) -> list[Float32]:
-    """The weights of the collapse of this warp's token; lane r computes logit r, and writes it if of post or comb."""
-    here = spot(cut)
-    lane = cutlass.min(here.lane, LOGITS)  # that one has the squares
-    place = here.rank * cut.owned + here.member // cut.sharers
-    first = message(work, place, 0, parity, here, cut) + Int64(lane * WORD)
-    got = [exchange.load_float(first + r * (MESSAGE * WORD)) for r in range(cut.ctas)]
-    total = _in_order(got, target)
-    squares = cute.arch.shuffle_sync(total, LOGITS)
-    rms = mhc.inverse_rms(squares, cut.hidden * STREAMS, given.norm_eps, target)
-    r = cutlass.min(here.lane, LOGITS - 1)
-    kind = arith.select(r < STREAMS, Int32(0), arith.select(r < 2 * STREAMS, Int32(1), Int32(2)))
-    value = mhc.logit(total, rms, given.scale[kind], given.base[r], target)
-    weight = mhc.sigmoid(value, target)
-    _write_logits(token, value, weight, given, out, target, cut)
-    mine = arith.add(weight, given.hc_eps, target)
-    return [cute.arch.shuffle_sync(mine, s) for s in range(STREAMS)]
-
-
-@cute.jit
-def _write_logits(
-    token: Int32,
-    value: Float32,
-    weight: Float32,
-    given: Constexpr[Inputs],
-    out: Constexpr[Outputs],
-    target: Constexpr[Target],
-    cut: Constexpr[Cut],
-) -> None:
-    """The first of a token's warps writes its new post, and the logits of comb in comb's place."""
-    here = spot(cut)
-    is_post = here.lane < 2 * STREAMS
-    post = arith.mul(weight, Float32(mhc.POST_MULTIPLIER), target)
-    at = arith.select(
-        is_post,
-        exchange.global_address(out.post) + Int64((token * STREAMS + here.lane - STREAMS) * WORD),
-        exchange.global_address(out.comb) + Int64((token * MATRIX + here.lane - 2 * STREAMS) * WORD),
-    )
-    mine = (here.lane >= STREAMS) & (here.lane < LOGITS) & (token < tokens_of(given)) & (share(here, cut) == 0)
-    if mine:
-        exchange.store_global(at, arith.select(is_post, post, value))
-
-
-def _finish(
-    first: int,
-    y: list[Words],
-    factor: Float32,
-    encode: Float32,
-    group: Int32,
-    base: Int32,
-    given: Inputs,
-    out: Outputs,
-    target: Target,
-    cut: Cut,
-) -> None:
-    """Norm and quantisation of two runs of a warp's share, `first` and the next: two half blocks make a block each."""
-    here = spot(cut)
-    token = owned_token(group, here, cut)
-    exists = token < tokens_of(given)
-    flag = arith.select(exists, Int32(1), Int32(0))
-    halves = []
-    for i, line in enumerate(y):
-        run = share(here, cut) * (SHARE // RUN) + (first + i)
-        if cut.roomy:
-            weights = [
-                value for k in range(2) for value in exchange.load_floats(_weights_at(base, run, k, here, cut), 4)
-            ]
-        else:
-            weights = _read_weights(run, here.lane, given)
-        words = [mhc.normalise(line[w], factor, weights[2 * w : 2 * w + 2], target) for w in range(4)]
-        at = second_half(out.normed, 1, token, here, cut) + (first + i) * RUN * 2
-        ring.store_global16_if(at, words, flag)
-        halves.append(words)
-    even = here.lane % 2 == 0
-    got = [warp.from_lane(arith.select(even, b, a), 1) for a, b in zip(*halves, strict=True)]
-    low = [arith.select(even, a, other) for a, other in zip(halves[0], got, strict=True)]
-    high = [arith.select(even, other, b) for b, other in zip(halves[1], got, strict=True)]
-    col = share(here, cut) * (SHARE // BLOCK) + (first + here.lane % 2) * (RUN // BLOCK) + here.lane // 2
-    blocks.quantize([*low, *high], token, col, cut.hidden // BLOCK, exists, encode, given, out, target)
-
-
 @cute.jit
 def _sinkhorn(
-    group: Int32,
-    step: Int32,
+    turns: Int32,
     given: Constexpr[Inputs],
     out: Constexpr[Outputs],
     target: Constexpr[Target],
     cut: Constexpr[Cut],
 ) -> None:
-    """Turns the logits of this team's tokens, the last of them in `group`, into comb; a thread a token."""
-    here = spot(cut)
-    exchange.meet(1 + here.team, cut.team)
-    seat = here.member * WARP + here.lane
-    mine = (group // step + 1) * cut.owned
+    """Turns the logits of this CTA's own tokens into comb; a thread a token."""
+    cute.arch.sync_threads()
+    here, (thread, _, _) = spot(cut), cute.arch.thread_idx()
     rows = rows_of_streams(out.comb)
-    for i in cutlass.range(seat, mine, cut.team, unroll=1):
-        token = (group - i // cut.owned * step) * GROUP + here.rank * cut.owned + i % cut.owned
-        if token < tokens_of(given):
+    for i in cutlass.range(thread, turns * cut.owned, cut.threads, unroll=1):
+        row = _batch(i // cut.owned, cut) * cut.batch + here.rank * cut.owned + i % cut.owned
+        if row < tokens_of(given):
             comb = cute.make_rmem_tensor(cute.make_layout((STREAMS, STREAMS), stride=(STREAMS, 1)), Float32)
             for r in cutlass.range_constexpr(STREAMS):
-                cute.autovec_copy(rows[token * STREAMS + r, None], comb[r, None])
+                cute.autovec_copy(rows[row * STREAMS + r, None], comb[r, None])
             mhc.sinkhorn(comb, given.iters, given.hc_eps, target)
             for r in cutlass.range_constexpr(STREAMS):
-                cute.autovec_copy(comb[r, None], rows[token * STREAMS + r, None])
-
-
-@cute.jit
-def _leave(work: cute.Tensor, cut: Constexpr[Cut]) -> None:
-    """The last CTA of a team's to leave makes its counters 0 again: nobody waits for them any more."""
-    here = spot(cut)
-    exchange.meet(1 + here.team, cut.team)
-    if (here.member == 0) & (here.lane == 0):
-        at = counter(work, here, cut)
-        if exchange.count_and_tell(at + WORD) == cut.ctas - 1:
-            exchange.store_global(at, Float32(0.0))
-            exchange.store_global(at + WORD, Float32(0.0))
-
-
-def _in_order(values: Sequence[Float32], target: Target) -> Float32:
-    """A sum in this very order, so that every run finds the same bits."""
-    return functools.reduce(lambda total, value: arith.add(total, value, target), values)
+                cute.autovec_copy(comb[r, None], rows[row * STREAMS + r, None])
 
 
 def spec(cut: Cut, norm_dtype: str, target: Target) -> KernelSpec:
-    """The kernel for one cut, any number of tokens that gives every team a group, both scale layouts.
+    """The kernel for one cut, any number of tokens, both scale layouts.
 
     Args:
         cut: How the work is cut.
@@ -577,7 +493,7 @@ def spec(cut: Cut, norm_dtype: str, target: Target) -> KernelSpec:
 
     def make() -> tuple[object, ...]:
         *tensors, iters, hc_eps, norm_eps, tiled, sets, stream, _, _ = arguments(NORM_DTYPES[norm_dtype], target, cut)
-        work = make_fake_compact_tensor(Float32, (cute.sym_int32(),), assumed_align=LINE)
-        return (*tensors, work, iters, hc_eps, norm_eps, tiled, sets, stream, target, cut)
+        pieces = make_fake_compact_tensor(Uint8, (cute.sym_int32(divisibility=PIECE),), assumed_align=LINE)
+        return (*tensors, pieces, iters, hc_eps, norm_eps, tiled, sets, stream, target, cut)
 
     return KernelSpec(name, target.value, launch, make, (*cut, norm_dtype))
