@@ -1,8 +1,4 @@
-"""What CTAs that work on the same tokens say to each other in global memory, and raw accesses beside it.
-
-Shared memory by its 32-bit addresses, global memory by its 64-bit ones. Who waits for a count sees what those who
-counted wrote, or had been shown by a barrier of their CTA. All CTAs must run at once: a cooperative launch makes sure.
-"""
+"""Raw accesses by addresses: shared memory by its 32-bit ones, global memory by its 64-bit ones."""
 
 from __future__ import annotations
 
@@ -15,29 +11,6 @@ from cutlass._mlir.dialects import llvm
 from megamoe.cute import arith
 
 _LETTERS = {"Float32": "f", "Int64": "l"}
-
-
-def count(at: Int64) -> None:
-    """Adds 1 in global memory; who sees it by `wait_count` sees what this thread wrote or was shown by a barrier."""
-    _asm("red.release.gpu.global.add.u32 [$0], 1;", at)
-
-
-def wait_count(at: Int64, least: Int32) -> None:
-    """Until so many have counted."""
-    text = (
-        "{.reg .pred p; .reg .u32 n; L: ld.acquire.gpu.global.u32 n, [$0]; setp.ge.u32 p, n, $1; @p bra D; bra L; D: }"
-    )
-    _asm(text, at, least)
-
-
-def count_and_tell(at: Int64) -> Int32:
-    """Adds 1 in global memory and returns what was there; orders all that this thread sees."""
-    return Int32(_words("atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", 1, at)[0])
-
-
-def load_float(at: Int64) -> Float32:
-    """One fp32 of global memory."""
-    return arith.number(_words("ld.global.b32 $0, [$1];", 1, at)[0])
 
 
 def copy16(source: Int64, slot: Int32) -> None:
@@ -89,16 +62,6 @@ def store_of(at: Int32, value: Float32, rank: Int32) -> None:
     """One fp32 to the same place of the shared memory of a CTA of the cluster; a barrier of the cluster shows it."""
     text = "{.reg .b32 to; mapa.shared::cluster.u32 to, $0, $2; st.shared::cluster.f32 [to], $1;}"
     _asm(text, at, value, rank)
-
-
-def meet(number: int | Int32, threads: int) -> None:
-    """A barrier of some whole warps of the CTA, which all wait."""
-    _asm("bar.sync $0, $1;", Int32(number), Int32(threads))
-
-
-def pass_by(number: int | Int32, threads: int) -> None:
-    """The same for a warp that does not wait for those that do."""
-    _asm("bar.arrive $0, $1;", Int32(number), Int32(threads))
 
 
 def address(pointer: cute.Pointer) -> Int32:

@@ -1,9 +1,9 @@
 """Who owns what in the mhc_quant kernel for many tokens: tokens, hidden dims and shared memory.
 
-A cluster has a batch of some groups of 16 tokens at a time. In the first half each of its CTAs has a slice of the hidden
-dims of all of them, and goes through it slab by slab: of a slab each warp has CHUNK hidden dims of one group, a lane
-(g, q) = (lane // 4, lane % 4) the eight number q of tokens g and g + 8. In the second half each CTA owns some of the
-tokens, and a warp has whole tokens, one after the other, in runs of 256 hidden dims, 8 of each a lane.
+A cluster has a batch of some groups of 16 tokens at a time. In the first half each of its CTAs has a slice of the
+hidden dims of all of them, and goes through it slab by slab: of a slab each warp has CHUNK hidden dims of one group, a
+lane (g, q) = (lane // 4, lane % 4) the eight number q of tokens g and g + 8. In the second half each CTA owns some of
+the tokens, and a warp has whole tokens, one after the other, in runs of 256 hidden dims, 8 of each a lane.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import cutlass
 from cutlass import Int32, Int64, cute
 
 from megamoe.cute import exchange, warp
-from megamoe.cute.mhc import LOGITS, STREAMS
+from megamoe.cute.mhc import STREAMS
 from megamoe.cute.warp import WARP
 from megamoe_stages.mhc_quant.places import CHUNK, FACTORS, GROUP, Inputs
 

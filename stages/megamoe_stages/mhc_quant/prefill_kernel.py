@@ -6,8 +6,8 @@ multiplied with fn, which comes slab by slab through a ring in shared memory (`p
 the end each warp sends its 24 dot products and the squares of each token to the CTA that owns the token: one barrier of
 the cluster a batch.
 
-Second half: a warp reads the new streams of its token back, which are still in L2, all hidden dims of them; so collapse,
-norm and quantisation need nobody else. Sinkhorn's iteration comes last, a thread a token.
+Second half: a warp reads the new streams of its token back, which are still in L2, all hidden dims of them; so
+collapse, norm and quantisation need nobody else. Sinkhorn's iteration comes last, a thread a token.
 """
 
 from __future__ import annotations
@@ -225,9 +225,7 @@ def _load(state: State, t: int, batch: Int32, slab: Int32, given: Inputs, cut: C
 
 
 @cute.jit
-def _fetch_factors(
-    batch: Int32, parity: Int32, base: Int32, given: Constexpr[Inputs], cut: Constexpr[Cut]
-) -> None:
+def _fetch_factors(batch: Int32, parity: Int32, base: Int32, given: Constexpr[Inputs], cut: Constexpr[Cut]) -> None:
     """Copies post and comb of a batch's tokens to shared memory, 16 bytes a thread and step."""
     thread, _, _ = cute.arch.thread_idx()
     for first in cutlass.range_constexpr(0, cut.batch * SOURCES, cut.threads):

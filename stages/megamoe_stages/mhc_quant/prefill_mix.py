@@ -34,7 +34,7 @@ _MMA_K8 = "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, 
 Quads = list[list[Float32]]
 
 
-@cute.jit
+@cute.jit  # type: ignore[untyped-decorator]
 def launch(
     fn: cute.Tensor,  # (LOGITS, STREAMS * H) fp32
     pieces: cute.Tensor,  # (H / CHUNK * STREAMS * PIECE,) uint8
@@ -48,7 +48,7 @@ def launch(
     )
 
 
-@cute.kernel
+@cute.kernel  # type: ignore[untyped-decorator]
 def order_fn(fn: cute.Tensor, pieces: cute.Tensor, target: Constexpr[Target]) -> None:
     """Splits fn into two terms of bf16 and brings it in the order that the other kernel reads."""
     thread, _, _ = cute.arch.thread_idx()
