@@ -1,9 +1,12 @@
 """Who owns what in the mhc_quant kernel for many tokens: tokens, hidden dims and shared memory.
 
 A cluster has a batch of some groups of 16 tokens at a time. In the first half each of its CTAs has a slice of the
-hidden dims of all of them, and goes through it slab by slab: of a slab each warp has CHUNK hidden dims of one group, a
-lane (g, q) = (lane // 4, lane % 4) the eight number q of tokens g and g + 8. In the second half each CTA owns some of
-the tokens, and a warp has whole tokens, one after the other, in runs of 256 hidden dims, 8 of each a lane.
+hidden dims of all of them, and goes through it tile by tile: all tokens of the batch, some hidden dims. Where the new
+streams are made, a warp has whole rows of the tile: 256 hidden dims in all, 8 a lane, of one token or of two, and
+then those of its next tokens. Where they are multiplied with fn, a warp has CHUNK hidden dims of one group, and then
+of the same group again: a lane (g, q) = (lane // 4, lane % 4) the eight number q of tokens g and g + 8.
+In the second half each CTA owns some of the tokens, and a warp has whole tokens, one after the other, in runs of 256
+hidden dims, 8 of each a lane.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ LINE = 16  # bytes that a thread moves at once
 RUN = 256  # hidden dims of a warp in the second half, 8 a lane
 AHEAD = 4  # runs that it loads at once
 BARRIER = 8  # bytes
+WARPS = 8  # of a CTA
 MESSAGE = 28  # floats of a token's sums of a warp: LOGITS dots, the squares, padding
 PIECE = PARTS * WARP * LINE  # bytes of fn for CHUNK hidden dims of a stream
 
@@ -35,20 +39,20 @@ class Cut(NamedTuple):
         hidden: Hidden dims.
         ctas: Of a cluster.
         groups: Of GROUP tokens, in a batch.
-        warps: Of a CTA.
-        stages: Slabs of fn that find room in shared memory.
+        wide: Hidden dims of a tile: RUN, or half of it.
+        stages: Tiles for which fn finds room in shared memory.
     """
 
     hidden: int
     ctas: int
     groups: int
-    warps: int
+    wide: int
     stages: int
 
     @property
     def threads(self) -> int:
         """Of a CTA."""
-        return self.warps * WARP
+        return WARPS * WARP
 
     @property
     def batch(self) -> int:
@@ -62,18 +66,33 @@ class Cut(NamedTuple):
 
     @property
     def across(self) -> int:
-        """Warps that share a slab's hidden dims of a group."""
-        return self.warps // self.groups
+        """Warps that share a group when its streams are multiplied with fn."""
+        return WARPS // self.groups
 
     @property
-    def slabs(self) -> int:
+    def chunks(self) -> int:
+        """That a warp multiplies with fn in a tile."""
+        return self.wide // (CHUNK * self.across)
+
+    @property
+    def tiles(self) -> int:
         """Of a CTA's slice of the hidden dims."""
-        return self.hidden // (self.ctas * self.across * CHUNK)
+        return self.hidden // (self.ctas * self.wide)
 
     @property
-    def slab_bytes(self) -> int:
-        """Of fn."""
-        return self.across * STREAMS * PIECE
+    def lanes(self) -> int:
+        """That share a token of a tile when its streams are made."""
+        return self.wide // 8
+
+    @property
+    def steps(self) -> int:
+        """In which a warp goes through its tokens of a tile then."""
+        return self.batch * self.lanes // self.threads
+
+    @property
+    def fn_bytes(self) -> int:
+        """Of fn for a tile."""
+        return self.wide // CHUNK * STREAMS * PIECE
 
     @property
     def runs(self) -> int:
@@ -83,7 +102,7 @@ class Cut(NamedTuple):
     @property
     def factors_at(self) -> int:
         """Where post and comb of two batches lie, after fn."""
-        return self.stages * self.slab_bytes
+        return self.stages * self.fn_bytes
 
     @property
     def sums_at(self) -> int:
@@ -96,14 +115,14 @@ class Cut(NamedTuple):
         return self.owned * self.ctas * self.across * MESSAGE * WORD
 
     @property
-    def y_at(self) -> int:
-        """Where each warp keeps y of its token, bf16."""
+    def tile_at(self) -> int:
+        """Where a tile of new streams lies: (STREAMS, batch, wide) bf16. In the second half y of each warp's token."""
         return self.sums_at + 2 * self.sums_bytes
 
     @property
     def barriers_at(self) -> int:
         """mbarriers: for each stage one for its arrival, then one for having been read."""
-        return self.y_at + self.warps * self.hidden * 2
+        return self.tile_at + max(STREAMS * self.batch * self.wide, WARPS * self.hidden) * 2
 
     @property
     def shared_bytes(self) -> int:
@@ -118,8 +137,8 @@ class Spot(NamedTuple):
         rank: Of its CTA in the cluster.
         warp: Of its CTA.
         lane: Of its warp.
-        group: First half: which group of the batch its warp has.
-        member: First half: of the warps that share the group's slab.
+        group: First half: which group of the batch its warp multiplies with fn.
+        member: First half: of the warps that share the group.
     """
 
     rank: Int32
@@ -148,6 +167,11 @@ def spot(cut: Cut) -> Spot:
     return Spot(rank_of(cut), wide, thread % WARP, wide // cut.across, wide % cut.across)
 
 
+def rank_of(cut: Cut) -> Int32:
+    """Of the CTA in its cluster."""
+    return cute.arch.block_idx()[0] % cut.ctas
+
+
 def clusters(cut: Cut) -> Int32:
     """Of the launch: from one batch of a cluster to the next."""
     return cute.arch.grid_dim()[0] // cut.ctas
@@ -158,32 +182,28 @@ def tokens_of(given: Inputs) -> Int32:
     return cute.size(given.f, mode=[0])
 
 
-def token(batch: Int32, t: int, here: Spot, cut: Cut) -> Int32:
-    """First half: a thread's token number t of a batch."""
-    return batch * cut.batch + here.group * GROUP + here.row + 8 * t
+def place_of(step: Int32 | int, here: Spot, cut: Cut) -> Int32:
+    """Which token of the batch a thread makes new streams of in a step."""
+    return here.warp * (cut.batch // WARPS) + step * (WARP // cut.lanes) + here.lane // cut.lanes
 
 
-def first_half(tensor: cute.Tensor, streams: int, row: Int32, slab: Int32, here: Spot, cut: Cut) -> Int64:
+def first_half(tensor: cute.Tensor, streams: int, row: Int32, tile: Int32, here: Spot, cut: Cut) -> Int64:
     """Address of a thread's line of a bf16 tensor (tokens, streams, H), in stream 0."""
-    piece = piece_of(slab, cut) + here.member
-    return exchange.global_address(tensor) + (
-        Int64(row) * (streams * cut.hidden * 2) + Int64(piece * (CHUNK * 2) + here.quad * LINE)
-    )
-
-
-def rank_of(cut: Cut) -> Int32:
-    """Of the CTA in its cluster."""
-    return cute.arch.block_idx()[0] % cut.ctas
-
-
-def piece_of(slab: Int32, cut: Cut) -> Int32:
-    """The first CHUNK of hidden dims of a slab of this CTA."""
-    return (rank_of(cut) * cut.slabs + slab) * cut.across
+    dims = (here.rank * cut.tiles + tile) * cut.wide + here.lane % cut.lanes * 8
+    return exchange.global_address(tensor) + (Int64(row) * (streams * cut.hidden * 2) + Int64(dims * 2))
 
 
 def second_half(tensor: cute.Tensor, streams: int, row: Int32, here: Spot, cut: Cut) -> Int64:
     """Address of a lane's line of a bf16 tensor (tokens, streams, H), in stream 0 and run 0."""
     return exchange.global_address(tensor) + (Int64(row) * (streams * cut.hidden * 2) + Int64(here.lane * LINE))
+
+
+def in_tile(base: Int32, place: Int32, eight: Int32, cut: Cut) -> Int32:
+    """Where a token's eight hidden dims of a tile lie in shared memory, in stream 0.
+
+    Halves of 128 bytes are swapped for every other token, so that the lanes (g, q) find no bank twice.
+    """
+    return base + cut.tile_at + (place * cut.lanes + (eight ^ (place & 1) << 2)) * LINE
 
 
 def sums_of(base: Int32, own: Int32 | int, parity: Int32, cut: Cut) -> Int32:

@@ -1,10 +1,10 @@
 """mhc_quant for many tokens: a CuTe DSL kernel that streams, one source for sm_90a and sm_100a.
 
-First half: a cluster has a batch of 64 tokens at a time, each of its CTAs a slice of the hidden dims of all of them. X
-and F come straight into registers, a slab ahead; the new streams are written and, while they are in registers,
-multiplied with fn, which comes slab by slab through a ring in shared memory (`prefill_mix` has brought it in order). At
-the end each warp sends its 24 dot products and the squares of each token to the CTA that owns the token: one barrier of
-the cluster a batch.
+First half: a cluster has a batch of tokens at a time, each of its CTAs a slice of the hidden dims of all of them. X and
+F come straight into registers, some steps ahead, by rows of 256 or 512 bytes; the new streams are written by such rows,
+to memory and to a tile in shared memory, from where they are multiplied with fn, which comes tile by tile
+(`prefill_mix` has brought it in order). At the end each warp sends its 24 dot products and the squares of each token to
+the CTA that owns the token: one barrier of the cluster a batch.
 
 Second half: a warp reads the new streams of its token back, which are still in L2, all hidden dims of them; so
 collapse, norm and quantisation need nobody else. Sinkhorn's iteration comes last, a thread a token.
@@ -27,7 +27,7 @@ from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.recipe import BLOCK
 from megamoe_stages.mhc_quant import blocks, prefill_mix
 from megamoe_stages.mhc_quant.kernel import NORM_DTYPES, arguments, zero_padding
-from megamoe_stages.mhc_quant.places import GROUP, MATRIX, ROWS, Inputs, Outputs, Words, rows_of_streams
+from megamoe_stages.mhc_quant.places import CHUNK, GROUP, MATRIX, ROWS, Inputs, Outputs, Words, rows_of_streams
 from megamoe_stages.mhc_quant.prefill_cut import (
     AHEAD,
     BARRIER,
@@ -35,6 +35,7 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     MESSAGE,
     PIECE,
     RUN,
+    WARPS,
     WORD,
     Cut,
     Spot,
@@ -42,16 +43,18 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     clusters,
     factors_of,
     first_half,
-    piece_of,
+    in_tile,
+    place_of,
+    rank_of,
     second_half,
     spot,
     sums_of,
-    token,
     tokens_of,
 )
 
 SOURCES = 1 + STREAMS  # lines that a new line of every stream is made of: F's, and one of each old stream
-TOKENS = 2  # of a thread in the first half
+STEPS = 2  # for which a thread has loaded its lines
+TOKENS = 2  # of a thread when streams are multiplied with fn
 
 
 @cute.jit
@@ -100,16 +103,16 @@ def launch(
 
 
 class State:
-    """What a thread keeps from slab to slab, in registers.
+    """What a thread keeps from tile to tile, in registers.
 
     Attributes:
-        ahead: (TOKENS, SOURCES, 4) words of the next slab.
+        ahead: (STEPS, SOURCES, 4) words of the next steps.
         sums: (TOKENS, 3, 4) dots of this batch, see `prefill_mix.add_dots`.
         squares: (TOKENS,) of this batch.
     """
 
     def __init__(self) -> None:
-        self.ahead = cute.make_rmem_tensor((TOKENS * SOURCES * 4,), Uint32)
+        self.ahead = cute.make_rmem_tensor((STEPS * SOURCES * 4,), Uint32)
         self.sums = cute.make_rmem_tensor((TOKENS * 3 * 4,), Float32)
         self.squares = cute.make_rmem_tensor((TOKENS,), Float32)
 
@@ -132,8 +135,8 @@ def mhc_quant_prefill(
     cute.arch.sync_threads()
     cute.arch.cluster_arrive_relaxed()
     state = State()
-    for t in cutlass.range_constexpr(TOKENS):
-        _load(state, t, first, Int32(0), given, cut)
+    for step in cutlass.range_constexpr(STEPS):
+        _load(state, step, first, Int32(0), step, given, cut)
     _fetch_factors(first, Int32(0), base, given, cut)
     if thread == 0:
         cute.arch.griddepcontrol_wait()  # for fn in order; all else was there before that launch
@@ -148,6 +151,7 @@ def mhc_quant_prefill(
     for turn in cutlass.range(turns, unroll=1):
         _first_half(state, turn, turns, base, pieces, given, out, target, cut)
         _second_half(turn, base, given, out, target, cut)
+        cute.arch.sync_threads()  # y lies where the next tile goes
     _sinkhorn(turns, given, out, target, cut)
 
 
@@ -168,11 +172,15 @@ def _first_half(
     for part in (state.sums, state.squares):
         for i in cutlass.range_constexpr(cute.size(part)):
             part[i] = Float32(0.0)
-    for slab in cutlass.range(cut.slabs, unroll=1):
-        number = turn * cut.slabs + slab
-        if (cute.arch.thread_idx()[0] == 0) & (number >= _lag(cut)):
-            _ask(number + (cut.stages - _lag(cut)), turns, base, pieces, cut)
-        _slab(state, turn, slab, base, given, out, target, cut)
+    for tile in cutlass.range(cut.tiles, unroll=1):
+        number = turn * cut.tiles + tile
+        if (cute.arch.thread_idx()[0] == 0) & (number > 0):
+            _ask(number + (cut.stages - 1), turns, base, pieces, cut)
+        for some in cutlass.range(cut.steps // STEPS, unroll=1):
+            _make(state, turn, tile, some, base, given, out, target, cut)
+        cute.arch.sync_threads()
+        _multiply(state, number, base, target, cut)
+        cute.arch.sync_threads()  # the tile may be written anew
     _send_sums(state, turn & 1, base, target, cut)
     exchange.wait_copies()  # of the factors; the barrier shows them to all
     cute.arch.sync_warp()
@@ -185,22 +193,17 @@ def _batch(turn: Int32, cut: Cut) -> Int32:
     return cute.arch.block_idx()[0] // cut.ctas + turn * clusters(cut)
 
 
-def _lag(cut: Cut) -> int:
-    """Slabs after which a stage is asked for anew: with one more than needed the asking thread seldom waits."""
-    return 2 if cut.stages >= 4 else 1
-
-
 @cute.jit
 def _ask(number: Int32, turns: Int32, base: Int32, pieces: cute.Tensor, cut: Constexpr[Cut]) -> None:
-    """Asks for fn of slab `number`, counted from the launch's beginning, once its stage has been read; one thread."""
-    if number < turns * cut.slabs:
-        stage, round_ = number % cut.stages, number // cut.stages
-        if number >= cut.stages:
-            ring.wait(_was_read(base, stage, cut), (round_ & 1) ^ 1)
-        ring.expect(_arrived(base, stage, cut), Int32(cut.slab_bytes))
-        at = Int64(piece_of(number % cut.slabs, cut)) * (STREAMS * PIECE)
-        to = base + stage * cut.slab_bytes
-        ring.copy(exchange.global_address(pieces) + at, to, Int32(cut.slab_bytes), _arrived(base, stage, cut))
+    """Asks for fn of tile `number`, counted from the launch's beginning, once its stage has been read; one thread."""
+    if number < turns * cut.tiles:
+        stage, before = number % cut.stages, number // cut.stages - 1
+        if before >= 0:
+            ring.wait(_was_read(base, stage, cut), before & 1)
+        ring.expect(_arrived(base, stage, cut), Int32(cut.fn_bytes))
+        tile = rank_of(cut) * cut.tiles + number % cut.tiles
+        source = exchange.global_address(pieces) + Int64(tile) * cut.fn_bytes
+        ring.copy(source, base + stage * cut.fn_bytes, Int32(cut.fn_bytes), _arrived(base, stage, cut))
 
 
 def _arrived(base: Int32, stage: Int32, cut: Cut) -> Int32:
@@ -213,15 +216,15 @@ def _was_read(base: Int32, stage: Int32, cut: Cut) -> Int32:
     return base + (cut.barriers_at + cut.stages * BARRIER + stage * BARRIER)
 
 
-def _load(state: State, t: int, batch: Int32, slab: Int32, given: Inputs, cut: Cut) -> None:
-    """Loads the lines of this thread's token number t of a batch, or of the last token there is, for a slab."""
+def _load(state: State, slot: int, batch: Int32, tile: Int32, step: Int32 | int, given: Inputs, cut: Cut) -> None:
+    """Loads the lines of this thread's token of a step, or of the last token there is."""
     here = spot(cut)
-    row = clamped(token(batch, t, here, cut), given)
-    streams = first_half(given.x, STREAMS, row, slab, here, cut)
-    places = [first_half(given.f, 1, row, slab, here, cut), *(streams + s * cut.hidden * 2 for s in range(STREAMS))]
+    row = clamped(batch * cut.batch + place_of(step, here, cut), given)
+    streams = first_half(given.x, STREAMS, row, tile, here, cut)
+    places = [first_half(given.f, 1, row, tile, here, cut), *(streams + s * cut.hidden * 2 for s in range(STREAMS))]
     for i, place in enumerate(places):
         for w, word in enumerate(exchange.load16_once(place)):
-            state.ahead[(t * SOURCES + i) * 4 + w] = word
+            state.ahead[(slot * SOURCES + i) * 4 + w] = word
 
 
 @cute.jit
@@ -238,36 +241,60 @@ def _fetch_factors(batch: Int32, parity: Int32, base: Int32, given: Constexpr[In
             exchange.copy16(arith.select(part > 0, comb, post), factors_of(base, own, parity, cut) + part * LINE)
 
 
-def _slab(
-    state: State, turn: Int32, slab: Int32, base: Int32, given: Inputs, out: Outputs, target: Target, cut: Cut
+def _make(
+    state: State,
+    turn: Int32,
+    tile: Int32,
+    some: Int32,
+    base: Int32,
+    given: Inputs,
+    out: Outputs,
+    target: Target,
+    cut: Cut,
 ) -> None:
-    """One slab: writes the new streams of this thread's lines and adds their products with fn and their squares."""
+    """STEPS steps: writes the new streams of this thread's lines, and loads those that come next."""
     here, batch = spot(cut), _batch(turn, cut)
-    last = slab == cut.slabs - 1
-    next_batch = arith.select(last, _batch(turn + 1, cut), batch)
-    next_slab = arith.select(last, Int32(0), slab + 1)
-    streams = []
-    for t in range(TOKENS):
-        lines = [[state.ahead[(t * SOURCES + i) * 4 + w] for w in range(4)] for i in range(SOURCES)]
-        at = factors_of(base, here.group * GROUP + here.row + 8 * t, turn & 1, cut)
-        new = mhc.post_mix(lines, functools.partial(_factors, at), target)
-        _load(state, t, next_batch, next_slab, given, cut)
-        row = token(batch, t, here, cut)
+    last = some == cut.steps // STEPS - 1
+    end = last & (tile == cut.tiles - 1)
+    next_batch = arith.select(end, _batch(turn + 1, cut), batch)
+    next_tile = arith.select(end, Int32(0), arith.select(last, tile + 1, tile))
+    next_step = arith.select(last, Int32(0), (some + 1) * STEPS)
+    for slot in range(STEPS):
+        lines = [[state.ahead[(slot * SOURCES + i) * 4 + w] for w in range(4)] for i in range(SOURCES)]
+        place = place_of(some * STEPS + slot, here, cut)
+        new = mhc.post_mix(lines, functools.partial(_factors, factors_of(base, place, turn & 1, cut)), target)
+        _load(state, slot, next_batch, next_tile, next_step + slot, given, cut)
+        row = batch * cut.batch + place
         exists = arith.select(row < tokens_of(given), Int32(1), Int32(0))
-        to = first_half(out.residual, STREAMS, row, slab, here, cut)
+        to = first_half(out.residual, STREAMS, row, tile, here, cut)
+        kept = in_tile(base, place, here.lane % cut.lanes, cut)
         for s, words in enumerate(new):
+            exchange.store16(kept + s * (cut.batch * cut.wide * 2), words)
             ring.store_global16_if(to + s * cut.hidden * 2, words, exists)
-        squares = prefill_mix.squares(new, here.row, target)
-        state.squares[t] = arith.add(state.squares[t], squares, target)
-        streams.append(new)
-    number = turn * cut.slabs + slab
+
+
+def _multiply(state: State, number: Int32, base: Int32, target: Target, cut: Cut) -> None:
+    """Adds the products of this warp's part of a tile with fn, and its squares."""
+    here = spot(cut)
     stage = number % cut.stages
     ring.wait(_arrived(base, stage, cut), number // cut.stages & 1)
-    at = base + (stage * cut.slab_bytes + here.member * (STREAMS * PIECE) + here.lane * LINE)
-    for t, quads in enumerate(prefill_mix.add_dots(streams, _sums(state), at)):
-        for i, value in enumerate(value for quad in quads for value in quad):
-            state.sums[t * 12 + i] = value
-    ring.arrive_if(_was_read(base, stage, cut), Int32(1))  # every thread: racecheck sees no lane speak for others
+    for some in range(cut.chunks):
+        chunk = some * cut.across + here.member
+        streams = []
+        for t in range(TOKENS):
+            at = in_tile(base, here.group * GROUP + here.row + 8 * t, chunk * (CHUNK // 8) + here.quad, cut)
+            streams.append([ring.load16(at + s * (cut.batch * cut.wide * 2)) for s in range(STREAMS)])
+            squares = prefill_mix.squares(streams[t], here.row, target)
+            state.squares[t] = arith.add(state.squares[t], squares, target)
+        at = base + (stage * cut.fn_bytes + chunk * (STREAMS * PIECE) + here.lane * LINE)
+        for t, quads in enumerate(prefill_mix.add_dots(streams, _sums(state), at)):
+            for i, value in enumerate(value for quad in quads for value in quad):
+                state.sums[t * 12 + i] = value
+    # every thread arrives, so that racecheck sees no lane speak for others, and none before its sums are there: a copy
+    # may overtake a load of shared memory that is on its way
+    every = functools.reduce(lambda a, b: a & b, (arith.bits(state.sums[i]) for i in range(0, TOKENS * 12, 4)))
+    known = every != Uint32(0xFFFFFFFF)  # no NaN that `mma` makes looks like this
+    ring.arrive_if(_was_read(base, stage, cut), arith.select(known, Int32(1), Int32(0)))
 
 
 def _factors(at: Int32, row: int) -> list[Float32]:
@@ -312,8 +339,8 @@ def _second_half(
 ) -> None:
     """Finishes this warp's own tokens of a batch, one after the other."""
     here = spot(cut)
-    for u in cutlass.range(cut.owned // cut.warps, unroll=1):
-        own = u * cut.warps + here.warp
+    for u in cutlass.range(cut.owned // WARPS, unroll=1):
+        own = u * WARPS + here.warp
         row = _batch(turn, cut) * cut.batch + here.rank * cut.owned + own
         if row < tokens_of(given):
             _finish(own, row, turn & 1, base, given, out, target, cut)
@@ -339,7 +366,7 @@ def _finish(
     for i in cutlass.range_constexpr(AHEAD):
         _read_back(lines, i, at + i * (RUN * 2), cut)
     pre = _pre(own, row, parity, base, given, out, target, cut)
-    y_at = base + (cut.y_at + here.warp * (cut.hidden * 2) + here.lane * LINE)
+    y_at = base + (cut.tile_at + here.warp * (cut.hidden * 2) + here.lane * LINE)
     for some in cutlass.range(cut.runs // AHEAD - 1, unroll=1):
         for i in cutlass.range_constexpr(AHEAD):
             run = some * AHEAD + i
@@ -465,7 +492,6 @@ def _sinkhorn(
     cut: Constexpr[Cut],
 ) -> None:
     """Turns the logits of this CTA's own tokens into comb; a thread a token."""
-    cute.arch.sync_threads()
     here, (thread, _, _) = spot(cut), cute.arch.thread_idx()
     rows = rows_of_streams(out.comb)
     for i in cutlass.range(thread, turns * cut.owned, cut.threads, unroll=1):
