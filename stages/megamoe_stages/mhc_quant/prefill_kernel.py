@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
+from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor
 
 from megamoe.cute import arith, exchange, mhc, recipe, ring, warp
@@ -25,6 +25,7 @@ from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.recipe import BLOCK
+from megamoe.cute.warp import WARP
 from megamoe_stages.mhc_quant import blocks, prefill_mix
 from megamoe_stages.mhc_quant.kernel import NORM_DTYPES, arguments, zero_padding
 from megamoe_stages.mhc_quant.places import CHUNK, GROUP, MATRIX, ROWS, Inputs, Outputs, Words, rows_of_streams
@@ -54,6 +55,7 @@ from megamoe_stages.mhc_quant.prefill_cut import (
 
 SOURCES = 1 + STREAMS  # lines that a new line of every stream is made of: F's, and one of each old stream
 STEPS = 2  # for which a thread has loaded its lines
+EARLY = 2  # runs of a warp's next token that it loads before the norm of this one
 TOKENS = 2  # of a thread when streams are multiplied with fn
 
 
@@ -339,17 +341,25 @@ def _second_half(
 ) -> None:
     """Finishes this warp's own tokens of a batch, one after the other."""
     here = spot(cut)
+    lines = cute.make_rmem_tensor((AHEAD * STREAMS * 4,), Uint32)
+    first = _batch(turn, cut) * cut.batch + here.rank * cut.owned + here.warp
+    tokens = tokens_of(given)
+    if first < tokens:
+        for i in cutlass.range_constexpr(EARLY):
+            _read_back(lines, i, i, first, out, cut)
     for u in cutlass.range(cut.owned // WARPS, unroll=1):
-        own = u * WARPS + here.warp
-        row = _batch(turn, cut) * cut.batch + here.rank * cut.owned + own
-        if row < tokens_of(given):
-            _finish(own, row, turn & 1, base, given, out, target, cut)
+        row = first + u * WARPS
+        if row < tokens:
+            more = (u + 1 < cut.owned // WARPS) & (row + WARPS < tokens)
+            _finish(lines, u * WARPS + here.warp, row, more, turn & 1, base, given, out, target, cut)
 
 
 @cute.jit
 def _finish(
+    lines: cute.Tensor,
     own: Int32,
     row: Int32,
+    more: Boolean,
     parity: Int32,
     base: Int32,
     given: Constexpr[Inputs],
@@ -357,28 +367,33 @@ def _finish(
     target: Constexpr[Target],
     cut: Constexpr[Cut],
 ) -> None:
-    """From a token's new streams to its output: collapse, norm, quantisation."""
+    """From a token's new streams to its output: collapse, norm, quantisation.
+
+    `lines` holds the first EARLY runs, and at the end those of the warp's next token where there are `more`.
+    """
+    for i in cutlass.range_constexpr(EARLY, AHEAD):
+        _read_back(lines, i, i, row, out, cut)
     here = spot(cut)
-    lines = cute.make_rmem_tensor((AHEAD * STREAMS * 4,), Uint32)
     total = cute.make_rmem_tensor((1,), Float32)
     total[0] = Float32(0.0)
-    at = second_half(out.residual, STREAMS, row, here, cut)
-    for i in cutlass.range_constexpr(AHEAD):
-        _read_back(lines, i, at + i * (RUN * 2), cut)
     pre = _pre(own, row, parity, base, given, out, target, cut)
     y_at = base + (cut.tile_at + here.warp * (cut.hidden * 2) + here.lane * LINE)
     for some in cutlass.range(cut.runs // AHEAD - 1, unroll=1):
         for i in cutlass.range_constexpr(AHEAD):
-            run = some * AHEAD + i
             words = _collapsed(lines, i, pre, target)
-            _read_back(lines, i, at + Int64(run + AHEAD) * (RUN * 2), cut)
-            _keep_y(words, total, y_at + run * (RUN * 2), target)
+            _read_back(lines, i, (some + 1) * AHEAD + i, row, out, cut)
+            _keep_y(words, total, y_at + (some * AHEAD + i) * (RUN * 2), target)
     for i in cutlass.range_constexpr(AHEAD):
         _keep_y(_collapsed(lines, i, pre, target), total, y_at + (cut.runs - AHEAD + i) * (RUN * 2), target)
+    if more:
+        for i in cutlass.range_constexpr(EARLY):
+            _read_back(lines, i, i, row + WARPS, out, cut)
     squares = _sum_of_warp(total[0], target)
     factor, encode = mhc.inverse_rms(squares, cut.hidden, given.norm_eps, target), given.enc[()]
+    loaded = cute.make_rmem_tensor((2 * (4 + _weight_words(given)),), Uint32)
+    _load_pair(loaded, Int32(0), y_at, given)
     for pair in cutlass.range(cut.runs // 2, unroll=1):
-        _normalise(pair * 2, row, y_at, factor, encode, given, out, target, cut)
+        _normalise(loaded, pair, row, y_at, factor, encode, given, out, target, cut)
 
 
 def _sum_of_warp(value: Float32, target: Target) -> Float32:
@@ -387,8 +402,9 @@ def _sum_of_warp(value: Float32, target: Target) -> Float32:
     return value
 
 
-def _read_back(lines: cute.Tensor, i: int, at: Int64, cut: Cut) -> None:
-    """Loads a lane's lines of a run of the new streams."""
+def _read_back(lines: cute.Tensor, i: int, run: Int32 | int, row: Int32, out: Outputs, cut: Cut) -> None:
+    """Loads a lane's lines of a run of a token's new streams."""
+    at = second_half(out.residual, STREAMS, row, spot(cut), cut) + Int64(run) * (RUN * 2)
     for s in range(STREAMS):
         for w, word in enumerate(exchange.load16_once(at + s * cut.hidden * 2)):
             lines[(i * STREAMS + s) * 4 + w] = word
@@ -446,8 +462,26 @@ def _write_logits(
         exchange.store_global(at, arith.select(is_post, post, value))
 
 
+def _weight_words(given: Inputs) -> int:
+    """Words that 8 of the norm's weights take."""
+    return 8 * int(given.norm_weight.element_type.width) // 32
+
+
+def _load_pair(loaded: cute.Tensor, pair: Int32, y_at: Int32, given: Inputs) -> None:
+    """Loads a lane's lines of y and of the norm's weights, which are in L1, of two runs."""
+    words, count = [], _weight_words(given)
+    for i in range(2):
+        words += ring.load16(y_at + (pair * 2 + i) * (RUN * 2))
+        eight = (pair * 2 + i) * (RUN // 8) + warp.thread() % WARP
+        at = exchange.global_address(given.norm_weight) + Int64(eight * (count * WORD))
+        words += [word for k in range(0, count, 4) for word in exchange.load16(at + k * WORD)]
+    for i, word in enumerate(words):
+        loaded[i] = word
+
+
 def _normalise(
-    first: Int32,
+    loaded: cute.Tensor,
+    pair: Int32,
     row: Int32,
     y_at: Int32,
     factor: Float32,
@@ -457,30 +491,23 @@ def _normalise(
     target: Target,
     cut: Cut,
 ) -> None:
-    """Norm and quantisation of two runs of a token, `first` and the next: two half blocks make a block each."""
-    here, halves = spot(cut), []
-    loaded = [(ring.load16(y_at + (first + i) * (RUN * 2)), _weights(first + i, here.lane, given)) for i in range(2)]
-    to = second_half(out.normed, 1, row, here, cut) + Int64(first) * (RUN * 2)
-    for i, (line, weights) in enumerate(loaded):
-        words = [mhc.normalise(line[w], factor, weights[2 * w : 2 * w + 2], target) for w in range(4)]
-        ring.store_global16_if(to + i * (RUN * 2), words, Int32(1))
-        halves.append(words)
+    """Norm and quantisation of two runs of a token, which are `loaded`; two half blocks make a block each."""
+    here, halves, count = spot(cut), [], 4 + _weight_words(given)
+    to = second_half(out.normed, 1, row, here, cut) + Int64(pair) * (2 * RUN * 2)
+    for i in range(2):
+        words = [loaded[i * count + k] for k in range(count)]
+        weights = recipe.values(words[4:], given.norm_weight.element_type)
+        line = [mhc.normalise(words[w], factor, weights[2 * w : 2 * w + 2], target) for w in range(4)]
+        ring.store_global16_if(to + i * (RUN * 2), line, Int32(1))
+        halves.append(line)
+    _load_pair(loaded, cutlass.min(pair + 1, cut.runs // 2 - 1), y_at, given)
     even = here.lane % 2 == 0
     got = [warp.from_lane(arith.select(even, b, a), 1) for a, b in zip(*halves, strict=True)]
     low = [arith.select(even, a, other) for a, other in zip(halves[0], got, strict=True)]
     high = [arith.select(even, other, b) for b, other in zip(halves[1], got, strict=True)]
-    col = (first + here.lane % 2) * (RUN // BLOCK) + here.lane // 2
+    col = (pair * 2 + here.lane % 2) * (RUN // BLOCK) + here.lane // 2
     cols = cut.hidden // BLOCK
     blocks.quantize([*low, *high], row, col, cols, row < tokens_of(given), encode, given, out, target)
-
-
-def _weights(run: Int32, lane: Int32, given: Inputs) -> list[Float32]:
-    """The norm's weights of a lane's 8 dims of a run; they are in L1."""
-    dtype = given.norm_weight.element_type
-    size = dtype.width // 8
-    at = exchange.global_address(given.norm_weight) + Int64((run * RUN + lane * 8) * size)
-    words = [word for i in range(8 * size // LINE) for word in exchange.load16(at + i * LINE)]
-    return recipe.values(words, dtype)
 
 
 @cute.jit
