@@ -41,6 +41,7 @@ class Cut(NamedTuple):
         groups: Of GROUP tokens, in a batch.
         wide: Hidden dims of a tile: RUN, or half of it.
         stages: Tiles for which fn finds room in shared memory.
+        fleeting: X and F leave L2 first.
     """
 
     hidden: int
@@ -48,6 +49,7 @@ class Cut(NamedTuple):
     groups: int
     wide: int
     stages: int
+    fleeting: bool = False
 
     @property
     def threads(self) -> int:

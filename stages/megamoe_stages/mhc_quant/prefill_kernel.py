@@ -20,7 +20,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor
 
-from megamoe.cute import arith, exchange, mhc, recipe, ring, warp
+from megamoe.cute import arith, bulk, exchange, mhc, recipe, ring, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mhc import LOGITS, STREAMS
@@ -117,6 +117,7 @@ class State:
         self.ahead = cute.make_rmem_tensor((STEPS * SOURCES * 4,), Uint32)
         self.sums = cute.make_rmem_tensor((TOKENS * 3 * 4,), Float32)
         self.squares = cute.make_rmem_tensor((TOKENS,), Float32)
+        self.policy = bulk.evict_first()
 
 
 @cute.kernel
@@ -225,7 +226,8 @@ def _load(state: State, slot: int, batch: Int32, tile: Int32, step: Int32 | int,
     streams = first_half(given.x, STREAMS, row, tile, here, cut)
     places = [first_half(given.f, 1, row, tile, here, cut), *(streams + s * cut.hidden * 2 for s in range(STREAMS))]
     for i, place in enumerate(places):
-        for w, word in enumerate(exchange.load16_once(place)):
+        line = exchange.load16_fleeting(place, state.policy) if cut.fleeting else exchange.load16_once(place)
+        for w, word in enumerate(line):
             state.ahead[(slot * SOURCES + i) * 4 + w] = word
 
 
