@@ -50,11 +50,32 @@ class Cut(NamedTuple):
     wide: int
     stages: int
     fleeting: bool = False
+    warps: int = 8
+
+    @property
+    def early(self) -> int:
+        """Steps for which a thread has loaded its lines."""
+        return 16 // self.warps
+
+    @property
+    def sharers(self) -> int:
+        """Warps that share a token in the second half."""
+        return self.warps // 8
+
+    @property
+    def ahead(self) -> int:
+        """Runs that a warp loads at once."""
+        return 32 // self.warps
+
+    @property
+    def at_once(self) -> int:
+        """Own tokens that a CTA finishes at a time."""
+        return self.warps // self.sharers
 
     @property
     def threads(self) -> int:
         """Of a CTA."""
-        return WARPS * WARP
+        return self.warps * WARP
 
     @property
     def batch(self) -> int:
@@ -69,7 +90,7 @@ class Cut(NamedTuple):
     @property
     def across(self) -> int:
         """Warps that share a group when its streams are multiplied with fn."""
-        return WARPS // self.groups
+        return self.warps // self.groups
 
     @property
     def chunks(self) -> int:
@@ -97,9 +118,14 @@ class Cut(NamedTuple):
         return self.wide // CHUNK * STREAMS * PIECE
 
     @property
+    def share(self) -> int:
+        """Hidden dims of a token that a warp has in the second half."""
+        return self.hidden // self.sharers
+
+    @property
     def runs(self) -> int:
-        """Of a token."""
-        return self.hidden // RUN
+        """Of them."""
+        return self.share // RUN
 
     @property
     def factors_at(self) -> int:
@@ -122,9 +148,14 @@ class Cut(NamedTuple):
         return self.sums_at + 2 * self.sums_bytes
 
     @property
+    def squares_at(self) -> int:
+        """Where the warps that share a token keep their squares of y, of two tokens."""
+        return self.tile_at + max(STREAMS * self.batch * self.wide, self.warps * self.share) * 2
+
+    @property
     def barriers_at(self) -> int:
         """mbarriers: for each stage one for its arrival, then one for having been read."""
-        return self.tile_at + max(STREAMS * self.batch * self.wide, WARPS * self.hidden) * 2
+        return self.squares_at + 2 * self.warps * WORD
 
     @property
     def shared_bytes(self) -> int:
@@ -186,7 +217,7 @@ def tokens_of(given: Inputs) -> Int32:
 
 def place_of(step: Int32 | int, here: Spot, cut: Cut) -> Int32:
     """Which token of the batch a thread makes new streams of in a step."""
-    return here.warp * (cut.batch // WARPS) + step * (WARP // cut.lanes) + here.lane // cut.lanes
+    return here.warp * (cut.batch // cut.warps) + step * (WARP // cut.lanes) + here.lane // cut.lanes
 
 
 def first_half(tensor: cute.Tensor, streams: int, row: Int32, tile: Int32, here: Spot, cut: Cut) -> Int64:
@@ -197,7 +228,8 @@ def first_half(tensor: cute.Tensor, streams: int, row: Int32, tile: Int32, here:
 
 def second_half(tensor: cute.Tensor, streams: int, row: Int32, here: Spot, cut: Cut) -> Int64:
     """Address of a lane's line of a bf16 tensor (tokens, streams, H), in stream 0 and run 0."""
-    return exchange.global_address(tensor) + (Int64(row) * (streams * cut.hidden * 2) + Int64(here.lane * LINE))
+    at = here.warp % cut.sharers * (cut.share * 2) + here.lane * LINE
+    return exchange.global_address(tensor) + (Int64(row) * (streams * cut.hidden * 2) + Int64(at))
 
 
 def in_tile(base: Int32, place: Int32, eight: Int32, cut: Cut) -> Int32:

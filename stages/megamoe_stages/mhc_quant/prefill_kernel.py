@@ -30,13 +30,11 @@ from megamoe_stages.mhc_quant import blocks, prefill_mix
 from megamoe_stages.mhc_quant.kernel import NORM_DTYPES, arguments, zero_padding
 from megamoe_stages.mhc_quant.places import CHUNK, GROUP, MATRIX, ROWS, Inputs, Outputs, Words, rows_of_streams
 from megamoe_stages.mhc_quant.prefill_cut import (
-    AHEAD,
     BARRIER,
     LINE,
     MESSAGE,
     PIECE,
     RUN,
-    WARPS,
     WORD,
     Cut,
     Spot,
@@ -54,8 +52,6 @@ from megamoe_stages.mhc_quant.prefill_cut import (
 )
 
 SOURCES = 1 + STREAMS  # lines that a new line of every stream is made of: F's, and one of each old stream
-STEPS = 2  # for which a thread has loaded its lines
-EARLY = 2  # runs of a warp's next token that it loads before the norm of this one
 TOKENS = 2  # of a thread when streams are multiplied with fn
 
 
@@ -113,8 +109,8 @@ class State:
         squares: (TOKENS,) of this batch.
     """
 
-    def __init__(self) -> None:
-        self.ahead = cute.make_rmem_tensor((STEPS * SOURCES * 4,), Uint32)
+    def __init__(self, cut: Cut) -> None:
+        self.ahead = cute.make_rmem_tensor((cut.early * SOURCES * 4,), Uint32)
         self.sums = cute.make_rmem_tensor((TOKENS * 3 * 4,), Float32)
         self.squares = cute.make_rmem_tensor((TOKENS,), Float32)
         self.policy = bulk.evict_first()
@@ -137,8 +133,8 @@ def mhc_quant_prefill(
     ring.init_fence()
     cute.arch.sync_threads()
     cute.arch.cluster_arrive_relaxed()
-    state = State()
-    for step in cutlass.range_constexpr(STEPS):
+    state = State(cut)
+    for step in cutlass.range_constexpr(cut.early):
         _load(state, step, first, Int32(0), step, given, cut)
     _fetch_factors(first, Int32(0), base, given, cut)
     if thread == 0:
@@ -179,7 +175,7 @@ def _first_half(
         number = turn * cut.tiles + tile
         if (cute.arch.thread_idx()[0] == 0) & (number > 0):
             _ask(number + (cut.stages - 1), turns, base, pieces, cut)
-        for some in cutlass.range(cut.steps // STEPS, unroll=1):
+        for some in cutlass.range(cut.steps // cut.early, unroll=1):
             _make(state, turn, tile, some, base, given, out, target, cut)
         cute.arch.sync_threads()
         _multiply(state, number, base, target, cut)
@@ -258,14 +254,14 @@ def _make(
 ) -> None:
     """STEPS steps: writes the new streams of this thread's lines, and loads those that come next."""
     here, batch = spot(cut), _batch(turn, cut)
-    last = some == cut.steps // STEPS - 1
+    last = some == cut.steps // cut.early - 1
     end = last & (tile == cut.tiles - 1)
     next_batch = arith.select(end, _batch(turn + 1, cut), batch)
     next_tile = arith.select(end, Int32(0), arith.select(last, tile + 1, tile))
-    next_step = arith.select(last, Int32(0), (some + 1) * STEPS)
-    for slot in range(STEPS):
+    next_step = arith.select(last, Int32(0), (some + 1) * cut.early)
+    for slot in range(cut.early):
         lines = [[state.ahead[(slot * SOURCES + i) * 4 + w] for w in range(4)] for i in range(SOURCES)]
-        place = place_of(some * STEPS + slot, here, cut)
+        place = place_of(some * cut.early + slot, here, cut)
         new = mhc.post_mix(lines, functools.partial(_factors, factors_of(base, place, turn & 1, cut)), target)
         _load(state, slot, next_batch, next_tile, next_step + slot, given, cut)
         row = batch * cut.batch + place
@@ -343,17 +339,19 @@ def _second_half(
 ) -> None:
     """Finishes this warp's own tokens of a batch, one after the other."""
     here = spot(cut)
-    lines = cute.make_rmem_tensor((AHEAD * STREAMS * 4,), Uint32)
-    first = _batch(turn, cut) * cut.batch + here.rank * cut.owned + here.warp
+    lines = cute.make_rmem_tensor((cut.ahead * STREAMS * 4,), Uint32)
+    first = _batch(turn, cut) * cut.batch + here.rank * cut.owned + here.warp // cut.sharers
     tokens = tokens_of(given)
     if first < tokens:
-        for i in cutlass.range_constexpr(EARLY):
+        for i in cutlass.range_constexpr(cut.ahead // 2):
             _read_back(lines, i, i, first, out, cut)
-    for u in cutlass.range(cut.owned // WARPS, unroll=1):
-        row = first + u * WARPS
+    for u in cutlass.range(cut.owned // cut.at_once, unroll=1):
+        row = first + u * cut.at_once
         if row < tokens:
-            more = (u + 1 < cut.owned // WARPS) & (row + WARPS < tokens)
-            _finish(lines, u * WARPS + here.warp, row, more, turn & 1, base, given, out, target, cut)
+            more = (u + 1 < cut.owned // cut.at_once) & (row + cut.at_once < tokens)
+            _finish(
+                lines, u * cut.at_once + here.warp // cut.sharers, row, more, turn & 1, base, given, out, target, cut
+            )
 
 
 @cute.jit
@@ -373,29 +371,49 @@ def _finish(
 
     `lines` holds the first EARLY runs, and at the end those of the warp's next token where there are `more`.
     """
-    for i in cutlass.range_constexpr(EARLY, AHEAD):
+    for i in cutlass.range_constexpr(cut.ahead // 2, cut.ahead):
         _read_back(lines, i, i, row, out, cut)
     here = spot(cut)
     total = cute.make_rmem_tensor((1,), Float32)
     total[0] = Float32(0.0)
     pre = _pre(own, row, parity, base, given, out, target, cut)
-    y_at = base + (cut.tile_at + here.warp * (cut.hidden * 2) + here.lane * LINE)
-    for some in cutlass.range(cut.runs // AHEAD - 1, unroll=1):
-        for i in cutlass.range_constexpr(AHEAD):
+    y_at = base + (cut.tile_at + here.warp * (cut.share * 2) + here.lane * LINE)
+    for some in cutlass.range(cut.runs // cut.ahead - 1, unroll=1):
+        for i in cutlass.range_constexpr(cut.ahead):
             words = _collapsed(lines, i, pre, target)
-            _read_back(lines, i, (some + 1) * AHEAD + i, row, out, cut)
-            _keep_y(words, total, y_at + (some * AHEAD + i) * (RUN * 2), target)
-    for i in cutlass.range_constexpr(AHEAD):
-        _keep_y(_collapsed(lines, i, pre, target), total, y_at + (cut.runs - AHEAD + i) * (RUN * 2), target)
+            _read_back(lines, i, (some + 1) * cut.ahead + i, row, out, cut)
+            _keep_y(words, total, y_at + (some * cut.ahead + i) * (RUN * 2), target)
+    for i in cutlass.range_constexpr(cut.ahead):
+        _keep_y(_collapsed(lines, i, pre, target), total, y_at + (cut.runs - cut.ahead + i) * (RUN * 2), target)
     if more:
-        for i in cutlass.range_constexpr(EARLY):
-            _read_back(lines, i, i, row + WARPS, out, cut)
-    squares = _sum_of_warp(total[0], target)
+        for i in cutlass.range_constexpr(cut.ahead // 2):
+            _read_back(lines, i, i, row + cut.at_once, out, cut)
+    squares = _squares_of_y(total[0], own, base, here, target, cut)
     factor, encode = mhc.inverse_rms(squares, cut.hidden, given.norm_eps, target), given.enc[()]
     loaded = cute.make_rmem_tensor((2 * (4 + _weight_words(given)),), Uint32)
-    _load_pair(loaded, Int32(0), y_at, given)
+    if cutlass.const_expr(cut.sharers == 1):
+        _load_pair(loaded, Int32(0), y_at, given, cut)
     for pair in cutlass.range(cut.runs // 2, unroll=1):
         _normalise(loaded, pair, row, y_at, factor, encode, given, out, target, cut)
+
+
+def _squares_of_y(mine: Float32, own: Int32, base: Int32, here: Spot, target: Target, cut: Cut) -> Float32:
+    """The squares of y of this warp's token, of all lanes of the warps that share it."""
+    total = _sum_of_warp(mine, target)
+    if cut.sharers == 1:
+        return total
+    at = base + cut.squares_at + own // cut.at_once % 2 * (cut.warps * WORD)
+    _keep_squares(total, at + here.warp * WORD, here)
+    pair = here.warp // cut.sharers
+    cute.arch.barrier(barrier_id=1 + pair, number_of_threads=cut.sharers * WARP)
+    parts = [exchange.load_floats(at + (pair * cut.sharers + i) * WORD, 1)[0] for i in range(cut.sharers)]
+    return functools.reduce(lambda a, b: arith.add(a, b, target), parts)
+
+
+@cute.jit
+def _keep_squares(total: Float32, at: Int32, here: Constexpr[Spot]) -> None:
+    if here.lane == 0:
+        exchange.store_floats(at, [total])
 
 
 def _sum_of_warp(value: Float32, target: Target) -> Float32:
@@ -438,7 +456,7 @@ def _pre(
     kind = arith.select(r < STREAMS, Int32(0), arith.select(r < 2 * STREAMS, Int32(1), Int32(2)))
     value = mhc.logit(total, rms, given.scale[kind], given.base[r], target)
     weight = mhc.sigmoid(value, target)
-    _write_logits(row, value, weight, here, out, target)
+    _write_logits(row, value, weight, here, out, target, cut)
     mine = arith.add(weight, given.hc_eps, target)
     return [cute.arch.shuffle_sync(mine, s) for s in range(STREAMS)]
 
@@ -451,6 +469,7 @@ def _write_logits(
     here: Constexpr[Spot],
     out: Constexpr[Outputs],
     target: Constexpr[Target],
+    cut: Constexpr[Cut],
 ) -> None:
     """Writes a token's new post, and the logits of comb in comb's place."""
     is_post = here.lane < 2 * STREAMS
@@ -460,7 +479,7 @@ def _write_logits(
         exchange.global_address(out.post) + Int64((row * STREAMS + here.lane - STREAMS) * WORD),
         exchange.global_address(out.comb) + Int64((row * MATRIX + here.lane - 2 * STREAMS) * WORD),
     )
-    if (here.lane >= STREAMS) & (here.lane < LOGITS):
+    if (here.lane >= STREAMS) & (here.lane < LOGITS) & (here.warp % cut.sharers == 0):
         exchange.store_global(at, arith.select(is_post, post, value))
 
 
@@ -469,12 +488,12 @@ def _weight_words(given: Inputs) -> int:
     return 8 * int(given.norm_weight.element_type.width) // 32
 
 
-def _load_pair(loaded: cute.Tensor, pair: Int32, y_at: Int32, given: Inputs) -> None:
+def _load_pair(loaded: cute.Tensor, pair: Int32, y_at: Int32, given: Inputs, cut: Cut) -> None:
     """Loads a lane's lines of y and of the norm's weights, which are in L1, of two runs."""
-    words, count = [], _weight_words(given)
+    here, words, count = spot(cut), [], _weight_words(given)
     for i in range(2):
         words += ring.load16(y_at + (pair * 2 + i) * (RUN * 2))
-        eight = (pair * 2 + i) * (RUN // 8) + warp.thread() % WARP
+        eight = (pair * 2 + i) * (RUN // 8) + here.lane + here.warp % cut.sharers * (cut.share // 8)
         at = exchange.global_address(given.norm_weight) + Int64(eight * (count * WORD))
         words += [word for k in range(0, count, 4) for word in exchange.load16(at + k * WORD)]
     for i, word in enumerate(words):
@@ -494,6 +513,8 @@ def _normalise(
     cut: Cut,
 ) -> None:
     """Norm and quantisation of two runs of a token, which are `loaded`; two half blocks make a block each."""
+    if cut.sharers > 1:
+        _load_pair(loaded, pair, y_at, given, cut)
     here, halves, count = spot(cut), [], 4 + _weight_words(given)
     to = second_half(out.normed, 1, row, here, cut) + Int64(pair) * (2 * RUN * 2)
     for i in range(2):
@@ -502,12 +523,13 @@ def _normalise(
         line = [mhc.normalise(words[w], factor, weights[2 * w : 2 * w + 2], target) for w in range(4)]
         ring.store_global16_if(to + i * (RUN * 2), line, Int32(1))
         halves.append(line)
-    _load_pair(loaded, cutlass.min(pair + 1, cut.runs // 2 - 1), y_at, given)
+    if cut.sharers == 1:
+        _load_pair(loaded, cutlass.min(pair + 1, cut.runs // 2 - 1), y_at, given, cut)
     even = here.lane % 2 == 0
     got = [warp.from_lane(arith.select(even, b, a), 1) for a, b in zip(*halves, strict=True)]
     low = [arith.select(even, a, other) for a, other in zip(halves[0], got, strict=True)]
     high = [arith.select(even, other, b) for b, other in zip(halves[1], got, strict=True)]
-    col = (pair * 2 + here.lane % 2) * (RUN // BLOCK) + here.lane // 2
+    col = (pair * 2 + here.lane % 2) * (RUN // BLOCK) + here.lane // 2 + here.warp % cut.sharers * (cut.share // BLOCK)
     cols = cut.hidden // BLOCK
     blocks.quantize([*low, *high], row, col, cols, row < tokens_of(given), encode, given, out, target)
 
