@@ -28,12 +28,6 @@ def load16_once(at: Int64) -> list[Uint32]:
     return _words("ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", 4, at)
 
 
-def load16_fleeting(at: Int64, policy: Int64) -> list[Uint32]:
-    """The same under a cache policy, such as `bulk.evict_first`."""
-    text = "ld.global.L1::no_allocate.L2::cache_hint.v4.b32 {$0, $1, $2, $3}, [$4], $5;"
-    return _words(text, 4, at, policy)
-
-
 def load16(at: Int64) -> list[Uint32]:
     """Four words of global memory."""
     return _words("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", 4, at)
@@ -80,14 +74,14 @@ def global_address(tensor: cute.Tensor) -> Int64:
     return Int64(llvm.ptrtoint(Int64.mlir_type, tensor.iterator.to_llvm_ptr()))
 
 
-def _words(text: str, count: int, *operands: Numeric) -> list[Uint32]:
+def _words(text: str, count: int, at: Numeric) -> list[Uint32]:
     single = Uint32.mlir_type
     result = single if count == 1 else llvm.StructType.get_literal([single] * count)
     out = llvm.inline_asm(
         result,
-        [operand.ir_value() for operand in operands],
+        [at.ir_value()],
         text,
-        ",".join(["=r"] * count + [*map(_letter, operands), "~{memory}"]),
+        ",".join(["=r"] * count + [_letter(at), "~{memory}"]),
         has_side_effects=True,
         is_align_stack=False,
         asm_dialect=llvm.AsmDialect.AD_ATT,

@@ -104,7 +104,7 @@ def cut(hidden: int) -> Shape:
 @functools.cache
 def cut_for_many(hidden: int) -> Cut:
     """The cut of the kernel for many tokens, for H of `limits.MANY_HIDDEN`."""
-    return Cut(hidden, 2, 4, 128, 1 if hidden > 4096 else 2)
+    return Cut(hidden, 2, 2, 256)
 
 
 @functools.cache

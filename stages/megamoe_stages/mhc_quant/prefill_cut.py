@@ -28,6 +28,7 @@ RUN = 256  # hidden dims of a warp in the second half, 8 a lane
 AHEAD = 4  # runs that it loads at once
 BARRIER = 8  # bytes
 WARPS = 8  # of a CTA
+QUADS = 6  # of dots of a thread
 MESSAGE = 28  # floats of a token's sums of a warp: LOGITS dots, the squares, padding
 PIECE = PARTS * WARP * LINE  # bytes of fn for CHUNK hidden dims of a stream
 
@@ -40,42 +41,17 @@ class Cut(NamedTuple):
         ctas: Of a cluster.
         groups: Of GROUP tokens, in a batch.
         wide: Hidden dims of a tile: RUN, or half of it.
-        stages: Tiles for which fn finds room in shared memory.
-        fleeting: X and F leave L2 first.
     """
 
     hidden: int
     ctas: int
     groups: int
     wide: int
-    stages: int
-    fleeting: bool = False
-    warps: int = 8
-
-    @property
-    def early(self) -> int:
-        """Steps for which a thread has loaded its lines."""
-        return 16 // self.warps
-
-    @property
-    def sharers(self) -> int:
-        """Warps that share a token in the second half."""
-        return self.warps // 8
-
-    @property
-    def ahead(self) -> int:
-        """Runs that a warp loads at once."""
-        return 32 // self.warps
-
-    @property
-    def at_once(self) -> int:
-        """Own tokens that a CTA finishes at a time."""
-        return self.warps // self.sharers
 
     @property
     def threads(self) -> int:
         """Of a CTA."""
-        return self.warps * WARP
+        return WARPS * WARP
 
     @property
     def batch(self) -> int:
@@ -90,7 +66,7 @@ class Cut(NamedTuple):
     @property
     def across(self) -> int:
         """Warps that share a group when its streams are multiplied with fn."""
-        return self.warps // self.groups
+        return WARPS // self.groups
 
     @property
     def chunks(self) -> int:
@@ -118,19 +94,19 @@ class Cut(NamedTuple):
         return self.wide // CHUNK * STREAMS * PIECE
 
     @property
-    def share(self) -> int:
-        """Hidden dims of a token that a warp has in the second half."""
-        return self.hidden // self.sharers
+    def runs(self) -> int:
+        """Of a token."""
+        return self.hidden // RUN
 
     @property
-    def runs(self) -> int:
-        """Of them."""
-        return self.share // RUN
+    def tile_at(self) -> int:
+        """Where a tile of new streams lies, after fn: (STREAMS, batch, wide) bf16."""
+        return self.fn_bytes
 
     @property
     def factors_at(self) -> int:
-        """Where post and comb of two batches lie, after fn."""
-        return self.stages * self.fn_bytes
+        """Where post and comb of two batches lie, after the tile; before them, in the second half, y of every warp."""
+        return max(self.tile_at + STREAMS * self.batch * self.wide * 2, WARPS * self.hidden * 2)
 
     @property
     def sums_at(self) -> int:
@@ -143,24 +119,19 @@ class Cut(NamedTuple):
         return self.owned * self.ctas * self.across * MESSAGE * WORD
 
     @property
-    def tile_at(self) -> int:
-        """Where a tile of new streams lies: (STREAMS, batch, wide) bf16. In the second half y of each warp's token."""
+    def quads_at(self) -> int:
+        """Where each thread keeps its dots of the tiles so far: there are no registers for them."""
         return self.sums_at + 2 * self.sums_bytes
 
     @property
-    def squares_at(self) -> int:
-        """Where the warps that share a token keep their squares of y, of two tokens."""
-        return self.tile_at + max(STREAMS * self.batch * self.wide, self.warps * self.share) * 2
-
-    @property
     def barriers_at(self) -> int:
-        """mbarriers: for each stage one for its arrival, then one for having been read."""
-        return self.squares_at + 2 * self.warps * WORD
+        """mbarriers: fn has arrived, and has been read."""
+        return self.quads_at + QUADS * self.threads * LINE
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self.barriers_at + 2 * self.stages * BARRIER
+        return self.barriers_at + 2 * BARRIER
 
 
 class Spot(NamedTuple):
@@ -217,19 +188,18 @@ def tokens_of(given: Inputs) -> Int32:
 
 def place_of(step: Int32 | int, here: Spot, cut: Cut) -> Int32:
     """Which token of the batch a thread makes new streams of in a step."""
-    return here.warp * (cut.batch // cut.warps) + step * (WARP // cut.lanes) + here.lane // cut.lanes
+    return here.warp * (cut.batch // WARPS) + step * (WARP // cut.lanes) + here.lane // cut.lanes
 
 
 def first_half(tensor: cute.Tensor, streams: int, row: Int32, tile: Int32, here: Spot, cut: Cut) -> Int64:
     """Address of a thread's line of a bf16 tensor (tokens, streams, H), in stream 0."""
-    dims = (here.rank * cut.tiles + tile) * cut.wide + here.lane % cut.lanes * 8
+    dims = (tile * cut.ctas + here.rank) * cut.wide + here.lane % cut.lanes * 8
     return exchange.global_address(tensor) + (Int64(row) * (streams * cut.hidden * 2) + Int64(dims * 2))
 
 
 def second_half(tensor: cute.Tensor, streams: int, row: Int32, here: Spot, cut: Cut) -> Int64:
     """Address of a lane's line of a bf16 tensor (tokens, streams, H), in stream 0 and run 0."""
-    at = here.warp % cut.sharers * (cut.share * 2) + here.lane * LINE
-    return exchange.global_address(tensor) + (Int64(row) * (streams * cut.hidden * 2) + Int64(at))
+    return exchange.global_address(tensor) + (Int64(row) * (streams * cut.hidden * 2) + Int64(here.lane * LINE))
 
 
 def in_tile(base: Int32, place: Int32, eight: Int32, cut: Cut) -> Int32:

@@ -20,7 +20,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor
 
-from megamoe.cute import arith, bulk, exchange, mhc, recipe, ring, warp
+from megamoe.cute import arith, exchange, mhc, recipe, ring, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mhc import LOGITS, STREAMS
@@ -30,11 +30,14 @@ from megamoe_stages.mhc_quant import blocks, prefill_mix
 from megamoe_stages.mhc_quant.kernel import NORM_DTYPES, arguments, zero_padding
 from megamoe_stages.mhc_quant.places import CHUNK, GROUP, MATRIX, ROWS, Inputs, Outputs, Words, rows_of_streams
 from megamoe_stages.mhc_quant.prefill_cut import (
+    AHEAD,
     BARRIER,
     LINE,
     MESSAGE,
     PIECE,
+    QUADS,
     RUN,
+    WARPS,
     WORD,
     Cut,
     Spot,
@@ -52,6 +55,9 @@ from megamoe_stages.mhc_quant.prefill_cut import (
 )
 
 SOURCES = 1 + STREAMS  # lines that a new line of every stream is made of: F's, and one of each old stream
+STEPS = 4  # of a tile, for which a thread has loaded its lines
+KEPT = 2  # of them it keeps the next batch's during the second half
+EARLY = 1  # runs of a warp's next token that it loads before the norm of this one
 TOKENS = 2  # of a thread when streams are multiplied with fn
 
 
@@ -105,15 +111,12 @@ class State:
 
     Attributes:
         ahead: (STEPS, SOURCES, 4) words of the next steps.
-        sums: (TOKENS, 3, 4) dots of this batch, see `prefill_mix.add_dots`.
         squares: (TOKENS,) of this batch.
     """
 
-    def __init__(self, cut: Cut) -> None:
-        self.ahead = cute.make_rmem_tensor((cut.early * SOURCES * 4,), Uint32)
-        self.sums = cute.make_rmem_tensor((TOKENS * 3 * 4,), Float32)
+    def __init__(self) -> None:
+        self.ahead = cute.make_rmem_tensor((STEPS * SOURCES * 4,), Uint32)
         self.squares = cute.make_rmem_tensor((TOKENS,), Float32)
-        self.policy = bulk.evict_first()
 
 
 @cute.kernel
@@ -127,20 +130,19 @@ def mhc_quant_prefill(
     base = exchange.address(cute.arch.get_dyn_smem(Uint8, alignment=128))
     first, batches = cta // cut.ctas, (tokens_of(given) + cut.batch - 1) // cut.batch
     turns = (batches - first + clusters(cut) - 1) // clusters(cut)
-    if thread < 2 * cut.stages:
-        arrivals = arith.select(thread < cut.stages, Int32(1), Int32(cut.threads))
-        ring.init(base + (cut.barriers_at + thread * BARRIER), arrivals)
+    if thread == 0:
+        ring.init(_arrived(base, cut), 1)
+        ring.init(_was_read(base, cut), cut.threads)
     ring.init_fence()
     cute.arch.sync_threads()
     cute.arch.cluster_arrive_relaxed()
-    state = State(cut)
-    for step in cutlass.range_constexpr(cut.early):
-        _load(state, step, first, Int32(0), step, given, cut)
+    state = State()
+    for step in cutlass.range_constexpr(STEPS):
+        _load(state, step, first, Int32(0), given, cut)
     _fetch_factors(first, Int32(0), base, given, cut)
     if thread == 0:
         cute.arch.griddepcontrol_wait()  # for fn in order; all else was there before that launch
-        for n in cutlass.range_constexpr(cut.stages):
-            _ask(Int32(n), turns, base, pieces, cut)
+        _ask(Int32(0), base, pieces, cut)
     zero_padding(out, tokens_of(given), given.tiled, cta * cut.threads + thread, ctas * cut.threads)
     if cta + thread == 0:
         out.dec[()] = recipe.global_scale(given.enc[()], target).dec
@@ -150,7 +152,10 @@ def mhc_quant_prefill(
     for turn in cutlass.range(turns, unroll=1):
         _first_half(state, turn, turns, base, pieces, given, out, target, cut)
         _second_half(turn, base, given, out, target, cut)
-        cute.arch.sync_threads()  # y lies where the next tile goes
+        for step in cutlass.range_constexpr(KEPT, STEPS):
+            _load(state, step, _batch(turn + 1, cut), Int32(0), given, cut)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_threads()  # y lies where fn and the next tile go
     _sinkhorn(turns, given, out, target, cut)
 
 
@@ -168,15 +173,14 @@ def _first_half(
 ) -> None:
     """The new streams of this CTA's hidden dims of a batch, and their sums to the owners of the tokens."""
     _fetch_factors(_batch(turn + 1, cut), (turn + 1) & 1, base, given, cut)
-    for part in (state.sums, state.squares):
-        for i in cutlass.range_constexpr(cute.size(part)):
-            part[i] = Float32(0.0)
+    for t in cutlass.range_constexpr(TOKENS):
+        state.squares[t] = Float32(0.0)
+    _keep_quads([[[Float32(0.0)] * 4] * (QUADS // TOKENS)] * TOKENS, base, cut)
     for tile in cutlass.range(cut.tiles, unroll=1):
         number = turn * cut.tiles + tile
-        if (cute.arch.thread_idx()[0] == 0) & (number > 0):
-            _ask(number + (cut.stages - 1), turns, base, pieces, cut)
-        for some in cutlass.range(cut.steps // cut.early, unroll=1):
-            _make(state, turn, tile, some, base, given, out, target, cut)
+        if (warp.thread() == 0) & (number > 0):
+            _ask(number, base, pieces, cut)
+        _make(state, turn, tile, base, given, out, target, cut)
         cute.arch.sync_threads()
         _multiply(state, number, base, target, cut)
         cute.arch.sync_threads()  # the tile may be written anew
@@ -193,44 +197,41 @@ def _batch(turn: Int32, cut: Cut) -> Int32:
 
 
 @cute.jit
-def _ask(number: Int32, turns: Int32, base: Int32, pieces: cute.Tensor, cut: Constexpr[Cut]) -> None:
-    """Asks for fn of tile `number`, counted from the launch's beginning, once its stage has been read; one thread."""
-    if number < turns * cut.tiles:
-        stage, before = number % cut.stages, number // cut.stages - 1
-        if before >= 0:
-            ring.wait(_was_read(base, stage, cut), before & 1)
-        ring.expect(_arrived(base, stage, cut), Int32(cut.fn_bytes))
-        tile = rank_of(cut) * cut.tiles + number % cut.tiles
-        source = exchange.global_address(pieces) + Int64(tile) * cut.fn_bytes
-        ring.copy(source, base + stage * cut.fn_bytes, Int32(cut.fn_bytes), _arrived(base, stage, cut))
+def _ask(number: Int32, base: Int32, pieces: cute.Tensor, cut: Constexpr[Cut]) -> None:
+    """Asks for fn of tile `number`, counted from the beginning, once that of the last one was read; one thread."""
+    if number > 0:
+        ring.wait(_was_read(base, cut), (number - 1) & 1)
+    ring.expect(_arrived(base, cut), Int32(cut.fn_bytes))
+    tile = number % cut.tiles * cut.ctas + rank_of(cut)
+    source = exchange.global_address(pieces) + Int64(tile) * cut.fn_bytes
+    ring.copy(source, base, Int32(cut.fn_bytes), _arrived(base, cut))
 
 
-def _arrived(base: Int32, stage: Int32, cut: Cut) -> Int32:
-    """mbarrier: fn is in a stage."""
-    return base + (cut.barriers_at + stage * BARRIER)
+def _arrived(base: Int32, cut: Cut) -> Int32:
+    """mbarrier: fn of a tile is there."""
+    return base + cut.barriers_at
 
 
-def _was_read(base: Int32, stage: Int32, cut: Cut) -> Int32:
+def _was_read(base: Int32, cut: Cut) -> Int32:
     """mbarrier: all threads have read it."""
-    return base + (cut.barriers_at + cut.stages * BARRIER + stage * BARRIER)
+    return base + (cut.barriers_at + BARRIER)
 
 
-def _load(state: State, slot: int, batch: Int32, tile: Int32, step: Int32 | int, given: Inputs, cut: Cut) -> None:
+def _load(state: State, step: int, batch: Int32, tile: Int32, given: Inputs, cut: Cut) -> None:
     """Loads the lines of this thread's token of a step, or of the last token there is."""
     here = spot(cut)
     row = clamped(batch * cut.batch + place_of(step, here, cut), given)
     streams = first_half(given.x, STREAMS, row, tile, here, cut)
     places = [first_half(given.f, 1, row, tile, here, cut), *(streams + s * cut.hidden * 2 for s in range(STREAMS))]
     for i, place in enumerate(places):
-        line = exchange.load16_fleeting(place, state.policy) if cut.fleeting else exchange.load16_once(place)
-        for w, word in enumerate(line):
-            state.ahead[(slot * SOURCES + i) * 4 + w] = word
+        for w, word in enumerate(exchange.load16_once(place)):
+            state.ahead[(step * SOURCES + i) * 4 + w] = word
 
 
 @cute.jit
 def _fetch_factors(batch: Int32, parity: Int32, base: Int32, given: Constexpr[Inputs], cut: Constexpr[Cut]) -> None:
     """Copies post and comb of a batch's tokens to shared memory, 16 bytes a thread and step."""
-    thread, _, _ = cute.arch.thread_idx()
+    thread = warp.thread()
     for first in cutlass.range_constexpr(0, cut.batch * SOURCES, cut.threads):
         place = first + thread
         if place < cut.batch * SOURCES:
@@ -242,28 +243,21 @@ def _fetch_factors(batch: Int32, parity: Int32, base: Int32, given: Constexpr[In
 
 
 def _make(
-    state: State,
-    turn: Int32,
-    tile: Int32,
-    some: Int32,
-    base: Int32,
-    given: Inputs,
-    out: Outputs,
-    target: Target,
-    cut: Cut,
+    state: State, turn: Int32, tile: Int32, base: Int32, given: Inputs, out: Outputs, target: Target, cut: Cut
 ) -> None:
-    """STEPS steps: writes the new streams of this thread's lines, and loads those that come next."""
+    """Writes the new streams of this thread's lines of a tile, and loads those of the next one."""
     here, batch = spot(cut), _batch(turn, cut)
-    last = some == cut.steps // cut.early - 1
-    end = last & (tile == cut.tiles - 1)
-    next_batch = arith.select(end, _batch(turn + 1, cut), batch)
-    next_tile = arith.select(end, Int32(0), arith.select(last, tile + 1, tile))
-    next_step = arith.select(last, Int32(0), (some + 1) * cut.early)
-    for slot in range(cut.early):
-        lines = [[state.ahead[(slot * SOURCES + i) * 4 + w] for w in range(4)] for i in range(SOURCES)]
-        place = place_of(some * cut.early + slot, here, cut)
+    last = tile == cut.tiles - 1
+    for step in range(STEPS):
+        cute.arch.sync_warp()  # or the compiler works on several steps at once, and spills
+        lines = [[state.ahead[(step * SOURCES + i) * 4 + w] for w in range(4)] for i in range(SOURCES)]
+        place = place_of(step, here, cut)
         new = mhc.post_mix(lines, functools.partial(_factors, factors_of(base, place, turn & 1, cut)), target)
-        _load(state, slot, next_batch, next_tile, next_step + slot, given, cut)
+        if step < KEPT:
+            next_batch, next_tile = arith.select(last, _batch(turn + 1, cut), batch), tile + 1
+            _load(state, step, next_batch, arith.select(last, Int32(0), next_tile), given, cut)
+        else:
+            _load_unless(last, state, step, batch, tile + 1, given, cut)
         row = batch * cut.batch + place
         exists = arith.select(row < tokens_of(given), Int32(1), Int32(0))
         to = first_half(out.residual, STREAMS, row, tile, here, cut)
@@ -273,11 +267,25 @@ def _make(
             ring.store_global16_if(to + s * cut.hidden * 2, words, exists)
 
 
+@cute.jit
+def _load_unless(
+    last: Boolean,
+    state: Constexpr[State],
+    step: Constexpr[int],
+    batch: Int32,
+    tile: Int32,
+    given: Constexpr[Inputs],
+    cut: Constexpr[Cut],
+) -> None:
+    if not last:
+        _load(state, step, batch, tile, given, cut)
+
+
 def _multiply(state: State, number: Int32, base: Int32, target: Target, cut: Cut) -> None:
     """Adds the products of this warp's part of a tile with fn, and its squares."""
     here = spot(cut)
-    stage = number % cut.stages
-    ring.wait(_arrived(base, stage, cut), number // cut.stages & 1)
+    ring.wait(_arrived(base, cut), number & 1)
+    sums = _quads(base, cut)
     for some in range(cut.chunks):
         chunk = some * cut.across + here.member
         streams = []
@@ -286,23 +294,30 @@ def _multiply(state: State, number: Int32, base: Int32, target: Target, cut: Cut
             streams.append([ring.load16(at + s * (cut.batch * cut.wide * 2)) for s in range(STREAMS)])
             squares = prefill_mix.squares(streams[t], here.row, target)
             state.squares[t] = arith.add(state.squares[t], squares, target)
-        at = base + (stage * cut.fn_bytes + chunk * (STREAMS * PIECE) + here.lane * LINE)
-        for t, quads in enumerate(prefill_mix.add_dots(streams, _sums(state), at)):
-            for i, value in enumerate(value for quad in quads for value in quad):
-                state.sums[t * 12 + i] = value
+        sums = prefill_mix.add_dots(streams, sums, base + (chunk * (STREAMS * PIECE) + here.lane * LINE))
+    _keep_quads(sums, base, cut)
     # every thread arrives, so that racecheck sees no lane speak for others, and none before its sums are there: a copy
     # may overtake a load of shared memory that is on its way
-    every = functools.reduce(lambda a, b: a & b, (arith.bits(state.sums[i]) for i in range(0, TOKENS * 12, 4)))
+    every = functools.reduce(lambda a, b: a & b, (arith.bits(quad[0]) for quads in sums for quad in quads))
     known = every != Uint32(0xFFFFFFFF)  # no NaN that `mma` makes looks like this
-    ring.arrive_if(_was_read(base, stage, cut), arith.select(known, Int32(1), Int32(0)))
+    ring.arrive_if(_was_read(base, cut), arith.select(known, Int32(1), Int32(0)))
+
+
+def _keep_quads(sums: list[prefill_mix.Quads], base: Int32, cut: Cut) -> None:
+    """Writes this thread's dots to shared memory, for itself."""
+    for i, quad in enumerate(quad for quads in sums for quad in quads):
+        exchange.store_floats(base + (cut.quads_at + i * cut.threads * LINE) + warp.thread() * LINE, quad)
+
+
+def _quads(base: Int32, cut: Cut) -> list[prefill_mix.Quads]:
+    """Reads them."""
+    at, each = base + cut.quads_at + warp.thread() * LINE, QUADS // TOKENS
+    quads = [exchange.load_floats(at + i * cut.threads * LINE, 4) for i in range(QUADS)]
+    return [quads[t * each : t * each + each] for t in range(TOKENS)]
 
 
 def _factors(at: Int32, row: int) -> list[Float32]:
     return exchange.load_floats(at + row * LINE, 4)
-
-
-def _sums(state: State) -> list[prefill_mix.Quads]:
-    return [[[state.sums[(t * 3 + part) * 4 + i] for i in range(4)] for part in range(3)] for t in range(TOKENS)]
 
 
 @cute.jit
@@ -311,7 +326,7 @@ def _send_sums(
 ) -> None:
     """Sends this warp's sums of each token to the CTA that owns it."""
     here = spot(cut)
-    dots = prefill_mix.dots(_sums(state), target)
+    dots = prefill_mix.dots(_quads(base, cut), target)
     for t in cutlass.range_constexpr(TOKENS):
         for i in cutlass.range_constexpr(2):
             at, owner = _place_of(here.group * GROUP + 8 * t + 2 * here.quad + i, parity, base, here, cut)
@@ -339,19 +354,17 @@ def _second_half(
 ) -> None:
     """Finishes this warp's own tokens of a batch, one after the other."""
     here = spot(cut)
-    lines = cute.make_rmem_tensor((cut.ahead * STREAMS * 4,), Uint32)
-    first = _batch(turn, cut) * cut.batch + here.rank * cut.owned + here.warp // cut.sharers
+    lines = cute.make_rmem_tensor((AHEAD * STREAMS * 4,), Uint32)
+    first = _batch(turn, cut) * cut.batch + here.rank * cut.owned + here.warp
     tokens = tokens_of(given)
     if first < tokens:
-        for i in cutlass.range_constexpr(cut.ahead // 2):
+        for i in cutlass.range_constexpr(EARLY):
             _read_back(lines, i, i, first, out, cut)
-    for u in cutlass.range(cut.owned // cut.at_once, unroll=1):
-        row = first + u * cut.at_once
+    for u in cutlass.range(cut.owned // WARPS, unroll=1):
+        row = first + u * WARPS
         if row < tokens:
-            more = (u + 1 < cut.owned // cut.at_once) & (row + cut.at_once < tokens)
-            _finish(
-                lines, u * cut.at_once + here.warp // cut.sharers, row, more, turn & 1, base, given, out, target, cut
-            )
+            more = (u + 1 < cut.owned // WARPS) & (row + WARPS < tokens)
+            _finish(lines, u * WARPS + here.warp, row, more, turn & 1, base, given, out, target, cut)
 
 
 @cute.jit
@@ -371,49 +384,29 @@ def _finish(
 
     `lines` holds the first EARLY runs, and at the end those of the warp's next token where there are `more`.
     """
-    for i in cutlass.range_constexpr(cut.ahead // 2, cut.ahead):
+    for i in cutlass.range_constexpr(EARLY, AHEAD):
         _read_back(lines, i, i, row, out, cut)
     here = spot(cut)
     total = cute.make_rmem_tensor((1,), Float32)
     total[0] = Float32(0.0)
     pre = _pre(own, row, parity, base, given, out, target, cut)
-    y_at = base + (cut.tile_at + here.warp * (cut.share * 2) + here.lane * LINE)
-    for some in cutlass.range(cut.runs // cut.ahead - 1, unroll=1):
-        for i in cutlass.range_constexpr(cut.ahead):
+    y_at = base + (here.warp * (cut.hidden * 2) + here.lane * LINE)
+    for some in cutlass.range(cut.runs // AHEAD - 1, unroll=1):
+        for i in cutlass.range_constexpr(AHEAD):
             words = _collapsed(lines, i, pre, target)
-            _read_back(lines, i, (some + 1) * cut.ahead + i, row, out, cut)
-            _keep_y(words, total, y_at + (some * cut.ahead + i) * (RUN * 2), target)
-    for i in cutlass.range_constexpr(cut.ahead):
-        _keep_y(_collapsed(lines, i, pre, target), total, y_at + (cut.runs - cut.ahead + i) * (RUN * 2), target)
+            _read_back(lines, i, (some + 1) * AHEAD + i, row, out, cut)
+            _keep_y(words, total, y_at + (some * AHEAD + i) * (RUN * 2), target)
+    for i in cutlass.range_constexpr(AHEAD):
+        _keep_y(_collapsed(lines, i, pre, target), total, y_at + (cut.runs - AHEAD + i) * (RUN * 2), target)
     if more:
-        for i in cutlass.range_constexpr(cut.ahead // 2):
-            _read_back(lines, i, i, row + cut.at_once, out, cut)
-    squares = _squares_of_y(total[0], own, base, here, target, cut)
+        for i in cutlass.range_constexpr(EARLY):
+            _read_back(lines, i, i, row + WARPS, out, cut)
+    squares = _sum_of_warp(total[0], target)
     factor, encode = mhc.inverse_rms(squares, cut.hidden, given.norm_eps, target), given.enc[()]
     loaded = cute.make_rmem_tensor((2 * (4 + _weight_words(given)),), Uint32)
-    if cutlass.const_expr(cut.sharers == 1):
-        _load_pair(loaded, Int32(0), y_at, given, cut)
+    _load_pair(loaded, Int32(0), y_at, given)
     for pair in cutlass.range(cut.runs // 2, unroll=1):
         _normalise(loaded, pair, row, y_at, factor, encode, given, out, target, cut)
-
-
-def _squares_of_y(mine: Float32, own: Int32, base: Int32, here: Spot, target: Target, cut: Cut) -> Float32:
-    """The squares of y of this warp's token, of all lanes of the warps that share it."""
-    total = _sum_of_warp(mine, target)
-    if cut.sharers == 1:
-        return total
-    at = base + cut.squares_at + own // cut.at_once % 2 * (cut.warps * WORD)
-    _keep_squares(total, at + here.warp * WORD, here)
-    pair = here.warp // cut.sharers
-    cute.arch.barrier(barrier_id=1 + pair, number_of_threads=cut.sharers * WARP)
-    parts = [exchange.load_floats(at + (pair * cut.sharers + i) * WORD, 1)[0] for i in range(cut.sharers)]
-    return functools.reduce(lambda a, b: arith.add(a, b, target), parts)
-
-
-@cute.jit
-def _keep_squares(total: Float32, at: Int32, here: Constexpr[Spot]) -> None:
-    if here.lane == 0:
-        exchange.store_floats(at, [total])
 
 
 def _sum_of_warp(value: Float32, target: Target) -> Float32:
@@ -456,7 +449,7 @@ def _pre(
     kind = arith.select(r < STREAMS, Int32(0), arith.select(r < 2 * STREAMS, Int32(1), Int32(2)))
     value = mhc.logit(total, rms, given.scale[kind], given.base[r], target)
     weight = mhc.sigmoid(value, target)
-    _write_logits(row, value, weight, here, out, target, cut)
+    _write_logits(row, value, weight, here, out, target)
     mine = arith.add(weight, given.hc_eps, target)
     return [cute.arch.shuffle_sync(mine, s) for s in range(STREAMS)]
 
@@ -469,7 +462,6 @@ def _write_logits(
     here: Constexpr[Spot],
     out: Constexpr[Outputs],
     target: Constexpr[Target],
-    cut: Constexpr[Cut],
 ) -> None:
     """Writes a token's new post, and the logits of comb in comb's place."""
     is_post = here.lane < 2 * STREAMS
@@ -479,7 +471,7 @@ def _write_logits(
         exchange.global_address(out.post) + Int64((row * STREAMS + here.lane - STREAMS) * WORD),
         exchange.global_address(out.comb) + Int64((row * MATRIX + here.lane - 2 * STREAMS) * WORD),
     )
-    if (here.lane >= STREAMS) & (here.lane < LOGITS) & (here.warp % cut.sharers == 0):
+    if (here.lane >= STREAMS) & (here.lane < LOGITS):
         exchange.store_global(at, arith.select(is_post, post, value))
 
 
@@ -488,12 +480,12 @@ def _weight_words(given: Inputs) -> int:
     return 8 * int(given.norm_weight.element_type.width) // 32
 
 
-def _load_pair(loaded: cute.Tensor, pair: Int32, y_at: Int32, given: Inputs, cut: Cut) -> None:
+def _load_pair(loaded: cute.Tensor, pair: Int32, y_at: Int32, given: Inputs) -> None:
     """Loads a lane's lines of y and of the norm's weights, which are in L1, of two runs."""
-    here, words, count = spot(cut), [], _weight_words(given)
+    words, count = [], _weight_words(given)
     for i in range(2):
         words += ring.load16(y_at + (pair * 2 + i) * (RUN * 2))
-        eight = (pair * 2 + i) * (RUN // 8) + here.lane + here.warp % cut.sharers * (cut.share // 8)
+        eight = (pair * 2 + i) * (RUN // 8) + warp.thread() % WARP
         at = exchange.global_address(given.norm_weight) + Int64(eight * (count * WORD))
         words += [word for k in range(0, count, 4) for word in exchange.load16(at + k * WORD)]
     for i, word in enumerate(words):
@@ -513,8 +505,6 @@ def _normalise(
     cut: Cut,
 ) -> None:
     """Norm and quantisation of two runs of a token, which are `loaded`; two half blocks make a block each."""
-    if cut.sharers > 1:
-        _load_pair(loaded, pair, y_at, given, cut)
     here, halves, count = spot(cut), [], 4 + _weight_words(given)
     to = second_half(out.normed, 1, row, here, cut) + Int64(pair) * (2 * RUN * 2)
     for i in range(2):
@@ -523,13 +513,12 @@ def _normalise(
         line = [mhc.normalise(words[w], factor, weights[2 * w : 2 * w + 2], target) for w in range(4)]
         ring.store_global16_if(to + i * (RUN * 2), line, Int32(1))
         halves.append(line)
-    if cut.sharers == 1:
-        _load_pair(loaded, cutlass.min(pair + 1, cut.runs // 2 - 1), y_at, given, cut)
+    _load_pair(loaded, cutlass.min(pair + 1, cut.runs // 2 - 1), y_at, given)
     even = here.lane % 2 == 0
     got = [warp.from_lane(arith.select(even, b, a), 1) for a, b in zip(*halves, strict=True)]
     low = [arith.select(even, a, other) for a, other in zip(halves[0], got, strict=True)]
     high = [arith.select(even, other, b) for b, other in zip(halves[1], got, strict=True)]
-    col = (pair * 2 + here.lane % 2) * (RUN // BLOCK) + here.lane // 2 + here.warp % cut.sharers * (cut.share // BLOCK)
+    col = (pair * 2 + here.lane % 2) * (RUN // BLOCK) + here.lane // 2
     cols = cut.hidden // BLOCK
     blocks.quantize([*low, *high], row, col, cols, row < tokens_of(given), encode, given, out, target)
 
@@ -543,7 +532,7 @@ def _sinkhorn(
     cut: Constexpr[Cut],
 ) -> None:
     """Turns the logits of this CTA's own tokens into comb; a thread a token."""
-    here, (thread, _, _) = spot(cut), cute.arch.thread_idx()
+    here, thread = spot(cut), warp.thread()
     rows = rows_of_streams(out.comb)
     for i in cutlass.range(thread, turns * cut.owned, cut.threads, unroll=1):
         row = _batch(i // cut.owned, cut) * cut.batch + here.rank * cut.owned + i % cut.owned
