@@ -13,11 +13,11 @@ from megamoe.cute.arith import Target
 from megamoe.errors import ArgumentError
 from megamoe.numerics import nvfp4
 from megamoe_stages.mhc_quant import (
-    launch,
     limits,
     places,
     prefill_cut,
     prefill_kernel,
+    prefill_launch,
     prefill_mix,
     reference,
     sm90_many,
@@ -79,28 +79,29 @@ def test_operands_are_where_mma_wants_them(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("hidden", limits.MANY_HIDDEN)
 def test_a_cut_covers_the_hidden_dims_and_fits(hidden: int) -> None:
-    cut = launch.cut_for_many(hidden)
-    assert cut.slabs * cut.across * places.CHUNK * cut.ctas == cut.hidden == hidden
-    assert cut.shared_bytes <= SHARED_MEMORY
-    assert cut.groups * cut.across == cut.warps
-    assert cut.owned * cut.ctas == cut.batch and cut.owned % cut.warps == 0  # every warp has as many tokens of its own
+    cut = prefill_launch.cut(hidden)
+    assert cut.tiles * cut.wide * cut.ctas == cut.hidden == hidden
+    assert cut.groups * cut.across == prefill_cut.WARPS and cut.chunks * cut.across * places.CHUNK == cut.wide
+    assert cut.owned * cut.ctas == cut.batch and cut.owned % prefill_cut.WARPS == 0  # tokens for every warp
+    assert cut.steps % prefill_kernel.STEPS == 0  # whose lines are in registers
     assert cut.runs * prefill_cut.RUN == hidden and cut.runs % prefill_cut.AHEAD == 0
-    assert cut.slab_bytes % 128 == 0 and cut.sums_at % 16 == 0 and cut.y_at % 16 == 0 and cut.barriers_at % 8 == 0
+    assert cut.shared_bytes <= SHARED_MEMORY
+    assert cut.fn_bytes % 128 == cut.sums_at % 16 == cut.tile_at % 16 == cut.barriers_at % 8 == 0
 
 
 @pytest.mark.parametrize("target", [Target.SM90, Target.SM100])
 def test_the_kernel_for_flash_compiles_without_spills(target: Target) -> None:
-    artifact = compiler.compile_kernel(prefill_kernel.spec(launch.cut_for_many(4096), "float32", target))
+    artifact = compiler.compile_kernel(prefill_kernel.spec(prefill_launch.cut(4096), "float32", target))
     (found,) = inspect.kernels(artifact.cubin)
     assert not found.spills
-    assert found.registers <= 65536 // launch.cut_for_many(4096).threads
+    assert found.registers <= 65536 // prefill_launch.cut(4096).threads
     assert "cp.async.bulk.shared" in artifact.ptx
 
 
-@pytest.mark.parametrize("policy", ["lazy", "random"])
-def test_the_emulated_kernel_computes_several_turns_and_races_nowhere(policy: str) -> None:
-    """PTX run by `ptxemu`, whose copies arrive as late as they may: two batches and a bit for one cluster."""
-    tokens, hidden, clusters = 131, 1024, 1
+@pytest.mark.parametrize(("policy", "hidden", "tokens"), [("lazy", 1024, 131), ("random", 1024, 70)])
+def test_the_emulated_kernel_computes_several_turns_and_races_nowhere(policy: str, hidden: int, tokens: int) -> None:
+    """PTX run by `ptxemu`, whose copies arrive as late as they may: one cluster has several batches."""
+    clusters = 1
     inputs = make(torch.Generator().manual_seed(0), tokens=tokens, hidden=hidden, scale_layout="128x4", trouble=True)
     layout = inputs.pop("scale_layout")
     want = reference.mhc_quant(**inputs, scale_layout=layout)
@@ -108,7 +109,7 @@ def test_the_emulated_kernel_computes_several_turns_and_races_nowhere(policy: st
     residual, normed, codes, scales, dec, post, comb = written = [
         torch.full_like(tensor, 7) for tensor in (want.residual, want.normed, *quantized, want.post, want.comb)
     ]
-    cut = launch.cut_for_many(hidden)
+    cut = prefill_launch.cut(hidden)
     pieces = torch.zeros(prefill_mix.piece_bytes(hidden), dtype=torch.uint8)
     order = ptxemu.run(compiler.compile_kernel(prefill_mix.spec(Target.SM90)), inputs["fn"], pieces)
     artifact = compiler.compile_kernel(prefill_kernel.spec(cut, "float32", Target.SM90))

@@ -88,6 +88,21 @@ def _case(bounds: Mapping[str, Bound] | None = None, **params: Any) -> Case:
     return Case(make, params, bounds or {})
 
 
+_MANY: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Bound]]] = {  # more tokens than an emulator gets through
+    "many_1024_128x4": ({"tokens": 1090, "hidden": 1024, "scale_layout": "128x4"}, {}),
+    "many_1024_trouble": ({"tokens": 1101, "hidden": 1024, "trouble": True}, {}),
+    "many_1024_permuted": ({"tokens": 1057, "hidden": 1024, "permute": True}, {"residual": EXACT}),
+    "many_2048": ({"tokens": 1531, "hidden": 2048, "norm_dtype": torch.bfloat16}, {}),
+    "many_2048_other_numbers": (
+        {"tokens": 1025, "hidden": 2048, "sinkhorn_iters": 3, "hc_eps": 1e-3, "norm_eps": 1e-2},
+        {},
+    ),
+    "many_4096": ({"tokens": 8191, "hidden": 4096}, {}),
+    "many_4096_trouble_128x4": ({"tokens": 1040, "hidden": 4096, "trouble": True, "scale_layout": "128x4"}, {}),
+    "many_7168": ({"tokens": 1099, "hidden": 7168}, {}),
+}
+
+
 CASES: dict[str, Case] = {
     "no_tokens": _case(tokens=0),
     "no_tokens_128x4": _case(tokens=0, scale_layout="128x4"),
@@ -111,6 +126,7 @@ CASES: dict[str, Case] = {
     "slow_sinkhorn": _case(_EXACT_STREAMS, tokens=33, permute=True, spread=4.0),
     "decode_small": Case(make, {"tokens": 1, "hidden": 4096}, bench=True),
     "prefill_small": Case(make, {"tokens": 16, "hidden": 4096, "scale_layout": "128x4"}, bench=True),
+    **{name: Case(make, params, bounds, gpu_only=True) for name, (params, bounds) in _MANY.items()},
     "flash_decode": Case(make, {"tokens": 32, "hidden": 4096, "scale_layout": "128x4"}, gpu_only=True, bench=True),
     "flash_prefill": Case(make, {"tokens": 4096, "hidden": 4096, "scale_layout": "128x4"}, gpu_only=True, bench=True),
     "pro_prefill": Case(make, {"tokens": 2048, "hidden": 7168, "scale_layout": "128x4"}, gpu_only=True, bench=True),

@@ -1,4 +1,4 @@
-"""The host side of the fused mhc_quant kernel, the same for every architecture."""
+"""The host side of the fused mhc_quant kernels, the same for every architecture."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megamoe.cute.arith import Target
 from megamoe.errors import ArgumentError
 from megamoe.numerics.layout import padded_shape
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
-from megamoe_stages.mhc_quant import contract, kernel, limits, prefill_kernel, prefill_mix
+from megamoe_stages.mhc_quant import contract, kernel, limits
 from megamoe_stages.mhc_quant.contract import MhcOutput
 from megamoe_stages.mhc_quant.places import GROUP, Shape
-from megamoe_stages.mhc_quant.prefill_cut import Cut
 
 ALIGNMENT = 16  # bytes that a thread loads at once
+Run = Callable[[Target, tuple[Tensor, ...], tuple[Tensor, ...], tuple[int | float, ...]], None]
 
 
 def mhc_quant(
@@ -37,9 +37,9 @@ def mhc_quant(
     hc_eps: float,
     norm_eps: float,
     scale_layout: str,
-    many: bool = False,
+    run: Run | None = None,
 ) -> MhcOutput:
-    """See `reference.mhc_quant`; one launch on the current stream, no synchronisation; `many` picks the kernel.
+    """See `reference.mhc_quant`; launched by `run` on the current stream, no synchronisation.
 
     Raises:
         ArgumentError: As the reference, for what `limits.supports` or `limits.supports_many` names, and for a tensor
@@ -58,8 +58,6 @@ def mhc_quant(
         _refuse(contract.problem(*tensors, **options))  # type: ignore[arg-type]
     if hidden > limits.SMALL and hidden not in limits.CTAS:
         _refuse(contract.problem(*tensors, **options))  # type: ignore[arg-type]
-    if many and hidden not in limits.MANY_HIDDEN:
-        raise ArgumentError("x", f"shape {tuple(x.shape)}", f"H of {limits.MANY_HIDDEN}")
     for name, tensor in zip(("x", "f", "post", "comb", "fn", "norm_weight"), (*tensors[:5], norm_weight), strict=True):
         if tensor.data_ptr() % ALIGNMENT:
             raise ArgumentError(
@@ -74,22 +72,22 @@ def mhc_quant(
     if tokens:
         outputs = (residual, normed, codes, scales, dec, new_post, new_comb)
         numbers = (sinkhorn_iters, hc_eps, norm_eps, int(tiled))
-        groups = (tokens + GROUP - 1) // GROUP
-        if many:
-            parts = cut_for_many(hidden)
-            pieces = x.new_empty(prefill_mix.piece_bytes(hidden), dtype=torch.uint8)
-            _launcher_of_order(target)(fn, pieces)
-            batches = -(-tokens // parts.batch)
-            sets = min(batches, _clusters(parts.ctas, x.device))
-            _launcher_for_many(parts, norm_weight.dtype, target)(*tensors, *outputs, pieces, *numbers, sets)
-        else:
-            shape = cut(hidden)
-            launch = _launcher(shape, norm_weight.dtype, target)
-            launch(*tensors, *outputs, *numbers, min(groups, _clusters(shape.ctas, x.device)))
+        (run or run_few)(target, tensors, outputs, numbers)
     else:
         torch.reciprocal(global_scale_enc, out=dec)
     quantized = NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), dec, scale_layout)
     return MhcOutput(residual, normed, quantized, new_post, new_comb)
+
+
+def run_few(
+    target: Target, tensors: tuple[Tensor, ...], outputs: tuple[Tensor, ...], numbers: tuple[int | float, ...]
+) -> None:
+    """Launches the kernel for few tokens."""
+    x, norm_weight = tensors[0], tensors[-2]
+    shape = cut(x.shape[2])
+    groups = (x.shape[0] + GROUP - 1) // GROUP
+    launch = _launcher(shape, norm_weight.dtype, target)
+    launch(*tensors, *outputs, *numbers, min(groups, clusters_at_once(shape.ctas, x.device)))
 
 
 @functools.cache
@@ -102,13 +100,7 @@ def cut(hidden: int) -> Shape:
 
 
 @functools.cache
-def cut_for_many(hidden: int) -> Cut:
-    """The cut of the kernel for many tokens, for H of `limits.MANY_HIDDEN`."""
-    return Cut(hidden, 2, 2, 256)
-
-
-@functools.cache
-def _clusters(ctas: int, device: torch.device) -> int:
+def clusters_at_once(ctas: int, device: torch.device) -> int:
     """Clusters of CTAs with all the shared memory there is that run at once; more would wait for their whole turn."""
     from cutlass.utils import HardwareInfo
 
@@ -119,16 +111,6 @@ def _clusters(ctas: int, device: torch.device) -> int:
 @functools.cache
 def _launcher(shape: Shape, norm_dtype: torch.dtype, target: Target) -> Callable[..., None]:
     return compiler.load(kernel.spec(shape, str(norm_dtype).removeprefix("torch."), target))
-
-
-@functools.cache
-def _launcher_for_many(cut: Cut, norm_dtype: torch.dtype, target: Target) -> Callable[..., None]:
-    return compiler.load(prefill_kernel.spec(cut, str(norm_dtype).removeprefix("torch."), target))
-
-
-@functools.cache
-def _launcher_of_order(target: Target) -> Callable[..., None]:
-    return compiler.load(prefill_mix.spec(target))
 
 
 def _refuse(problem: contract.Problem) -> None:
@@ -146,9 +128,3 @@ def kernels(target: Target) -> list[compiler.KernelSpec]:
     if target is Target.SM90:
         cuts.append((208, "float32"))
     return [kernel.spec(cut(hidden), norm_dtype, target) for hidden, norm_dtype in cuts]
-
-
-def kernels_for_many(target: Target) -> list[compiler.KernelSpec]:
-    """The same for many tokens."""
-    cuts = [(4096, "float32"), (7168, "float32"), (2048, "float32"), (1024, "bfloat16")]
-    return [prefill_kernel.spec(cut_for_many(hidden), norm_dtype, target) for hidden, norm_dtype in cuts]

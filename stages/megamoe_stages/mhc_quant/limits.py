@@ -12,7 +12,7 @@ CTAS = {SMALL: 1, 512: 2, 1024: 4, 2048: 8, 4096: 16, MAX_HIDDEN: 16}  # of a cl
 TEAMS = {MAX_HIDDEN: 2}  # of a CTA; 4 where not named
 WARPS = {MAX_HIDDEN: 7}  # of a team, 64 hidden dims each; 4 where not named
 PARTS = {MAX_HIDDEN: 6}  # fn as fp32; as three terms of bf16, 10, where not named
-MANY = 512  # tokens from which on the kernel for many of them is the faster one; it wants 64
+MANY = 2048  # rows, as a problem counts them, from which on the kernel for many tokens is the faster one: above 1024
 MANY_HIDDEN = (1024, 2048, 4096, 7168)  # hidden dims that it has
 
 

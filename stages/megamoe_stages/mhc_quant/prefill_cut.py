@@ -28,7 +28,6 @@ RUN = 256  # hidden dims of a warp in the second half, 8 a lane
 AHEAD = 4  # runs that it loads at once
 BARRIER = 8  # bytes
 WARPS = 8  # of a CTA
-QUADS = 6  # of dots of a thread
 MESSAGE = 28  # floats of a token's sums of a warp: LOGITS dots, the squares, padding
 PIECE = PARTS * WARP * LINE  # bytes of fn for CHUNK hidden dims of a stream
 
@@ -41,12 +40,14 @@ class Cut(NamedTuple):
         ctas: Of a cluster.
         groups: Of GROUP tokens, in a batch.
         wide: Hidden dims of a tile: RUN, or half of it.
+        stages: Tiles for which fn finds room in shared memory.
     """
 
     hidden: int
     ctas: int
     groups: int
     wide: int
+    stages: int
 
     @property
     def threads(self) -> int:
@@ -99,14 +100,9 @@ class Cut(NamedTuple):
         return self.hidden // RUN
 
     @property
-    def tile_at(self) -> int:
-        """Where a tile of new streams lies, after fn: (STREAMS, batch, wide) bf16."""
-        return self.fn_bytes
-
-    @property
     def factors_at(self) -> int:
-        """Where post and comb of two batches lie, after the tile; before them, in the second half, y of every warp."""
-        return max(self.tile_at + STREAMS * self.batch * self.wide * 2, WARPS * self.hidden * 2)
+        """Where post and comb of two batches lie, after fn."""
+        return self.stages * self.fn_bytes
 
     @property
     def sums_at(self) -> int:
@@ -119,19 +115,19 @@ class Cut(NamedTuple):
         return self.owned * self.ctas * self.across * MESSAGE * WORD
 
     @property
-    def quads_at(self) -> int:
-        """Where each thread keeps its dots of the tiles so far: there are no registers for them."""
+    def tile_at(self) -> int:
+        """Where a tile of new streams lies: (STREAMS, batch, wide) bf16. In the second half y of each warp's token."""
         return self.sums_at + 2 * self.sums_bytes
 
     @property
     def barriers_at(self) -> int:
-        """mbarriers: fn has arrived, and has been read."""
-        return self.quads_at + QUADS * self.threads * LINE
+        """mbarriers: for each stage one for its arrival, then one for having been read."""
+        return self.tile_at + max(STREAMS * self.batch * self.wide, WARPS * self.hidden) * 2
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self.barriers_at + 2 * BARRIER
+        return self.barriers_at + 2 * self.stages * BARRIER
 
 
 class Spot(NamedTuple):
@@ -193,7 +189,7 @@ def place_of(step: Int32 | int, here: Spot, cut: Cut) -> Int32:
 
 def first_half(tensor: cute.Tensor, streams: int, row: Int32, tile: Int32, here: Spot, cut: Cut) -> Int64:
     """Address of a thread's line of a bf16 tensor (tokens, streams, H), in stream 0."""
-    dims = (tile * cut.ctas + here.rank) * cut.wide + here.lane % cut.lanes * 8
+    dims = (here.rank * cut.tiles + tile) * cut.wide + here.lane % cut.lanes * 8
     return exchange.global_address(tensor) + (Int64(row) * (streams * cut.hidden * 2) + Int64(dims * 2))
 
 

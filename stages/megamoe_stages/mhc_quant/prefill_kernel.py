@@ -35,7 +35,6 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     LINE,
     MESSAGE,
     PIECE,
-    QUADS,
     RUN,
     WARPS,
     WORD,
@@ -55,9 +54,8 @@ from megamoe_stages.mhc_quant.prefill_cut import (
 )
 
 SOURCES = 1 + STREAMS  # lines that a new line of every stream is made of: F's, and one of each old stream
-STEPS = 4  # of a tile, for which a thread has loaded its lines
-KEPT = 2  # of them it keeps the next batch's during the second half
-EARLY = 1  # runs of a warp's next token that it loads before the norm of this one
+STEPS = 2  # for which a thread has loaded its lines
+EARLY = 2  # runs of a warp's next token that it loads before the norm of this one
 TOKENS = 2  # of a thread when streams are multiplied with fn
 
 
@@ -111,11 +109,13 @@ class State:
 
     Attributes:
         ahead: (STEPS, SOURCES, 4) words of the next steps.
+        sums: (TOKENS, 3, 4) dots of this batch, see `prefill_mix.add_dots`.
         squares: (TOKENS,) of this batch.
     """
 
     def __init__(self) -> None:
         self.ahead = cute.make_rmem_tensor((STEPS * SOURCES * 4,), Uint32)
+        self.sums = cute.make_rmem_tensor((TOKENS * 3 * 4,), Float32)
         self.squares = cute.make_rmem_tensor((TOKENS,), Float32)
 
 
@@ -130,19 +130,20 @@ def mhc_quant_prefill(
     base = exchange.address(cute.arch.get_dyn_smem(Uint8, alignment=128))
     first, batches = cta // cut.ctas, (tokens_of(given) + cut.batch - 1) // cut.batch
     turns = (batches - first + clusters(cut) - 1) // clusters(cut)
-    if thread == 0:
-        ring.init(_arrived(base, cut), 1)
-        ring.init(_was_read(base, cut), cut.threads)
+    if thread < 2 * cut.stages:
+        arrivals = arith.select(thread < cut.stages, Int32(1), Int32(cut.threads))
+        ring.init(base + (cut.barriers_at + thread * BARRIER), arrivals)
     ring.init_fence()
     cute.arch.sync_threads()
     cute.arch.cluster_arrive_relaxed()
     state = State()
     for step in cutlass.range_constexpr(STEPS):
-        _load(state, step, first, Int32(0), given, cut)
+        _load(state, step, first, Int32(0), step, given, cut)
     _fetch_factors(first, Int32(0), base, given, cut)
     if thread == 0:
         cute.arch.griddepcontrol_wait()  # for fn in order; all else was there before that launch
-        _ask(Int32(0), base, pieces, cut)
+        for n in cutlass.range_constexpr(cut.stages):
+            _ask(Int32(n), turns, base, pieces, cut)
     zero_padding(out, tokens_of(given), given.tiled, cta * cut.threads + thread, ctas * cut.threads)
     if cta + thread == 0:
         out.dec[()] = recipe.global_scale(given.enc[()], target).dec
@@ -152,10 +153,7 @@ def mhc_quant_prefill(
     for turn in cutlass.range(turns, unroll=1):
         _first_half(state, turn, turns, base, pieces, given, out, target, cut)
         _second_half(turn, base, given, out, target, cut)
-        for step in cutlass.range_constexpr(KEPT, STEPS):
-            _load(state, step, _batch(turn + 1, cut), Int32(0), given, cut)
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.sync_threads()  # y lies where fn and the next tile go
+        cute.arch.sync_threads()  # y lies where the next tile goes
     _sinkhorn(turns, given, out, target, cut)
 
 
@@ -173,14 +171,15 @@ def _first_half(
 ) -> None:
     """The new streams of this CTA's hidden dims of a batch, and their sums to the owners of the tokens."""
     _fetch_factors(_batch(turn + 1, cut), (turn + 1) & 1, base, given, cut)
-    for t in cutlass.range_constexpr(TOKENS):
-        state.squares[t] = Float32(0.0)
-    _keep_quads([[[Float32(0.0)] * 4] * (QUADS // TOKENS)] * TOKENS, base, cut)
+    for part in (state.sums, state.squares):
+        for i in cutlass.range_constexpr(cute.size(part)):
+            part[i] = Float32(0.0)
     for tile in cutlass.range(cut.tiles, unroll=1):
         number = turn * cut.tiles + tile
-        if (warp.thread() == 0) & (number > 0):
-            _ask(number, base, pieces, cut)
-        _make(state, turn, tile, base, given, out, target, cut)
+        if (cute.arch.thread_idx()[0] == 0) & (number > 0):
+            _ask(number + (cut.stages - 1), turns, base, pieces, cut)
+        for some in cutlass.range(cut.steps // STEPS, unroll=1):
+            _make(state, turn, tile, some, base, given, out, target, cut)
         cute.arch.sync_threads()
         _multiply(state, number, base, target, cut)
         cute.arch.sync_threads()  # the tile may be written anew
@@ -197,27 +196,29 @@ def _batch(turn: Int32, cut: Cut) -> Int32:
 
 
 @cute.jit
-def _ask(number: Int32, base: Int32, pieces: cute.Tensor, cut: Constexpr[Cut]) -> None:
-    """Asks for fn of tile `number`, counted from the beginning, once that of the last one was read; one thread."""
-    if number > 0:
-        ring.wait(_was_read(base, cut), (number - 1) & 1)
-    ring.expect(_arrived(base, cut), Int32(cut.fn_bytes))
-    tile = number % cut.tiles * cut.ctas + rank_of(cut)
-    source = exchange.global_address(pieces) + Int64(tile) * cut.fn_bytes
-    ring.copy(source, base, Int32(cut.fn_bytes), _arrived(base, cut))
+def _ask(number: Int32, turns: Int32, base: Int32, pieces: cute.Tensor, cut: Constexpr[Cut]) -> None:
+    """Asks for fn of tile `number`, counted from the launch's beginning, once its stage has been read; one thread."""
+    if number < turns * cut.tiles:
+        stage, before = number % cut.stages, number // cut.stages - 1
+        if before >= 0:
+            ring.wait(_was_read(base, stage, cut), before & 1)
+        ring.expect(_arrived(base, stage, cut), Int32(cut.fn_bytes))
+        tile = rank_of(cut) * cut.tiles + number % cut.tiles
+        source = exchange.global_address(pieces) + Int64(tile) * cut.fn_bytes
+        ring.copy(source, base + stage * cut.fn_bytes, Int32(cut.fn_bytes), _arrived(base, stage, cut))
 
 
-def _arrived(base: Int32, cut: Cut) -> Int32:
-    """mbarrier: fn of a tile is there."""
-    return base + cut.barriers_at
+def _arrived(base: Int32, stage: Int32, cut: Cut) -> Int32:
+    """mbarrier: fn is in a stage."""
+    return base + (cut.barriers_at + stage * BARRIER)
 
 
-def _was_read(base: Int32, cut: Cut) -> Int32:
+def _was_read(base: Int32, stage: Int32, cut: Cut) -> Int32:
     """mbarrier: all threads have read it."""
-    return base + (cut.barriers_at + BARRIER)
+    return base + (cut.barriers_at + cut.stages * BARRIER + stage * BARRIER)
 
 
-def _load(state: State, step: int, batch: Int32, tile: Int32, given: Inputs, cut: Cut) -> None:
+def _load(state: State, slot: int, batch: Int32, tile: Int32, step: Int32 | int, given: Inputs, cut: Cut) -> None:
     """Loads the lines of this thread's token of a step, or of the last token there is."""
     here = spot(cut)
     row = clamped(batch * cut.batch + place_of(step, here, cut), given)
@@ -225,13 +226,13 @@ def _load(state: State, step: int, batch: Int32, tile: Int32, given: Inputs, cut
     places = [first_half(given.f, 1, row, tile, here, cut), *(streams + s * cut.hidden * 2 for s in range(STREAMS))]
     for i, place in enumerate(places):
         for w, word in enumerate(exchange.load16_once(place)):
-            state.ahead[(step * SOURCES + i) * 4 + w] = word
+            state.ahead[(slot * SOURCES + i) * 4 + w] = word
 
 
 @cute.jit
 def _fetch_factors(batch: Int32, parity: Int32, base: Int32, given: Constexpr[Inputs], cut: Constexpr[Cut]) -> None:
     """Copies post and comb of a batch's tokens to shared memory, 16 bytes a thread and step."""
-    thread = warp.thread()
+    thread, _, _ = cute.arch.thread_idx()
     for first in cutlass.range_constexpr(0, cut.batch * SOURCES, cut.threads):
         place = first + thread
         if place < cut.batch * SOURCES:
@@ -243,21 +244,28 @@ def _fetch_factors(batch: Int32, parity: Int32, base: Int32, given: Constexpr[In
 
 
 def _make(
-    state: State, turn: Int32, tile: Int32, base: Int32, given: Inputs, out: Outputs, target: Target, cut: Cut
+    state: State,
+    turn: Int32,
+    tile: Int32,
+    some: Int32,
+    base: Int32,
+    given: Inputs,
+    out: Outputs,
+    target: Target,
+    cut: Cut,
 ) -> None:
-    """Writes the new streams of this thread's lines of a tile, and loads those of the next one."""
+    """STEPS steps: writes the new streams of this thread's lines, and loads those that come next."""
     here, batch = spot(cut), _batch(turn, cut)
-    last = tile == cut.tiles - 1
-    for step in range(STEPS):
-        cute.arch.sync_warp()  # or the compiler works on several steps at once, and spills
-        lines = [[state.ahead[(step * SOURCES + i) * 4 + w] for w in range(4)] for i in range(SOURCES)]
-        place = place_of(step, here, cut)
+    last = some == cut.steps // STEPS - 1
+    end = last & (tile == cut.tiles - 1)
+    next_batch = arith.select(end, _batch(turn + 1, cut), batch)
+    next_tile = arith.select(end, Int32(0), arith.select(last, tile + 1, tile))
+    next_step = arith.select(last, Int32(0), (some + 1) * STEPS)
+    for slot in range(STEPS):
+        lines = [[state.ahead[(slot * SOURCES + i) * 4 + w] for w in range(4)] for i in range(SOURCES)]
+        place = place_of(some * STEPS + slot, here, cut)
         new = mhc.post_mix(lines, functools.partial(_factors, factors_of(base, place, turn & 1, cut)), target)
-        if step < KEPT:
-            next_batch, next_tile = arith.select(last, _batch(turn + 1, cut), batch), tile + 1
-            _load(state, step, next_batch, arith.select(last, Int32(0), next_tile), given, cut)
-        else:
-            _load_unless(last, state, step, batch, tile + 1, given, cut)
+        _load(state, slot, next_batch, next_tile, next_step + slot, given, cut)
         row = batch * cut.batch + place
         exists = arith.select(row < tokens_of(given), Int32(1), Int32(0))
         to = first_half(out.residual, STREAMS, row, tile, here, cut)
@@ -267,25 +275,11 @@ def _make(
             ring.store_global16_if(to + s * cut.hidden * 2, words, exists)
 
 
-@cute.jit
-def _load_unless(
-    last: Boolean,
-    state: Constexpr[State],
-    step: Constexpr[int],
-    batch: Int32,
-    tile: Int32,
-    given: Constexpr[Inputs],
-    cut: Constexpr[Cut],
-) -> None:
-    if not last:
-        _load(state, step, batch, tile, given, cut)
-
-
 def _multiply(state: State, number: Int32, base: Int32, target: Target, cut: Cut) -> None:
     """Adds the products of this warp's part of a tile with fn, and its squares."""
     here = spot(cut)
-    ring.wait(_arrived(base, cut), number & 1)
-    sums = _quads(base, cut)
+    stage = number % cut.stages
+    ring.wait(_arrived(base, stage, cut), number // cut.stages & 1)
     for some in range(cut.chunks):
         chunk = some * cut.across + here.member
         streams = []
@@ -294,30 +288,23 @@ def _multiply(state: State, number: Int32, base: Int32, target: Target, cut: Cut
             streams.append([ring.load16(at + s * (cut.batch * cut.wide * 2)) for s in range(STREAMS)])
             squares = prefill_mix.squares(streams[t], here.row, target)
             state.squares[t] = arith.add(state.squares[t], squares, target)
-        sums = prefill_mix.add_dots(streams, sums, base + (chunk * (STREAMS * PIECE) + here.lane * LINE))
-    _keep_quads(sums, base, cut)
+        at = base + (stage * cut.fn_bytes + chunk * (STREAMS * PIECE) + here.lane * LINE)
+        for t, quads in enumerate(prefill_mix.add_dots(streams, _sums(state), at)):
+            for i, value in enumerate(value for quad in quads for value in quad):
+                state.sums[t * 12 + i] = value
     # every thread arrives, so that racecheck sees no lane speak for others, and none before its sums are there: a copy
     # may overtake a load of shared memory that is on its way
-    every = functools.reduce(lambda a, b: a & b, (arith.bits(quad[0]) for quads in sums for quad in quads))
+    every = functools.reduce(lambda a, b: a & b, (arith.bits(state.sums[i]) for i in range(0, TOKENS * 12, 4)))
     known = every != Uint32(0xFFFFFFFF)  # no NaN that `mma` makes looks like this
-    ring.arrive_if(_was_read(base, cut), arith.select(known, Int32(1), Int32(0)))
-
-
-def _keep_quads(sums: list[prefill_mix.Quads], base: Int32, cut: Cut) -> None:
-    """Writes this thread's dots to shared memory, for itself."""
-    for i, quad in enumerate(quad for quads in sums for quad in quads):
-        exchange.store_floats(base + (cut.quads_at + i * cut.threads * LINE) + warp.thread() * LINE, quad)
-
-
-def _quads(base: Int32, cut: Cut) -> list[prefill_mix.Quads]:
-    """Reads them."""
-    at, each = base + cut.quads_at + warp.thread() * LINE, QUADS // TOKENS
-    quads = [exchange.load_floats(at + i * cut.threads * LINE, 4) for i in range(QUADS)]
-    return [quads[t * each : t * each + each] for t in range(TOKENS)]
+    ring.arrive_if(_was_read(base, stage, cut), arith.select(known, Int32(1), Int32(0)))
 
 
 def _factors(at: Int32, row: int) -> list[Float32]:
     return exchange.load_floats(at + row * LINE, 4)
+
+
+def _sums(state: State) -> list[prefill_mix.Quads]:
+    return [[[state.sums[(t * 3 + part) * 4 + i] for i in range(4)] for part in range(3)] for t in range(TOKENS)]
 
 
 @cute.jit
@@ -326,7 +313,7 @@ def _send_sums(
 ) -> None:
     """Sends this warp's sums of each token to the CTA that owns it."""
     here = spot(cut)
-    dots = prefill_mix.dots(_quads(base, cut), target)
+    dots = prefill_mix.dots(_sums(state), target)
     for t in cutlass.range_constexpr(TOKENS):
         for i in cutlass.range_constexpr(2):
             at, owner = _place_of(here.group * GROUP + 8 * t + 2 * here.quad + i, parity, base, here, cut)
@@ -390,7 +377,7 @@ def _finish(
     total = cute.make_rmem_tensor((1,), Float32)
     total[0] = Float32(0.0)
     pre = _pre(own, row, parity, base, given, out, target, cut)
-    y_at = base + (here.warp * (cut.hidden * 2) + here.lane * LINE)
+    y_at = base + (cut.tile_at + here.warp * (cut.hidden * 2) + here.lane * LINE)
     for some in cutlass.range(cut.runs // AHEAD - 1, unroll=1):
         for i in cutlass.range_constexpr(AHEAD):
             words = _collapsed(lines, i, pre, target)
@@ -532,7 +519,7 @@ def _sinkhorn(
     cut: Constexpr[Cut],
 ) -> None:
     """Turns the logits of this CTA's own tokens into comb; a thread a token."""
-    here, thread = spot(cut), warp.thread()
+    here, (thread, _, _) = spot(cut), cute.arch.thread_idx()
     rows = rows_of_streams(out.comb)
     for i in cutlass.range(thread, turns * cut.owned, cut.threads, unroll=1):
         row = _batch(i // cut.owned, cut) * cut.batch + here.rank * cut.owned + i % cut.owned

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
-from megamoe_stages.mhc_quant import launch
+from megamoe_stages.mhc_quant import launch, prefill_launch
 from megamoe_stages.mhc_quant.contract import MhcOutput
 
 
@@ -42,10 +42,10 @@ def mhc_quant(
         hc_eps=hc_eps,
         norm_eps=norm_eps,
         scale_layout=scale_layout,
-        many=True,
+        run=prefill_launch.run,
     )
 
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return launch.kernels_for_many(Target.SM90)
+    return prefill_launch.kernels(Target.SM90)
