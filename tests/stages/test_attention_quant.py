@@ -52,7 +52,7 @@ def unfused(a: dict[str, Any], shape: Shape) -> tuple[QuantizedAttention, Tensor
     o = torch.full(a["q"].shape, torch.nan)
     lse = torch.full(a["q"].shape[:2], torch.nan)
     artifact = compiler.compile_kernel(attention_fp32.spec(shape))
-    ptxemu.run(artifact, *common(a), o, lse.view(-1), *numbers(a)).raise_for_findings()
+    ptxemu.run(artifact, *common(a), o, lse, *numbers(a)).raise_for_findings()
     turned = (a["positions"], a["cos"], a["sin"], a["global_scale_enc"])
     out = inverse_rope_quant(o, *turned, groups=a["groups"], scale_layout=a["scale_layout"])
     return QuantizedAttention(out, lse), o
@@ -64,7 +64,7 @@ def fused(a: dict[str, Any], shape: Shape) -> QuantizedAttention:
     out.codes.fill_(0xAA), out.scales.view(torch.uint8).fill_(0x55), lse.fill_(torch.nan)
     artifact = compiler.compile_kernel(kernel.spec(a["scale_layout"] == "128x4", shape))
     turned = (a["positions"].view(torch.int32), a["cos"], a["sin"], a["global_scale_enc"])
-    written = (out.codes, out.scales.view(torch.uint8), out.global_scale_dec, lse.view(-1))
+    written = (out.codes, out.scales.view(torch.uint8), out.global_scale_dec, lse)
     ptxemu.run(artifact, *common(a), *turned, *written, *numbers(a)).raise_for_findings()
     return QuantizedAttention(out, lse)
 

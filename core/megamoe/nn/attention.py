@@ -247,6 +247,42 @@ def attend(
     return _merge(near, far, sink)
 
 
+def attend_quantized(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale_enc: Tensor,
+    sink: Tensor | None = None,
+    *,
+    groups: int,
+    softmax_scale: float,
+    window: int | None,
+) -> NVFP4Tensor:
+    """`attend` over the window alone, inverse RoPE and quantisation as one op, for `AttentionOutput.project`.
+
+    Args:
+        q: (batch, queries, heads, D); query i sits at key position i + keys - queries.
+        k: (batch, keys, kv_heads, D).
+        positions: int32 or int64 (batch * queries,), rows of the tables.
+        cos: fp32 (P, R/2).
+        sin: fp32 (P, R/2).
+        scale_enc: fp32 (), encode scale of the turned heads.
+        sink: fp32 (heads,), in the denominator, once.
+        groups: Of heads.
+        softmax_scale: What the scores are multiplied by.
+        window: Keys a query sees, its own included; None for all before it.
+
+    Returns:
+        NVFP4 of logical shape (groups, batch * queries, heads / groups * D), linear scales.
+    """
+    turn = (positions, cos, sin, scale_enc)
+    options = {"softmax_scale": softmax_scale, "causal": True, "window": window}
+    out: NVFP4Tensor = op("attention_quant")(*_back_to_back(q, k), *turn, sink, None, groups=groups, **options).out
+    return out
+
+
 def decode(
     q: Tensor,
     cache: PagedKV,
@@ -303,14 +339,8 @@ def _dense(
 ) -> tuple[Tensor, Tensor]:
     """multi_cta_attention over sequences of equal lengths, (batch, length, heads, D)."""
     batch, queries, heads, _ = q.shape
-    edges = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-    keys = k.flatten(0, 1).contiguous()
     result = op("multi_cta_attention")(
-        q.flatten(0, 1).contiguous(),
-        keys,
-        keys,
-        edges * queries,
-        edges * k.shape[1],
+        *_back_to_back(q, k),
         sink,
         None if mask is None else mask.flatten(0, 1).contiguous(),
         softmax_scale=softmax_scale,
@@ -318,6 +348,13 @@ def _dense(
         window=window,
     )
     return result.out.view(batch, queries, heads, -1), result.lse.view(batch, queries, heads)
+
+
+def _back_to_back(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sequences of equal lengths as the ops take them: queries, keys, the same as values, and the offsets of both."""
+    edges = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
+    keys = k.flatten(0, 1).contiguous()
+    return q.flatten(0, 1).contiguous(), keys, keys, edges * q.shape[1], edges * k.shape[1]
 
 
 def _merge(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], sink: Tensor | None) -> Tensor:

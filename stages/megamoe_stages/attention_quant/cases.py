@@ -83,15 +83,21 @@ CASES: dict[str, Case] = {
     "d512-window": Case(
         make,
         {"lq": [130], "lk": [300], **_V4, "heads": 16, "groups": 2, "scale_layout": "128x4"},
+        bounds=attention.D512,
         bench=True,
     ),
-    "flash-prefill": Case(make, {"lq": [4096], "lk": [4096], **_V4}, gpu_only=True, bench=True),
+    "flash-prefill": Case(make, {"lq": [4096], "lk": [4096], **_V4}, bounds=attention.D512, gpu_only=True, bench=True),
     "flash-prefill-128x4": Case(
-        make, {"lq": [4096], "lk": [4096], **_V4, "scale_layout": "128x4"}, gpu_only=True, bench=True
+        make,
+        {"lq": [4096], "lk": [4096], **_V4, "scale_layout": "128x4"},
+        bounds=attention.D512,
+        gpu_only=True,
+        bench=True,
     ),
     "dense-d512": Case(
         make,
         {"lq": [8192], "lk": [8192], "heads": 16, "kv_heads": 16, "head_dim": 512, "groups": 2},
+        bounds=attention.D512,
         gpu_only=True,
         bench=True,
     ),

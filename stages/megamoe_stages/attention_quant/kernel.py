@@ -25,7 +25,7 @@ from megamoe_stages.multi_cta_attention.shape_512 import DIM, THREADS, Shape
 def launch(
     q: cute.Tensor,  # (queries, heads, 512) bf16
     k: cute.Tensor,  # (keys, kv_heads, 512) bf16
-    v: cute.Tensor,  # the same; k itself when shared
+    v: cute.Tensor,  # the same
     cu_seqlens_q: cute.Tensor,  # (sequences + 1,) int32
     cu_seqlens_k: cute.Tensor,  # (sequences + 1,) int32
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
@@ -36,7 +36,7 @@ def launch(
     codes: cute.Tensor,  # (G, queries, heads / G * 256) uint8
     scales: cute.Tensor,  # (G, queries, heads / G * 32) uint8, or padded to 128 queries
     dec: cute.Tensor,  # () fp32
-    lse: cute.Tensor,  # (queries * heads,) fp32
+    lse: cute.Tensor,  # (queries, heads) fp32
     softmax_scale: Float32,
     causal: Int32,
     window: Int32,  # 0 for none
@@ -100,7 +100,7 @@ def kernel(
     given = Attention(
         q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
     )
-    kernel_512.work_on_rows(given, finish, shape)
+    kernel_512.work_on_rows(given, None, finish, shape)
 
 
 def spec(tiled: bool, shape: Shape) -> KernelSpec:

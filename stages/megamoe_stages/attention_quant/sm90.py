@@ -15,7 +15,7 @@ from megamoe.errors import ArgumentError
 from megamoe_stages.attention_quant import contract, kernel, limits
 from megamoe_stages.attention_quant.contract import QuantizedAttention
 from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE
-from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape, shape_for
+from megamoe_stages.multi_cta_attention.shape_512 import PLAIN, Shape, shape_for
 
 
 def attention_quant(
@@ -113,7 +113,7 @@ def attention_quant(
         out.codes,
         out.scales.view(torch.uint8),
         out.global_scale_dec,
-        lse.view(-1),
+        lse,
         max(softmax_scale, LEAST_SCALE),
         int(causal),
         0 if window is None else window,
@@ -130,4 +130,4 @@ def launcher(tiled: bool, shape: Shape) -> Callable[..., None]:
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return [kernel.spec(tiled, shape) for tiled in (False, True) for shape in SHAPES]
+    return [kernel.spec(tiled, shape) for tiled in (False, True) for shape in PLAIN]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from megamoe.cute import compiler
+from megamoe.cute import compiler, mask_bits
 from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.contract import AttentionOutput
-from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE
-from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape
+from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE, nothing
+from megamoe_stages.multi_cta_attention.shape_512 import MASKED, PLAIN, Shape
 
 
 def attend(
@@ -22,13 +23,14 @@ def attend(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     sink: Tensor | None,
+    mask: Tensor | None,
     out: AttentionOutput,
     *,
     softmax_scale: float,
     causal: bool,
     window: int | None,
 ) -> tuple[object, ...]:
-    """The arguments of a kernel; nothing is empty."""
+    """The arguments of a kernel, `MASKED` with a mask; nothing is empty."""
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale  # the kernel takes the largest product for the largest score
     return (
@@ -37,14 +39,22 @@ def attend(
         v,
         cu_seqlens_q,
         cu_seqlens_k,
-        out.lse.view(-1) if sink is None else sink,
+        nothing(q.device)[0] if sink is None else sink,
+        *(() if mask is None else _bits(mask)),
         out.out,
-        out.lse.view(-1),
+        out.lse,
         max(softmax_scale, LEAST_SCALE),
         int(causal),
         0 if window is None else window,
         int(sink is not None),
     )
+
+
+def _bits(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mask as bytes, and room for what it is packed into."""
+    queries, columns = mask.shape
+    words = mask.new_empty((queries, mask_bits.WORDS * -(-columns // mask_bits.TILE)), dtype=torch.int32)
+    return mask.view(torch.uint8), words, words.new_empty(queries)
 
 
 @functools.cache
@@ -55,4 +65,4 @@ def attend_kernel(shape: Shape) -> Callable[..., None]:
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return [kernel_512.spec(shape) for shape in SHAPES]
+    return [kernel_512.spec(shape) for shape in (*PLAIN, MASKED)]

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Constexpr, Int32, Int64, cute
 
-from megamoe.cute import arith
+from megamoe.cute import arith, mask_bits
+from megamoe.cute.mask_bits import MaskBits
 from megamoe.cute.warp import WARP
-from megamoe_stages.multi_cta_attention.shape_512 import GROUP, ROWS, Shape
+from megamoe_stages.multi_cta_attention.shape_512 import GROUP, ROWS, TILE, Shape
 
 
 class Rows(NamedTuple):
@@ -79,12 +80,18 @@ def lanes() -> tuple[Int32, Int32, Int32]:
     return lane // 4, lane % 4, cute.arch.warp_idx() % (GROUP // WARP)
 
 
-def work_of(rows: Rows, token: Int32, kv_head: Int32, cluster_first: Int32, shape: Shape) -> Work:
+def work_of(
+    rows: Rows, token: Int32, kv_head: Int32, cluster_first: Int32, mask: MaskBits | None, shape: Shape
+) -> Work:
     """The keys that some row of the cluster sees; `cluster_first` is its first row."""
     last = cutlass.min(cluster_first + shape.ctas * ROWS, rows.count) - 1
     start, _ = rows.seen(cluster_first)
     _, end = rows.seen(last)
-    return Work(start, (cutlass.max(end - start, 0) + (shape.tile - 1)) // shape.tile, token, kv_head)
+    if mask is not None:
+        start = start // mask_bits.TILE * mask_bits.TILE  # where words start
+        shown = mask.last_end(rows.split(cluster_first)[0], rows.split(last)[0])
+        start, end = (cute.arch.make_warp_uniform(x) for x in (start, cutlass.min(end, shown)))  # saves registers
+    return Work(start, (cutlass.max(end - start, 0) + (TILE - 1)) // TILE, token, kv_head)
 
 
 @cute.jit
