@@ -40,10 +40,7 @@ def result(shared_model: DeepseekV4ForCausalLM) -> Iterator[RunResult]:
 def test_every_op_ran_within_its_bound(result: RunResult) -> None:
     assert result.ok
     assert {row.stage for row in result.ops} == set(runtime().stages)
-    assert {row.stage for row in result.ops if not row.calls} == {
-        "attention_quant"
-    }  # the layers merge before they quantise
-    for row in (row for row in result.ops if row.calls):
+    for row in result.ops:
         assert row.ok, row
         assert row.seconds > 0
         assert row.variant

@@ -96,8 +96,8 @@ def test_one_cta_a_cluster_matches_the_reference(name: str) -> None:
 @pytest.mark.parametrize("shape", [*PLAIN, MASKED], ids=["wide", "narrow", "masked"])
 def test_no_nan_reaches_another_sequence(shape: Shape, lk: list[int]) -> None:
     """Tiles reach behind a sequence's end, and 0 times NaN is NaN."""
-    mask = {"mask": 0.8} if shape.masked else {}
-    given = make(torch.Generator().manual_seed(0), head_dim=512, lq=[20, 5, 10], lk=lk, heads=2, **mask)
+    share = 0.8 if shape.masked else None
+    given = make(torch.Generator().manual_seed(0), head_dim=512, lq=[20, 5, 10], lk=lk, heads=2, mask=share)
     clean = emulated(given, shape)
     for name in ("k", "v"):
         given[name][lk[0] : -lk[2]] = torch.nan

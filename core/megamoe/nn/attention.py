@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from megamoe.contracts import ACTIVATIONS, check_tensor
 from megamoe.errors import ArgumentError
 from megamoe.numerics.attention import merge_lse
-from megamoe.numerics.nvfp4 import BLOCK, E4M3_MAX
+from megamoe.numerics.nvfp4 import BLOCK, E4M3_MAX, NVFP4Tensor
 from megamoe.ops import op
 
 
