@@ -44,6 +44,10 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "mask-narrow-causal-window": {"lq": [30], "lk": [190], "mask": 0.5, "mask_columns": 170, "window": 60},
     "mask-nothing": {"lq": [8], "lk": [30], "mask": 0.0, "heads": 2, "sink": True},
     "mask-few-keys": {"lq": [20, 20], "lk": [1, 70], "mask": 0.02, "causal": False, "kv_heads": 4},
+    "entries": {"lq": [40, 6, 3], "lk": [100, 25, 4], "entries": 9, "mask": 0.5, "window": 20, "sink": True},
+    "entries-all": {"lq": [5, 30], "lk": [12, 260], "entries": 140, "kv_heads": 1},
+    "entries-no-columns": {"lq": [7], "lk": [80], "entries": 70, "mask": 1.0, "mask_columns": 0},
+    "entries-full": {"lq": [33, 50], "lk": [90, 300], "entries": 66, "mask": 0.4, "causal": False, "heads": 2},
     "forty-sequences": {"lq": [i % 3 for i in range(40)], "lk": [7 * i % 11 for i in range(40)], "sink": True},
 }
 
@@ -68,8 +72,9 @@ def emulated(a: dict[str, Any], shape: Shape | None = None, policy: str = "eager
         softmax_scale=a["softmax_scale"],
         causal=a["causal"],
         window=a["window"],
+        entries=a.get("entries", 0),
     )
-    shape = shape or (MASKED if a.get("mask") is not None else WIDE)
+    shape = shape or (MASKED if "mask" in a or "entries" in a else WIDE)
     artifact = compiler.compile_kernel(kernel_512.spec(shape))
     ptxemu.run(artifact, *arguments, policy=policy, seed=seed).raise_for_findings()
     return out
@@ -93,11 +98,15 @@ def test_one_cta_a_cluster_matches_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("lk", [[50, 70, 30], [130, 9, 64]], ids=["one-tile", "tiles"])
-@pytest.mark.parametrize("shape", [*PLAIN, MASKED], ids=["wide", "narrow", "masked"])
-def test_no_nan_reaches_another_sequence(shape: Shape, lk: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "entries"),
+    [(WIDE, 0), (NARROW, 0), (MASKED, 0), (MASKED, 7)],
+    ids=["wide", "narrow", "masked", "entries"],
+)
+def test_no_nan_reaches_another_sequence(shape: Shape, entries: int, lk: list[int]) -> None:
     """Tiles reach behind a sequence's end, and 0 times NaN is NaN."""
-    share = 0.8 if shape.masked else None
-    given = make(torch.Generator().manual_seed(0), head_dim=512, lq=[20, 5, 10], lk=lk, heads=2, mask=share)
+    masked: dict[str, Any] = {"mask": 0.8, "entries": entries} if shape.masked else {}
+    given = make(torch.Generator().manual_seed(0), head_dim=512, lq=[20, 5, 10], lk=lk, heads=2, **masked)
     clean = emulated(given, shape)
     for name in ("k", "v"):
         given[name][lk[0] : -lk[2]] = torch.nan

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Float32, Int32, Int64, Uint8, Uint32, cute
+from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.runtime import make_fake_compact_tensor
@@ -39,15 +39,16 @@ class MaskBits(NamedTuple):
         """The largest of `ends` from query `first` to `last`; a whole warp."""
         return _last_end(self.ends, first, last)
 
-    def load(self, query: Int32, start: Int32) -> list[Uint32]:
-        """The words of a tile of keys from `start` on, a multiple of TILE."""
+    def load_if(self, query: Int32, start: Int32, condition: Boolean) -> list[Uint32]:
+        """The words of a tile of keys from `start` on, a multiple of TILE; all ones where the condition does not hold."""
         width = cute.size(self.words, mode=[1])
         at = ring.address(self.words.iterator) + (Int64(query) * width + start // WARP) * 4
         out = llvm.inline_asm(
             llvm.StructType.get_literal([Uint32.mlir_type] * WORDS),
-            [at.ir_value()],
-            "ld.global.nc.v2.b32 {$0, $1}, [$2];",
-            "=r,=r,l",
+            [at.ir_value(), arith.select(condition, Int32(1), Int32(0)).ir_value()],
+            "{.reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, -1; mov.b32 $1, -1;"
+            " @p ld.global.nc.v2.b32 {$0, $1}, [$2];}",
+            "=&r,=&r,l,r",
             has_side_effects=True,  # to stay where it was put, long before the bits are needed
             is_align_stack=False,
             asm_dialect=llvm.AsmDialect.AD_ATT,

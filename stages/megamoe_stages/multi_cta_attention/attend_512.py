@@ -20,7 +20,7 @@ from megamoe.cute.mask_bits import MaskBits
 from megamoe.cute.softmax import fma
 from megamoe.cute.warp import sum_of_four
 from megamoe_stages.multi_cta_attention.produce_512 import advance
-from megamoe_stages.multi_cta_attention.rows_512 import Rows, Work, lanes
+from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, Work, lanes
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
     CONSUMERS,
@@ -57,7 +57,7 @@ class Consumer:
         scale: (2,) fp32: by what the sums shrink before that.
     """
 
-    def __init__(self, base: Int32, number: Int32, factor: Float32, mask: MaskBits | None) -> None:
+    def __init__(self, base: Int32, number: Int32, factor: Float32, mask: Mask | None) -> None:
         self.base, self.number, self.factor, self.mask = base, number, factor, mask
         self.cursor = cute.make_rmem_tensor((2,), Int32)
         self.acc = cute.make_rmem_tensor((_COUNT,), Float32)
@@ -83,10 +83,10 @@ def attend(me: Constexpr[Consumer], rows: Constexpr[Rows], work: Constexpr[Work]
         take_turn(me, me.number + 2 + 2 * turn, rows, work, True, True, shape)
     if own > 0:
         last_own = me.number + 2 * (own - 1)
-        finish_own(me, rows.keys - (work.first + last_own * TILE), shape)
+        finish_own(me, rows.keys + rows.entries - work.start(last_own), shape)
     last = me.number + 2 * own - 1  # of the other consumer, behind this one's last
     if (last >= 0) & (last < work.tiles):
-        finish_other(me, last, rows.keys - (work.first + last * TILE), shape)
+        finish_other(me, last, rows.keys + rows.entries - work.start(last), shape)
     for i in cutlass.range_constexpr(2):
         me.stat[2 + i] = sum_of_four(me.stat[2 + i], Target.SM90)
     join_totals(me, shape)
@@ -129,13 +129,15 @@ def take_turn(
             wgmma.wait(1)
         release(held if chunk > 0 or owns else [], shape)
         held = empty
-    words = seen_words(me.mask, tile, rows, work) if me.mask is not None else []
+    words = seen_words(me.mask.bits, tile, rows, work) if me.mask is not None else []
     running = 0
     others: list[Int32] = []
     if cutlass.const_expr(follows):
         shrink = follow(me, tile - 1, shape)
         sums = attention_mma.fence([sums[i] * shrink[i // 2 % 2] for i in range(_COUNT)])
-        sums, others, running = start_other(me, sums, None, shape)
+        # a few entries may follow a tile that reaches behind them: the last tile is not the only one to clear
+        count = None if me.mask is None else rows.keys + rows.entries - work.start(tile - 1)
+        sums, others, running = start_other(me, sums, count, shape)
     scores = attention_mma.wait(scores, running)
     release(held, shape)
     softmax(me, scores, words, tile, rows, work)
@@ -180,7 +182,7 @@ def seen_words(mask: MaskBits, tile: Int32, rows: Rows, work: Work) -> list[Uint
     words: list[Uint32] = []
     for half in range(2):
         row = cutlass.min(rows.first + wide * 16 + g + 8 * half, rows.count - 1)
-        words += mask.load(rows.split(row)[0], work.first + tile * TILE)
+        words += mask.load_if(rows.split(row)[0], work.start(tile) - work.columns, tile >= work.near)
     return words
 
 
@@ -292,11 +294,11 @@ def softmax(
     x = cute.make_rmem_tensor((TILE // 2,), Float32)
     for i, score in enumerate(scores):
         x[i] = score
-    start = work.first + tile * TILE
-    begin, _ = rows.seen(cutlass.min(rows.first + (ROWS - 1), rows.count - 1))
-    _, end = rows.seen(cutlass.min(rows.first, rows.count - 1))
+    start = work.start(tile)
+    begin, _ = work.seen(cutlass.min(rows.first + (ROWS - 1), rows.count - 1), tile, rows)
+    _, end = work.seen(cutlass.min(rows.first, rows.count - 1), tile, rows)
     if (begin > start) | (end < start + TILE):
-        hide(x, start, rows)
+        hide(x, tile, rows, work)
     if cutlass.const_expr(len(words) > 0):
         mask_bits.hide(x, words)
     for half in cutlass.range_constexpr(2):
@@ -317,11 +319,12 @@ def softmax(
 
 
 @cute.jit
-def hide(x: cute.Tensor, start: Int32, rows: Constexpr[Rows]) -> None:
+def hide(x: cute.Tensor, tile: Int32, rows: Constexpr[Rows], work: Constexpr[Work]) -> None:
     """Takes the keys of a tile that a row does not see out of its scores."""
     g, t, wide = lanes()
+    start = work.start(tile)
     for half in cutlass.range_constexpr(2):
-        begin, end = rows.seen(cutlass.min(rows.first + wide * 16 + g + 8 * half, rows.count - 1))
+        begin, end = work.seen(cutlass.min(rows.first + wide * 16 + g + 8 * half, rows.count - 1), tile, rows)
         first, last = begin - start - 2 * t, end - start - 2 * t
         for i in cutlass.range_constexpr(TILE // 8):
             for j in cutlass.range_constexpr(2):

@@ -31,6 +31,7 @@ def make(
     mask_picks: int | None = None,
     causal: bool = True,
     window: int | None = None,
+    entries: int = 0,
     gain: float = 1.0,
 ) -> dict[str, Any]:
     """Normal q, k and v; `gain` widens the scores, `mask` is the share of keys that a mask lets through.
@@ -49,10 +50,12 @@ def make(
         "causal": causal,
         "window": window,
     }
+    if entries:
+        args["entries"] = entries
     if sink:
         args["sink"] = torch.randn(heads, generator=generator) * 2
     if mask is not None:
-        columns = max(lk) if mask_columns is None else mask_columns
+        columns = mask_columns if mask_columns is not None else entries or max(lk)
         chances = torch.rand(queries, columns, generator=generator)
         if mask_ratio is not None:
             ready = (torch.arange(queries)[:, None] + 1) // mask_ratio
@@ -122,6 +125,44 @@ CASES: dict[str, Case] = {
             "mask": 1.0,
             "mask_ratio": 128,
             "causal": False,
+        },
+        bounds=D512,
+    ),
+    "entries": Case(make, {"lq": [40, 6, 3], "lk": [60, 20, 4], "entries": 9, "mask": 0.5, "window": 20, "sink": True}),
+    "entries-all": Case(make, {"lq": [5, 30], "lk": [12, 60], "entries": 15}),
+    "d512-entries": Case(
+        make,
+        {
+            "lq": [40, 6, 3],
+            "lk": [100, 25, 4],
+            "head_dim": 512,
+            "entries": 9,
+            "mask": 0.5,
+            "window": 20,
+            "sink": True,
+        },
+        bounds=D512,
+    ),
+    "d512-entries-all": Case(
+        make, {"lq": [5, 30], "lk": [12, 160], "kv_heads": 1, "head_dim": 512, "entries": 70}, bounds=D512
+    ),
+    "d512-entries-no-columns": Case(
+        make, {"lq": [7], "lk": [80], "head_dim": 512, "entries": 70, "mask": 1.0, "mask_columns": 0}, bounds=D512
+    ),
+    "d512-v4-by-4": Case(
+        make,
+        {
+            "lq": [300],
+            "lk": [375],
+            "heads": 8,
+            "kv_heads": 1,
+            "head_dim": 512,
+            "entries": 75,
+            "mask": 1.0,
+            "mask_ratio": 4,
+            "mask_picks": 16,
+            "window": 128,
+            "sink": True,
         },
         bounds=D512,
     ),
@@ -228,18 +269,20 @@ CASES: dict[str, Case] = {
         gpu_only=True,
         bench=True,
     ),
-    "flash-compressed-by-4": Case(
+    "flash-by-4": Case(
         make,
         {
             "lq": [4096],
-            "lk": [1024],
+            "lk": [4096 + 1024],
             "heads": 64,
             "kv_heads": 1,
             "head_dim": 512,
+            "entries": 1024,
             "mask": 1.0,
             "mask_ratio": 4,
             "mask_picks": 512,
-            "causal": False,
+            "window": 128,
+            "sink": True,
         },
         bounds=D512,
         gpu_only=True,

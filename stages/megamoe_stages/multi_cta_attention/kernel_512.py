@@ -25,7 +25,7 @@ from megamoe.cute.warp import WARP
 from megamoe_stages.multi_cta_attention import attend_512, produce_512, result_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.produce_512 import Source
-from megamoe_stages.multi_cta_attention.rows_512 import Rows, Work, find_sequence, work_of
+from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, Work, find_sequence, work_of
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
     CONSUMERS,
@@ -101,7 +101,7 @@ def launch(
 ) -> None:
     """Launches a cluster for each piece of rows of each sequence and kv head."""
     given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
-    kernel(*given, out, None, None, shape).launch(
+    kernel(*given, out, None, None, None, shape).launch(
         grid=grid(q, k, cu_seqlens_q, shape),
         block=[THREADS, 1, 1],
         cluster=[shape.ctas, 1, 1],
@@ -122,6 +122,7 @@ def launch_masked(
     mask: cute.Tensor,  # (queries, columns) uint8, 0 for a hidden key
     words: cute.Tensor,  # (queries, 2 a tile of 64 columns) int32, a place for the mask's bits
     ends: cute.Tensor,  # (queries,) int32, for where its rows end
+    entries: Int32,  # keys at a sequence's end that have no position, and that the mask is of; 0: it is of all
     out: cute.Tensor,
     lse: cute.Tensor,
     softmax_scale: Float32,
@@ -134,7 +135,7 @@ def launch_masked(
     """Packs the mask, then launches as `launch` does."""
     mask_bits.start_packing(mask, MaskBits(words, ends), stream)
     given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
-    kernel(*given, out, words, ends, shape).launch(
+    kernel(*given, out, words, ends, entries, shape).launch(
         grid=grid(q, k, cu_seqlens_q, shape),
         block=[THREADS, 1, 1],
         cluster=[shape.ctas, 1, 1],
@@ -196,6 +197,7 @@ def kernel(
     out: cute.Tensor,
     words: cute.Tensor | None,
     ends: cute.Tensor | None,
+    entries: Int32 | None,
     shape: Constexpr[Shape],
 ) -> None:
     """The kernel; see the module."""
@@ -206,14 +208,14 @@ def kernel(
     given = Attention(
         q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
     )
-    mask = MaskBits(words, ends) if words is not None and ends is not None else None
+    mask = None if words is None or ends is None or entries is None else Mask(MaskBits(words, ends), entries)
     work_on_rows(given, mask, finish, shape)
 
 
 @cute.jit
 def work_on_rows(
     given: Constexpr[Attention],
-    mask: Constexpr[MaskBits | None],
+    mask: Constexpr[Mask | None],
     finish: Constexpr[Finish],
     shape: Constexpr[Shape],
 ) -> None:
@@ -233,6 +235,7 @@ def work_on_rows(
     if sequence < cute.size(given.cu_seqlens_q) - 1:
         query, key = given.cu_seqlens_q[sequence], given.cu_seqlens_k[sequence]
         queries, keys = given.cu_seqlens_q[sequence + 1] - query, given.cu_seqlens_k[sequence + 1] - key
+        entries = Int32(0) if mask is None else cutlass.min(mask.entries, keys)
         cluster_first = (pieces - 1 - piece) * cluster_rows  # those with most keys first
         rank = number % shape.ctas
         rows = Rows(
@@ -242,8 +245,9 @@ def work_on_rows(
             query=query,
             heads=heads,
             head=kv_head * group,
-            position=keys - queries,
-            keys=keys,
+            position=keys - entries - queries,
+            keys=keys - entries,
+            entries=entries,
             causal=given.causal,
             window=given.window,
         )
@@ -257,7 +261,7 @@ def share_work(
     source: Constexpr[Source],
     rows: Constexpr[Rows],
     work: Constexpr[Work],
-    mask: Constexpr[MaskBits | None],
+    mask: Constexpr[Mask | None],
     finish: Constexpr[Finish],
     shape: Constexpr[Shape],
 ) -> None:
@@ -340,7 +344,7 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
         *given, lse = tensors()
         out = tensors()[0]
         if shape.masked:
-            given += mask_bits.tensors()
+            given += [*mask_bits.tensors(), Int32(0)]
         numbers = Float32(0), *(Int32(0) for _ in range(3))
         return (*given, out, lse, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True), shape)
 

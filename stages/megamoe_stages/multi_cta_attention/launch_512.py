@@ -29,10 +29,14 @@ def attend(
     softmax_scale: float,
     causal: bool,
     window: int | None,
+    entries: int,
 ) -> tuple[object, ...]:
-    """The arguments of a kernel, `MASKED` with a mask; nothing is empty."""
+    """The arguments of a kernel, `MASKED` with a mask or entries; nothing but a mask of entries is empty."""
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale  # the kernel takes the largest product for the largest score
+    bits: tuple[object, ...] = ()
+    if mask is not None or entries > 0:
+        bits = (*_bits(_all_of(q, entries) if mask is None else mask), entries)
     return (
         q,
         k,
@@ -40,7 +44,7 @@ def attend(
         cu_seqlens_q,
         cu_seqlens_k,
         nothing(q.device)[0] if sink is None else sink,
-        *(() if mask is None else _bits(mask)),
+        *bits,
         out.out,
         out.lse,
         max(softmax_scale, LEAST_SCALE),
@@ -50,9 +54,16 @@ def attend(
     )
 
 
+def _all_of(q: Tensor, entries: int) -> Tensor:
+    """A mask that shows all entries."""
+    return q.new_ones((q.shape[0], entries), dtype=torch.bool)
+
+
 def _bits(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The mask as bytes, and room for what it is packed into."""
     queries, columns = mask.shape
+    if columns == 0:  # of entries: then there are other keys
+        mask, columns = mask.new_zeros((queries, 1)), 1
     words = mask.new_empty((queries, mask_bits.WORDS * -(-columns // mask_bits.TILE)), dtype=torch.int32)
     return mask.view(torch.uint8), words, words.new_empty(queries)
 

@@ -15,6 +15,8 @@ def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
         reasons.append(f"{facts['dtype']} queries: the kernels take {' and '.join(DTYPES)}")
     if "head_dim" in facts:
         head = int(facts["head_dim"] or 0), int(facts.get("v_dim") or facts["head_dim"] or 0)
+        if head != (shape_512.DIM, shape_512.DIM) and facts.get("entries"):
+            reasons.append(f"entries with keys of {head[0]}: the kernel of {shape_512.DIM} knows them")
         if head == (shape_512.DIM, shape_512.DIM):
             if facts.get("dtype", shape_512.DTYPE) != shape_512.DTYPE:
                 reasons.append(f"{facts['dtype']} queries of {head[0]}: that kernel takes {shape_512.DTYPE}")

@@ -74,7 +74,7 @@ def load_keys(
     shape: Constexpr[Shape],
 ) -> None:
     """This CTA's part of a chunk of a tile of keys."""
-    token = work.token + work.first + tile * TILE
+    token = work.token + work.start(tile)
     rows, blocks = key_box(shape)
     block = chunk * shape.chunk
     if cutlass.const_expr(rows == TILE):
@@ -117,7 +117,7 @@ def load_value_tile(
     rows, blocks = value_box(shape)
     for chunk in cutlass.range(shape.value_chunks, unroll=1):
         slot, full = claim(base, which, cursor, shape)
-        token = work.token + work.first + tile * TILE + chunk * rows
+        token = work.token + work.start(tile) + chunk * rows
         there = source.rank * blocks
         at = slot + there * (rows * ROW_BYTES)
         block = which * (BLOCKS // CONSUMERS) + there

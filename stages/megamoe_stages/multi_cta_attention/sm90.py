@@ -47,6 +47,7 @@ def multi_cta_attention(
     softmax_scale: float,
     causal: bool = True,
     window: int | None = None,
+    entries: int = 0,
 ) -> AttentionOutput:
     """See the reference and `limits.supports`; on the current stream, no synchronisation.
 
@@ -58,9 +59,10 @@ def multi_cta_attention(
     """
     contract.check_scale(softmax_scale)
     contract.check_window(window)
+    contract.check_entries(entries)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask)
     try:
-        key = (window, *[None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors])
+        key = (window, entries > 0, *[None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors])
         plan = _plans.get(key)
     except AttributeError:  # not a tensor, as the check will say
         key, plan = (), None
@@ -68,7 +70,7 @@ def multi_cta_attention(
         contract.check(
             q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, softmax_scale=softmax_scale, causal=causal, window=window
         )
-        plan = _plan(q, k, v, mask, window)
+        plan = _plan(q, k, v, mask, window, entries)
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
         _plans[key] = plan
@@ -83,7 +85,9 @@ def multi_cta_attention(
         _check_addresses(q, k, v)
     given = (q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, out)
     if plan.rows == 0:
-        arguments = launch_512.attend(*given, softmax_scale=softmax_scale, causal=causal, window=window)
+        arguments = launch_512.attend(
+            *given, softmax_scale=softmax_scale, causal=causal, window=window, entries=entries
+        )
     else:
         rows, sms = plan.rows, plan.sms
         arguments = launch.attend(*given, softmax_scale=softmax_scale, causal=causal, window=window, rows=rows, sms=sms)
@@ -91,18 +95,18 @@ def multi_cta_attention(
     return out
 
 
-def _plan(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | None) -> Plan:
+def _plan(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | None, entries: int) -> Plan:
     masked = mask is not None
     wide = q.shape[2] == shape_512.DIM
     shape = None if wide else shape_of(q.shape[2], v.shape[2], dtype_name(q), masked=masked)
     head = {"head_dim": q.shape[2], "v_dim": v.shape[2]}
-    reasons = limits.supports({"dtype": dtype_name(q), "masked": masked, **head})
+    reasons = limits.supports({"dtype": dtype_name(q), "masked": masked, "entries": entries > 0, **head})
     if reasons or (shape is None and not wide):
         raise ArgumentError("multi_cta_attention", "; ".join(reasons), "what this kernel supports")
     _check_addresses(q, k, v)
-    empty = any(t.numel() == 0 for t in (q, k, mask) if t is not None)
+    empty = q.numel() == 0 or k.numel() == 0 or (masked and entries == 0 and mask.numel() == 0)
     if shape is None:
-        kernel = launch_512.attend_kernel(shape_512.shape_for(window, masked=masked))
+        kernel = launch_512.attend_kernel(shape_512.shape_for(window, masked=masked or entries > 0))
         return Plan(kernel, 0, 0, empty)
     return Plan(launch.attend_kernel(shape), shape.rows, launch.processors(q.device), empty)
 
