@@ -181,12 +181,11 @@ def test_nvfp4_stays_near_the_model_and_uses_every_op(
         "moe_route": layers * passes,
         "moe_permute": layers * passes,
         "swiglu_quant": layers * passes,
-        "inverse_rope_quant": layers * passes - 1,
+        "inverse_rope_quant": layers * (passes - 1),
         "grouped_gemm": 3 * layers * passes,  # the experts' second, wo_a, wo_b
         "moe_combine": layers * passes,
         "quantize": layers * passes,  # z; the experts' input comes out of mhc_quant
-        "attention_quant": 1,  # the prompt of the layer that sees a window alone
-        "multi_cta_attention": 3 + 3,  # the others look at compressed entries besides
+        "attention_quant": layers,  # the prompt
         "fp4_kv_decode": calls.of["fp4_kv_decode"],
     }
     attends, fills = 3 * 4, 4 + 3  # both caches of a layer in one call

@@ -125,8 +125,10 @@ def test_fallback_without_known_lengths(monkeypatch: pytest.MonkeyPatch) -> None
 def test_fallback_skips_tiles_that_no_query_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fallback, "KEY_TILE", 10)
     segment = fallback.Segment(0, 100, 0, 130, single=True)
-    tiles = list(fallback._key_tiles(segment, slice(50, 60), True, 8))
+    tiles = list(fallback._key_tiles(segment, slice(50, 60), True, 8, 0))
     assert (tiles[0].start, tiles[-1].stop) == (73, 90)  # positions 80 to 89, seven before them
+    apart = list(fallback._key_tiles(segment, slice(50, 60), True, 8, 15))
+    assert apart == [slice(58, 68), slice(68, 75), slice(115, 125), slice(125, 130)]  # 15 earlier, and the entries
 
 
 @pytest.mark.parametrize("case", ["d512-sink-window", "decode-like"])

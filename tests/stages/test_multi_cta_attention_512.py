@@ -23,7 +23,7 @@ from megamoe_stages.multi_cta_attention.shape_512 import (
     MASKED,
     NARROW,
     OUT_PITCH,
-    PLAIN,
+    SHAPES,
     SHARED_BYTES,
     THREADS,
     WIDE,
@@ -133,7 +133,7 @@ def test_scales_that_are_not_positive(scale: float) -> None:
     assert not unlike(emulated(given), given)
 
 
-@pytest.mark.parametrize("shape", [*PLAIN, MASKED])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_compiles_within_a_minute_and_does_not_spill(shape: Shape) -> None:
     artifact = compiler.compile_kernel(kernel_512.spec(shape))
     assert artifact.seconds < 60
@@ -146,7 +146,7 @@ def test_registers_of_a_cta_are_those_of_its_launch() -> None:
     assert given >= kernel_512.PRODUCER_REGISTERS + 2 * kernel_512.CONSUMER_REGISTERS
 
 
-@pytest.mark.parametrize("shape", [*PLAIN, MASKED])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_shared_memory_holds_what_a_kernel_needs(shape: Shape) -> None:
     regions = [0, shape.weights_at, shape.ring_at, shape.barriers_at, shape.ready_at, shape.tops_at, shape.shared_bytes]
     assert regions == sorted(set(regions))

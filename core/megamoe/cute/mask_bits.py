@@ -40,7 +40,7 @@ class MaskBits(NamedTuple):
         return _last_end(self.ends, first, last)
 
     def load_if(self, query: Int32, start: Int32, condition: Boolean) -> list[Uint32]:
-        """The words of a tile of keys from `start` on, a multiple of TILE; all ones where the condition does not hold."""
+        """The words of a tile of keys from `start` on, a multiple of TILE; all ones unless the condition holds."""
         width = cute.size(self.words, mode=[1])
         at = ring.address(self.words.iterator) + (Int64(query) * width + start // WARP) * 4
         out = llvm.inline_asm(

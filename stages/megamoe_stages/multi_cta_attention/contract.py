@@ -105,8 +105,8 @@ def check_entries(entries: object) -> None:
 def check_values(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, mask: Tensor | None = None) -> None:
     """For debugging: checks what `check` cannot without waiting for the device.
 
-    Each cu_seqlens starts at 0, never falls and ends at the number of rows; a mask of all keys is as wide as the longest
-    sequence of keys (keys beyond its width count as hidden).
+    Each cu_seqlens starts at 0, never falls and ends at the number of rows; a mask of all keys is as wide as the
+    longest sequence of keys (keys beyond its width count as hidden).
 
     Raises:
         ArgumentError: One of these does not hold.
@@ -140,7 +140,19 @@ def problem(
     masked = mask is not None
     return fast_problem(
         Problem,
-        (q.device, q.dtype, head_dim, v_dim, heads, kv_heads, bucket(queries), bucket(keys), masked, causal, entries > 0),
+        (
+            q.device,
+            q.dtype,
+            head_dim,
+            v_dim,
+            heads,
+            kv_heads,
+            bucket(queries),
+            bucket(keys),
+            masked,
+            causal,
+            entries > 0,
+        ),
     )
 
 

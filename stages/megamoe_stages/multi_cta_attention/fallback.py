@@ -53,7 +53,17 @@ def multi_cta_attention(
 ) -> AttentionOutput:
     """See the reference. Never holds more than WORKSPACE scores; no device sync for one sequence or under capture."""
     contract.check(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, softmax_scale=softmax_scale, causal=causal, window=window, entries=entries
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        sink,
+        mask,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window=window,
+        entries=entries,
     )
     queries, heads, _ = q.shape
     out = q.new_zeros(queries, heads, v.shape[2])

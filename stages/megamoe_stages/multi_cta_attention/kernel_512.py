@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass
 from cuda.bindings.driver import CUstream
@@ -101,14 +101,7 @@ def launch(
 ) -> None:
     """Launches a cluster for each piece of rows of each sequence and kv head."""
     given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
-    kernel(*given, out, None, None, None, shape).launch(
-        grid=grid(q, k, cu_seqlens_q, shape),
-        block=[THREADS, 1, 1],
-        cluster=[shape.ctas, 1, 1],
-        smem=shape.shared_bytes,
-        min_blocks_per_mp=1,
-        stream=stream,
-    )
+    start(kernel(*given, out, None, None, None, shape), q, k, cu_seqlens_q, stream, shape)
 
 
 @cute.jit
@@ -135,14 +128,7 @@ def launch_masked(
     """Packs the mask, then launches as `launch` does."""
     mask_bits.start_packing(mask, MaskBits(words, ends), stream)
     given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
-    kernel(*given, out, words, ends, entries, shape).launch(
-        grid=grid(q, k, cu_seqlens_q, shape),
-        block=[THREADS, 1, 1],
-        cluster=[shape.ctas, 1, 1],
-        smem=shape.shared_bytes,
-        min_blocks_per_mp=1,
-        stream=stream,
-    )
+    start(kernel(*given, out, words, ends, entries, shape), q, k, cu_seqlens_q, stream, shape)
 
 
 def prepare(
@@ -171,12 +157,21 @@ def prepare(
     )
 
 
-def grid(q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, shape: Shape) -> list[Int32]:
-    """CTAs of a launch: a cluster a piece of rows, some without work where sequences end early."""
+def start(
+    kernel: Any, q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, stream: CUstream, shape: Shape
+) -> None:
+    """Launches a kernel of this schedule: a cluster a piece of rows, some without work where sequences end early."""
     queries, heads, _ = q.shape
     kv_heads = k.shape[1]
     pieces = queries * (heads // kv_heads) // (shape.ctas * ROWS) + (cute.size(cu_seqlens_q) - 1)
-    return [pieces * shape.ctas, kv_heads, 1]
+    kernel.launch(
+        grid=[pieces * shape.ctas, kv_heads, 1],
+        block=[THREADS, 1, 1],
+        cluster=[shape.ctas, 1, 1],
+        smem=shape.shared_bytes,
+        min_blocks_per_mp=1,
+        stream=stream,
+    )
 
 
 @cute.kernel
@@ -208,8 +203,12 @@ def kernel(
     given = Attention(
         q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
     )
-    mask = None if words is None or ends is None or entries is None else Mask(MaskBits(words, ends), entries)
-    work_on_rows(given, mask, finish, shape)
+    work_on_rows(given, mask_of(words, ends, entries), finish, shape)
+
+
+def mask_of(words: cute.Tensor | None, ends: cute.Tensor | None, entries: Int32 | None) -> Mask | None:
+    """The mask of a kernel's arguments."""
+    return None if words is None or ends is None or entries is None else Mask(MaskBits(words, ends), entries)
 
 
 @cute.jit
@@ -337,6 +336,11 @@ def tensors() -> list[object]:
     return [heads_of(size()), heads_of(kv_heads), heads_of(kv_heads), *cu_seqlens, vector(Float32), lse]
 
 
+def masked_arguments() -> list[object]:
+    """Fake mask, words, ends and entries."""
+    return [*mask_bits.tensors(), Int32(0)]
+
+
 def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
     """The kernel for any sizes."""
 
@@ -344,7 +348,7 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
         *given, lse = tensors()
         out = tensors()[0]
         if shape.masked:
-            given += [*mask_bits.tensors(), Int32(0)]
+            given += masked_arguments()
         numbers = Float32(0), *(Int32(0) for _ in range(3))
         return (*given, out, lse, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True), shape)
 

@@ -13,7 +13,7 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.contract import AttentionOutput
 from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE, nothing
-from megamoe_stages.multi_cta_attention.shape_512 import MASKED, PLAIN, Shape
+from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape
 
 
 def attend(
@@ -34,9 +34,6 @@ def attend(
     """The arguments of a kernel, `MASKED` with a mask or entries; nothing but a mask of entries is empty."""
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale  # the kernel takes the largest product for the largest score
-    bits: tuple[object, ...] = ()
-    if mask is not None or entries > 0:
-        bits = (*_bits(_all_of(q, entries) if mask is None else mask), entries)
     return (
         q,
         k,
@@ -44,7 +41,7 @@ def attend(
         cu_seqlens_q,
         cu_seqlens_k,
         nothing(q.device)[0] if sink is None else sink,
-        *bits,
+        *mask_arguments(q, mask, entries),
         out.out,
         out.lse,
         max(softmax_scale, LEAST_SCALE),
@@ -54,18 +51,17 @@ def attend(
     )
 
 
-def _all_of(q: Tensor, entries: int) -> Tensor:
-    """A mask that shows all entries."""
-    return q.new_ones((q.shape[0], entries), dtype=torch.bool)
-
-
-def _bits(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mask as bytes, and room for what it is packed into."""
+def mask_arguments(q: Tensor, mask: Tensor | None, entries: int) -> tuple[object, ...]:
+    """Of `MASKED`: the mask as bytes, room for what it is packed into, and `entries`; of other kernels none."""
+    if mask is None:
+        if entries == 0:
+            return ()
+        mask = q.new_ones((q.shape[0], entries), dtype=torch.bool)
     queries, columns = mask.shape
-    if columns == 0:  # of entries: then there are other keys
+    if columns == 0:
         mask, columns = mask.new_zeros((queries, 1)), 1
     words = mask.new_empty((queries, mask_bits.WORDS * -(-columns // mask_bits.TILE)), dtype=torch.int32)
-    return mask.view(torch.uint8), words, words.new_empty(queries)
+    return mask.view(torch.uint8), words, words.new_empty(queries), entries
 
 
 @functools.cache
@@ -76,4 +72,4 @@ def attend_kernel(shape: Shape) -> Callable[..., None]:
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return [kernel_512.spec(shape) for shape in (*PLAIN, MASKED)]
+    return [kernel_512.spec(shape) for shape in SHAPES]

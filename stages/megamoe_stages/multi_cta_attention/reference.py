@@ -54,7 +54,17 @@ def multi_cta_attention(
         ArgumentError: An argument of another dtype, shape or device, or not contiguous.
     """
     contract.check(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, softmax_scale=softmax_scale, causal=causal, window=window, entries=entries
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        sink,
+        mask,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window=window,
+        entries=entries,
     )
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)

@@ -115,9 +115,7 @@ def lanes() -> tuple[Int32, Int32, Int32]:
     return lane // 4, lane % 4, cute.arch.warp_idx() % (GROUP // WARP)
 
 
-def work_of(
-    rows: Rows, token: Int32, kv_head: Int32, cluster_first: Int32, mask: Mask | None, shape: Shape
-) -> Work:
+def work_of(rows: Rows, token: Int32, kv_head: Int32, cluster_first: Int32, mask: Mask | None, shape: Shape) -> Work:
     """The keys that some row of the cluster sees; `cluster_first` is its first row."""
     last = cutlass.min(cluster_first + shape.ctas * ROWS, rows.count) - 1
     start, _ = rows.seen(cluster_first)

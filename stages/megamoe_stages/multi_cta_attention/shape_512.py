@@ -99,7 +99,7 @@ class Shape(NamedTuple):
 WIDE = Shape()
 MASKED = Shape(masked=True)
 NARROW = Shape(ctas=1, chunk=2)  # two CTAs' windows together are longer than each
-PLAIN = (WIDE, NARROW)
+SHAPES = (WIDE, NARROW, MASKED)
 _NARROW_WINDOW = 512
 
 

@@ -62,7 +62,11 @@ def multi_cta_attention(
     contract.check_entries(entries)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask)
     try:
-        key = (window, entries > 0, *[None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors])
+        key = (
+            window,
+            entries > 0,
+            *[None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors],
+        )
         plan = _plans.get(key)
     except AttributeError:  # not a tensor, as the check will say
         key, plan = (), None
@@ -104,7 +108,7 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | No
     if reasons or (shape is None and not wide):
         raise ArgumentError("multi_cta_attention", "; ".join(reasons), "what this kernel supports")
     _check_addresses(q, k, v)
-    empty = q.numel() == 0 or k.numel() == 0 or (masked and entries == 0 and mask.numel() == 0)
+    empty = q.numel() == 0 or k.numel() == 0 or (mask is not None and entries == 0 and mask.numel() == 0)
     if shape is None:
         kernel = launch_512.attend_kernel(shape_512.shape_for(window, masked=masked or entries > 0))
         return Plan(kernel, 0, 0, empty)

@@ -166,7 +166,7 @@ class AttentionForward:
         prefill: Prompts go through multi_cta_attention; False leaves them to the model's own attention function.
         caches: NVFP4 caches for single-token steps through fp4_kv_decode; None treats a step like a prompt.
         output: Inverse RoPE, wo_a and wo_b; None leaves them to the model.
-        fused: Prompts that see a window alone go through attention_quant, which ends with `output`'s quantisation.
+        fused: Prompts go through attention_quant, which ends with `output`'s quantisation.
     """
 
     def __init__(
@@ -217,8 +217,9 @@ class AttentionForward:
             o = state.step(
                 past_key_values.layers[attn.layer_idx], _heads_last(q), _heads_last(new), picks, self.sink, attn.scaling
             )
-        elif self.fused and (compressed is None or compressed.shape[2] == 0):
-            return self._attend_and_project(q, kv, cos, sin).view_as(hidden_states), None
+        elif self.fused:
+            entries = None if compressed is None else _heads_last(compressed)
+            return self._attend_and_project(q, kv, entries, visible, cos, sin).view_as(hidden_states), None
         elif self.prefill:
             entries = None if compressed is None else _heads_last(compressed)
             o = attend(
@@ -253,8 +254,10 @@ class AttentionForward:
         projected: Tensor = attn.o_b_proj(z)
         return projected
 
-    def _attend_and_project(self, q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Core attention over the window, inverse RoPE, wo_a and wo_b: (B * S, H)."""
+    def _attend_and_project(
+        self, q: Tensor, kv: Tensor, entries: Tensor | None, visible: Tensor | None, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """Core attention, inverse RoPE, wo_a and wo_b, with nothing but NVFP4 between: (B * S, H)."""
         attn, output = self.module, self.output
         assert output is not None and output.o_scale_enc is not None  # noqa: PT018 (what `fused` says)
         rows = attend_quantized(
@@ -266,6 +269,8 @@ class AttentionForward:
             groups=output.groups,
             softmax_scale=attn.scaling,
             window=attn.sliding_window,
+            compressed=entries,
+            visible=visible,
         )
         return output.project(rows, q.dtype)
 
