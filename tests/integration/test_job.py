@@ -40,7 +40,7 @@ def result(shared_model: DeepseekV4ForCausalLM) -> Iterator[RunResult]:
 def test_every_op_ran_within_its_bound(result: RunResult) -> None:
     assert result.ok
     assert {row.stage for row in result.ops} == set(runtime().stages)
-    assert {row.stage for row in result.ops if not row.calls} == {"multi_cta_attention"}  # attention_quant has its place
+    assert {row.stage for row in result.ops if not row.calls} == {"multi_cta_attention"}  # but attention_quant
     for row in (row for row in result.ops if row.calls):
         assert row.ok, row
         assert row.seconds > 0
