@@ -80,6 +80,9 @@ CASES: dict[str, Case] = {
     "d512-no-queries": _case(lq=[0], lk=[7], head_dim=512),
     "d512-no-keys": _case(lq=[3], lk=[0], head_dim=512, sink=True),
     "d512-one-of-each": _case(lq=[1], lk=[1], heads=64, kv_heads=1, head_dim=512, groups=8, shared=True),
+    "d512-entries-few-keys": _case(
+        lq=[9, 4], lk=[41, 9], heads=4, kv_heads=1, head_dim=512, entries=5, mask=0.6, window=12, sink=True
+    ),
     "d512-mask": _case(lq=[9, 4], lk=[90, 7], heads=4, kv_heads=2, head_dim=512, mask=0.4, causal=False, sink=True),
     "d512-entries": _case(
         lq=[20],

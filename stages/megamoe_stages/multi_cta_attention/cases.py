@@ -82,6 +82,26 @@ CASES: dict[str, Case] = {
         make, {"lq": [30], "lk": [50], "heads": 2, "kv_heads": 1, "head_dim": 512, "window": 9}, bounds=D512
     ),
     "d512-more-queries-than-keys": Case(make, {"lq": [9, 3], "lk": [4, 0], "head_dim": 512, "sink": True}, bounds=D512),
+    "d512-mask-few-keys": Case(
+        make,
+        {"lq": [9, 3], "lk": [44, 20], "heads": 2, "kv_heads": 1, "head_dim": 512, "mask": 0.4, "causal": False},
+        bounds=D512,
+    ),
+    "d512-entries-few-keys": Case(
+        make,
+        {
+            "lq": [9, 4, 2],
+            "lk": [41, 9, 3],
+            "heads": 3,
+            "kv_heads": 1,
+            "head_dim": 512,
+            "entries": 5,
+            "mask": 0.6,
+            "window": 12,
+            "sink": True,
+        },
+        bounds=D512,
+    ),
     "d512-mask": Case(
         make,
         {"lq": [40, 5], "lk": [130, 21], "mask": 0.3, "head_dim": 512, "causal": False, "sink": True},
