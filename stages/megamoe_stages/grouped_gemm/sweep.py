@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import grouped_mm
 
 from megamoe.model import Role
-from megamoe.numerics.fragments import HOPPER
+from megamoe.nn.weights import rearranged
 from megamoe.numerics.nvfp4 import NVFP4Tensor, dequantize
 from megamoe.testing import roofline
 from megamoe.testing.cases import Case
@@ -73,7 +73,7 @@ def _weights(model: str, device: str) -> tuple[NVFP4Tensor, NVFP4Tensor, Tensor]
     with torch.device(device):
         plain = random_nvfp4(generator, (sizes.experts, sizes.hidden, sizes.intermediate))
         plain = replace(plain, global_scale_dec=random_alphas(generator, sizes.experts, 1))
-        return plain, plain.with_layout(HOPPER), to_bf16(plain)
+        return plain, rearranged(plain), to_bf16(plain)
 
 
 def to_bf16(weights: NVFP4Tensor) -> Tensor:

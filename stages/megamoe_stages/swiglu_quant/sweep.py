@@ -15,8 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from megamoe.model import Role
-from megamoe.numerics.fragments import HOPPER
-from megamoe.numerics.gate_up import interleave
+from megamoe.nn.weights import rearranged
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe.testing import roofline
 from megamoe.testing.cases import Bound, Case
@@ -102,7 +101,7 @@ def _weights(model: str, device: str) -> tuple[NVFP4Tensor, NVFP4Tensor, NVFP4Te
     with torch.device(device):
         plain = random_nvfp4(generator, (sizes.experts, 2 * sizes.intermediate, sizes.hidden))
         plain = replace(plain, global_scale_dec=random_alphas(generator, sizes.experts, 2))
-        return plain, interleave(plain, "gate_up").with_layout(HOPPER), plain.with_layout(HOPPER)
+        return plain, rearranged(plain, "gate_up"), rearranged(plain)
 
 
 def calls(weights: NVFP4Tensor, global_scale_enc: Tensor, **rest: Any) -> dict[str, Call]:
