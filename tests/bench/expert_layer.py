@@ -41,6 +41,7 @@ REST = 0.02  # seconds before a spaced replay
 LASTING = ("experts", "layer")  # functions with a sustained figure
 LEAD = 400_000  # clocks that the device sleeps before it, so that the host's launch stays out of the time
 TURNS = 5
+NVFP4_ERROR = 0.13  # of values rounded to E2M1 under E4M3 block scales; 0.095 for normal ones
 SLOW = 5e3  # microseconds from which on a function gets two turns
 SUSTAINED = 0.08  # seconds of back-to-back replays before those that are timed, and as many again
 OPS = ("moe_route", "moe_permute", "swiglu_quant", "grouped_gemm", "moe_combine")
@@ -196,6 +197,18 @@ class Bench:
             if not torch.equal(out, want):
                 raise RuntimeError(f"layer {mode}: not the weighted sum of its own rows")
 
+    def check_library(self, given: Inputs, fused: Mapping[str, str]) -> None:
+        """Compares the bf16 layer with ours, which rounds to NVFP4 between its GEMMs.
+
+        Raises:
+            RuntimeError: They are further apart than that rounding makes them.
+        """
+        with use(fused):
+            ours = self._both(given.x, given, self.layer).float()
+        error = float((self.library(given).float() - ours).norm() / ours.norm())
+        if not error <= NVFP4_ERROR:
+            raise RuntimeError(f"experts bf16: relative error {error:.2e}")
+
     def _both(self, x: Tensor | NVFP4Tensor, given: Inputs, layer: Experts) -> Tensor:
         return self.second(self.first(x, given, layer), given, layer)
 
@@ -234,6 +247,8 @@ def run(
             for name, call in bench.functions(given, fused).items():
                 if not any(word in name for word in skip) and not (name in calls and name == "experts fallback"):
                     calls.setdefault(name, []).append(call)
+        if bench.bf16:
+            bench.check_library(sets[0], fused)
         spaced, sustained, clocks = measure(calls, turns=turns, lasting=LASTING)
         live = statistics.mean(int((given.offsets.diff() > 0).sum()) for given in sets)
         point = {
