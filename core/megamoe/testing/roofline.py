@@ -137,7 +137,7 @@ def sweep(
         timed[COPY] = [_copy(total) for _ in sets]
         if flops:
             timed[MATMUL] = [_matmul()]
-        us = timing.queued(timed, calls=10 if total > 2e8 else 50)
+        us = timing.queued(timed, calls=10 if total > 2e8 else 50, rounds=5, most_us=8_000)
         if flops:
             us[MATMUL] *= flops / (2 * _MATMUL_SIZE**3)
         times = {n: round(t, 3) for n, t in us.items()}
