@@ -297,6 +297,7 @@ def measure(
         end.record()
         while not start.query():  # type: ignore[no-untyped-call]
             time.sleep(0.001)
+        time.sleep(SUSTAINED / 2)
         clocks[name] = sm_clock()
         end.synchronize()
         sustained[name] = start.elapsed_time(end) * 1e3 / (replays * count)
