@@ -74,7 +74,8 @@ class Subject:
     """What a sweep measures; the functions all take the arguments that the cases make.
 
     Attributes:
-        cases: Sizes by name; the last word is the size where the others are a family.
+        cases: Sizes by name; with flops the last word is the size, the one before it what that counts, and the others
+            name a family.
         bytes_moved: Bytes read and written once.
         expected: Gives the right result.
         calls: What is timed by name, given some arguments by keyword: callables for just these. A result is compared
@@ -288,14 +289,14 @@ def _panels(figure_class: Any, points: Sequence[Point]) -> Any:
     names = _timed_names(points)
     for (family, members), axes in zip(families.items(), panels, strict=False):
         ordered = sorted(members, key=lambda p: p.flops)
-        axes.plot(
-            [p.flops / 1e9 for p in ordered], [p.flops / p.us[p.roof] / 1e6 for p in ordered], "k--", label="roof"
-        )
+        axes.plot(*_rates(ordered, [p.us[p.roof] for p in ordered]), "k--", label="roof")
         for place, name in enumerate(names):
             if here := [p for p in ordered if name in p.us]:
-                rates = [p.flops / p.us[name] / 1e6 for p in here]
-                axes.plot([p.flops / 1e9 for p in here], rates, "o-", color=f"C{place}", label=name, markersize=4)
-        axes.set(xscale="log", yscale="log", xlabel="GFLOP", ylabel="TFLOP/s", title=family)
+                rates = _rates(here, [p.us[name] for p in here])
+                axes.plot(*rates, "o-", color=f"C{place}", label=name, markersize=4)
+        title, _, quantity = family.rpartition(" ")
+        axes.set(yscale="log", xlabel=quantity, ylabel="TFLOP/s", title=title.rstrip(","))
+        axes.yaxis.set_minor_formatter("")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7)
     for axes in panels:
@@ -313,9 +314,9 @@ def _line(points: Sequence[Point], name: str) -> tuple[list[float], list[float]]
     return [p.bytes / 1e6 for p in points], [p.bytes / p.us[name] / 1e6 for p in points]
 
 
-def _rates(points: Sequence[Point], us: Sequence[float]) -> tuple[list[float], list[float]]:
-    """GFLOP and TFLOP/s at some times."""
-    return [p.flops / 1e9 for p in points], [p.flops / t / 1e6 for p, t in zip(points, us, strict=True)]
+def _rates(points: Sequence[Point], us: Sequence[float]) -> tuple[list[str], list[float]]:
+    """Sizes and TFLOP/s at some times."""
+    return [p.case.split()[-1] for p in points], [p.flops / t / 1e6 for p, t in zip(points, us, strict=True)]
 
 
 def _layouts(points: Sequence[Point]) -> list[str]:
