@@ -243,7 +243,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds: whether it works, not how fast it is.")] = False,
     sweep: Annotated[bool, typer.Option("--sweep", help="Times against size beside the roof; needs a GPU.")] = False,
     part: Annotated[str | None, typer.Option(metavar="NAME", help="Sweep another part of the stage.")] = None,
-    only: Annotated[str, typer.Option(metavar="TEXT", help="Sweep sizes whose names hold this.")] = "",
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Sweep sizes whose names hold all these words.")] = "",
     seconds: Annotated[float, typer.Option(help="Begin no size of a sweep later than this.")] = float("inf"),
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw a sweep (PNG, SVG), new or from --json.")
