@@ -164,6 +164,15 @@ def subject_of(stage: Stage, part: str | None = None) -> Subject:
         found = module.SUBJECT
         assert isinstance(found, Subject)
         return found
+    return bound_by_memory(stage)
+
+
+def bound_by_memory(stage: Stage) -> Subject:
+    """A whole op by the sizes of its cases and the bytes of its contract.
+
+    Raises:
+        MegamoeError: The stage has not both.
+    """
     cases = getattr(importlib.import_module(stage.cases.partition(":")[0]), "SWEEP", None)
     moved: Callable[..., int] | None = getattr(importlib.import_module(stage.contract), "bytes_moved", None)
     if cases is None or moved is None:
