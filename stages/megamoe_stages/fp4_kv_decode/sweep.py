@@ -82,6 +82,7 @@ SUBJECT = Subject(
         for name, size, params in (
             *(("GQA 64/8 d128, B32, L", n, {**_GQA, "lengths": [n] * 32}) for n in (1024, 4096, 8192, 16384)),
             *(("GQA 64/8 d128, B1, L", n, {**_GQA, "lengths": [n]}) for n in (8192, 32768, 131072)),
+            ("GQA 64/8 d128, B8, L", 131072, {**_GQA, "lengths": [131072] * 8}),
             *(("MQA 64 d512, B64, L", n, {**_MQA, "lengths": [n] * 64}) for n in (1024, 4096, 8192)),
             *(
                 (
