@@ -300,7 +300,7 @@ def _panels(figure_class: Any, points: Sequence[Point]) -> Any:
     names = _timed_names(points)
     for (family, members), axes in zip(families.items(), panels, strict=False):
         ordered = sorted(members, key=lambda p: p.flops)
-        axes.plot(*_rates(ordered, [p.us[p.roof] for p in ordered]), "k--", label="roof")
+        axes.plot(*_rates(ordered, [p.us[p.roof] for p in ordered]), "kx--", label="roof")
         for place, name in enumerate(names):
             if here := [p for p in ordered if name in p.us]:
                 rates = _rates(here, [p.us[name] for p in here])
@@ -309,9 +309,10 @@ def _panels(figure_class: Any, points: Sequence[Point]) -> Any:
         axes.set(yscale="log", xlabel=quantity, ylabel="TFLOP/s", title=title.rstrip(","))
         axes.yaxis.set_minor_formatter("")
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7)
     for axes in panels:
         axes.remove()
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     figure.suptitle(_title(points))
     return figure
 
