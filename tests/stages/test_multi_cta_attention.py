@@ -37,7 +37,9 @@ def oracle(a: dict[str, Any]) -> tuple[Tensor, Tensor]:
     every = 1 + q.shape[0] // 200
     cu_q, cu_k = a["cu_seqlens_q"].tolist(), a["cu_seqlens_k"].tolist()
     for b in range(len(cu_q) - 1):
-        lk, lq = cu_k[b + 1] - cu_k[b], cu_q[b + 1] - cu_q[b]
+        total, lq = cu_k[b + 1] - cu_k[b], cu_q[b + 1] - cu_q[b]
+        entries = min(a.get("entries", 0), total)
+        lk = total - entries
         for i in range(lq):
             row, at = cu_q[b] + i, i + lk - lq
             if row % every:
@@ -45,8 +47,10 @@ def oracle(a: dict[str, Any]) -> tuple[Tensor, Tensor]:
             keys = [j for j in range(lk) if not a["causal"] or j <= at]
             if a["window"] is not None:
                 keys = [j for j in keys if j > at - a["window"]]
-            if a.get("mask") is not None:
-                allowed = a["mask"][row].tolist()
+            allowed = a["mask"][row].tolist() if a.get("mask") is not None else [True] * total
+            if a.get("entries"):
+                keys += [lk + j for j in range(entries) if j < len(allowed) and allowed[j]]
+            else:
                 keys = [j for j in keys if j < len(allowed) and allowed[j]]
             if not keys:
                 out[row], lse[row] = 0, -torch.inf
