@@ -241,7 +241,10 @@ def verify(
 def bench(
     stage: Annotated[str | None, typer.Argument(help="Stage or item id; default: all stages.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds: whether it works, not how fast it is.")] = False,
-    sweep: Annotated[bool, typer.Option("--sweep", help="Bandwidth against size beside a copy; needs a GPU.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Times against size beside the roof; needs a GPU.")] = False,
+    part: Annotated[str | None, typer.Option(metavar="NAME", help="Sweep another part of the stage.")] = None,
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Sweep sizes whose names hold all these words.")] = "",
+    seconds: Annotated[float, typer.Option(help="Begin no size of a sweep later than this.")] = float("inf"),
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw a sweep (PNG, SVG), new or from --json.")
     ] = None,
@@ -255,7 +258,7 @@ def bench(
     if sweep or plot:
         if stage_id is None:
             raise typer.BadParameter("name the stage to sweep", param_hint="STAGE")
-        _sweep(stage_id, sweep, plot, json_file)
+        _sweep(stage_id, sweep, plot, json_file, part=part, only=only, seconds=seconds)
         return
     raise typer.Exit(suite.bench(stage_id, quick=quick, json_file=json_file))
 
@@ -339,15 +342,16 @@ def new(
         print(f"wrote {path}")
 
 
-def _sweep(stage_id: str, measure: bool, plot: Path | None, json_file: Path | None) -> None:
-    """Measures a bandwidth sweep, or reads one from `json_file`; prints its table, draws its plot."""
+def _sweep(stage_id: str, measure: bool, plot: Path | None, json_file: Path | None, **which: Any) -> None:
+    """Measures a sweep, or reads one from `json_file`; prints its sizes as they come and its table, draws its plot."""
     from megamoe.runtime import runtime
     from megamoe.testing import roofline
 
     if measure or json_file is None:
         points = []
-        for point in roofline.sweep(runtime().stages[stage_id]):
+        for point in roofline.sweep(runtime().stages[stage_id], **which):
             points.append(point)
+            print(f"{point.case}: {point.us}", file=sys.stderr, flush=True)
             if json_file is not None:
                 roofline.write(points, json_file)  # at once: a sweep that is stopped leaves what it has measured
     else:

@@ -47,7 +47,13 @@ def interleaved(
 
 
 def queued(
-    functions: Mapping[str, Sequence[Callable[[], Any]]], *, calls: int = 20, rounds: int = 7, most_us: float = 20_000.0
+    functions: Mapping[str, Sequence[Callable[[], Any]]],
+    *,
+    calls: int = 20,
+    rounds: int = 7,
+    most_us: float = 20_000.0,
+    fewest: int = 3,
+    lead: int = 100_000,
 ) -> dict[str, float]:
     """Time per call of work that is launched back to back, as in a running model: launch gaps stay out of it.
 
@@ -58,7 +64,9 @@ def queued(
         functions: Name to copies of one function.
         calls: Calls between two events; at most about 1000 fit the launch queue.
         rounds: Turns.
-        most_us: Of work between two events: slow functions make fewer calls, three at least.
+        most_us: Of work between two events: slow functions make fewer calls.
+        fewest: Calls that they make at least.
+        lead: Clocks that the device sleeps for each call: what the host may take for it.
 
     Returns:
         Name to median microseconds a call.
@@ -67,18 +75,18 @@ def queued(
     for name, copies in functions.items():
         for function in copies:
             function()
-        counts[name] = max(3, min(calls, int(most_us / _queued_once(copies, 1))))
+        counts[name] = max(fewest, min(calls, int(most_us / _queued_once(copies, 1, lead))))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, copies in functions.items():
-            times[name].append(_queued_once(copies, counts[name]))
+            times[name].append(_queued_once(copies, counts[name], lead))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _queued_once(copies: Sequence[Callable[[], Any]], calls: int) -> float:
+def _queued_once(copies: Sequence[Callable[[], Any]], calls: int, lead: int) -> float:
     """Microseconds a call, of so many calls in a row."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda._sleep(2_000_000 + 100_000 * calls)  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(2_000_000 + lead * calls)  # type: ignore[no-untyped-call]
     start.record()
     for i in range(calls):
         copies[i % len(copies)]()

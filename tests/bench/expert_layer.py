@@ -4,9 +4,10 @@
 
 All weights are resident and random, routing is uniform. "experts" is L1 and L2, from the permutation's metadata to one
 row per (token, expert); "layer" is all of it, permutation to combine. Everything is captured in CUDA graphs, over
-several routings so that few tokens meet weights that are not in the L2. Two figures each: spaced (one replay after 20
-ms of rest) and sustained (back to back, where the power cap decides), with the SM clock during the latter. Each
-function's result is checked before it is timed.
+several routings so that few tokens meet weights that are not in the L2. Two figures: spaced (one replay after 20 ms of
+rest), and for whole layers and pairs of GEMMs sustained (back to back, where the power cap decides), with the SM clock
+during the latter. All sizes are checked before any is timed. For Pro not all weights fit 80 GB at once: two runs, with
+`--skip bf16` and with `--skip fallback`.
 """
 
 from __future__ import annotations
@@ -22,41 +23,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import typer
 from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
 
 from megamoe.model import Role
 from megamoe.nn.experts import Experts
-from megamoe.numerics import fragments
-from megamoe.numerics.nvfp4 import NVFP4Tensor, dequantize
+from megamoe.nn.weights import rearranged
+from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe.ops import Session, op, resolve, use
 from megamoe.plugins import load
 from megamoe.runtime import runtime
 from megamoe.testing import compare
+from megamoe_stages.grouped_gemm.sweep import MODELS, TOKENS, Model, to_bf16
 
-TOKENS = (1, 8, 32, 64, 128, 512, 2048, 8192)
 LIMIT = 10.0
 REST = 0.02  # seconds before a spaced replay
+LASTING = ("experts", "layer")  # functions with a sustained figure
 LEAD = 400_000  # clocks that the device sleeps before it, so that the host's launch stays out of the time
 TURNS = 5
+NVFP4_ERROR = 0.13  # of values rounded to E2M1 under E4M3 block scales; 0.095 for normal ones
 SLOW = 5e3  # microseconds from which on a function gets two turns
 SUSTAINED = 0.08  # seconds of back-to-back replays before those that are timed, and as many again
 OPS = ("moe_route", "moe_permute", "swiglu_quant", "grouped_gemm", "moe_combine")
 FALLBACK = {"swiglu_quant": "fallback_fused_act", "grouped_gemm": "fallback"}
 Call = Callable[[], Any]
-
-
-class Model(NamedTuple):
-    """Sizes of a model's expert layers."""
-
-    hidden: int
-    intermediate: int
-    experts: int
-    top_k: int = 6
-
-
-MODELS = {"flash": Model(4096, 2048, 256), "pro": Model(7168, 3072, 384), "tiny": Model(256, 128, 16)}
 
 
 class Inputs(NamedTuple):
@@ -98,21 +88,35 @@ class Bench:
     Args:
         model: Sizes.
         device: "cuda".
-        bf16: Also a layer with bf16 weights (14.5 GB for Flash).
+        bf16: Also a layer with bf16 weights (12.9 GB for Flash, 50.7 for Pro), made when the first function is.
+        fallback: Also the fallback's layer; else its weights go when the bf16 ones come.
         seed: Of everything random.
     """
 
-    def __init__(self, model: Model, device: str, *, bf16: bool, seed: int = 0) -> None:
+    def __init__(self, model: Model, device: str, *, bf16: bool, fallback: bool, seed: int = 0) -> None:
         self.model = model
+        self.wanted, self.keeps = bf16, fallback
         self.generator = torch.Generator(device).manual_seed(seed)
         gate_up = random_weights(self.generator, model.experts, 2 * model.intermediate, model.hidden)
         down = random_weights(self.generator, model.experts, model.hidden, model.intermediate)
         self.enc = torch.tensor(26.88, device=device)
-        self.plain = Experts(gate_up, down, limit=LIMIT, activation_scale_enc=self.enc)
+        self.plain: Experts | None = Experts(gate_up, down, limit=LIMIT, activation_scale_enc=self.enc)
         self.layer = Experts(gate_up, down, limit=LIMIT, activation_scale_enc=self.enc).prepare(always=True)
-        self.gate_up_in_order = gate_up.with_layout(fragments.HOPPER)
-        self.bf16 = [_to_bf16(w) for w in (gate_up, down)] if bf16 else []
+        self.gate_up_in_order = rearranged(gate_up)
+        self.bf16: list[Tensor] = []
         self.activate = torch.compile(_activate, dynamic=True)
+
+    def make_bf16(self) -> None:
+        """The bf16 weights where they are wanted; once."""
+        if not self.wanted or self.bf16 or self.plain is None:
+            return
+        for name in ("gate_up", "down"):
+            kept = getattr(self.plain, name)
+            self.bf16.append(to_bf16(kept.operand))
+            if not self.keeps:
+                delattr(self.plain, name)
+                del kept
+        self.plain = self.plain if self.keeps else None
 
     def first(self, x: Tensor | NVFP4Tensor, given: Inputs, layer: Experts) -> NVFP4Tensor:
         """L1 of a layer."""
@@ -148,6 +152,7 @@ class Bench:
     def functions(self, given: Inputs, fused: Mapping[str, str]) -> dict[str, Call]:
         """What is timed, on one routing."""
         found: dict[str, Call] = {}
+        self.make_bf16()
         with use(fused):
             hidden = self.first(given.x4, given, self.layer)
             outputs = self.second(hidden, given, self.layer)
@@ -161,7 +166,8 @@ class Bench:
         found["route"] = under(fused, lambda: op("moe_route")(logits, top_k=self.model.top_k, scaling=1.5))
         found["permute"] = under(fused, lambda: op("moe_permute")(given.indices, self.model.experts))
         found["combine"] = under(fused, lambda: op("moe_combine")(outputs, given.rows, given.weights, dtype="bfloat16"))
-        found["experts fallback"] = under(FALLBACK, lambda: self._both(given.x4, given, self.plain))
+        if self.plain is not None:
+            found["experts fallback"] = under(FALLBACK, partial(self._both, given.x4, given, self.plain))
         if self.bf16:
             found["experts bf16"] = lambda: self.library(given)
         return found
@@ -172,6 +178,7 @@ class Bench:
         Raises:
             RuntimeError: Something is out of bounds.
         """
+        assert self.plain is not None, "checked before the bf16 weights take its place"
         for mode, x in (("w4a16", given.x), ("w4a4", given.x4)):
             with use(fused):
                 hidden = self.first(x, given, self.layer)
@@ -190,33 +197,59 @@ class Bench:
             if not torch.equal(out, want):
                 raise RuntimeError(f"layer {mode}: not the weighted sum of its own rows")
 
+    def check_library(self, given: Inputs, fused: Mapping[str, str]) -> None:
+        """Compares the bf16 layer with ours, which rounds to NVFP4 between its GEMMs.
+
+        Raises:
+            RuntimeError: They are further apart than that rounding makes them.
+        """
+        with use(fused):
+            ours = self._both(given.x, given, self.layer).float()
+        error = float((self.library(given).float() - ours).norm() / ours.norm())
+        if not error <= NVFP4_ERROR:
+            raise RuntimeError(f"experts bf16: relative error {error:.2e}")
+
     def _both(self, x: Tensor | NVFP4Tensor, given: Inputs, layer: Experts) -> Tensor:
         return self.second(self.first(x, given, layer), given, layer)
 
 
 def run(
-    model: Model, tokens: Sequence[int], skip: Sequence[str], *, device: str, show: Callable[[str], None]
+    model: Model,
+    tokens: Sequence[int],
+    skip: Sequence[str],
+    *,
+    device: str,
+    show: Callable[[str], None],
+    timed: bool = True,
+    turns: int = TURNS,
 ) -> Iterator[dict[str, Any]]:
     """Measures one model, but for functions whose names hold one of `skip`; yields what is known after each size."""
-    bench = Bench(model, device, bf16=not any(word in "experts bf16" for word in skip))
+    bf16, fallback = (not any(word in f"experts {kind}" for word in skip) for kind in ("bf16", "fallback"))
+    bench = Bench(model, device, bf16=bf16, fallback=fallback)
     fused = fused_variants()
     show(f"{torch.cuda.get_device_name()}; {model}; variants {fused}")
     points: list[dict[str, Any]] = []
     known = {"model": model._asdict(), "variants": fused, "device": torch.cuda.get_device_name(), "points": points}
+    right: dict[int, list[Inputs]] = {}
     for count in tokens:
         sets = [random_inputs(bench.generator, model, count) for _ in range(_sets(count))]
         try:
             bench.check(sets[0], fused)
+            right[count] = sets
         except Exception as error:  # the other sizes are still worth their time
             show(f"T={count}: not timed: {error}")
             points.append({"tokens": count, "failed": str(error)})
-            continue
+    show(f"right: T = {', '.join(map(str, right))}")
+    yield known
+    for count, sets in right.items() if timed else ():
         calls: dict[str, list[Call]] = {}
         for given in sets:
             for name, call in bench.functions(given, fused).items():
                 if not any(word in name for word in skip) and not (name in calls and name == "experts fallback"):
                     calls.setdefault(name, []).append(call)
-        spaced, sustained, clocks = measure(calls)
+        if bench.bf16:
+            bench.check_library(sets[0], fused)
+        spaced, sustained, clocks = measure(calls, turns=turns, lasting=LASTING)
         live = statistics.mean(int((given.offsets.diff() > 0).sum()) for given in sets)
         point = {
             "tokens": count,
@@ -232,15 +265,19 @@ def run(
         yield known
 
 
-def measure(calls: Mapping[str, Sequence[Call]]) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
+def measure(
+    calls: Mapping[str, Sequence[Call]], *, turns: int = TURNS, lasting: tuple[str, ...] = ("",)
+) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
     """Microseconds a call, spaced and sustained, and the SM clock of the latter; functions take turns.
 
     Args:
         calls: Name to one callable a routing; they go into one CUDA graph.
+        turns: Spaced replays of each.
+        lasting: How the names of those begin that get a sustained figure too.
     """
     graphs = {name: (_captured(some), len(some)) for name, some in calls.items()}
     spaced: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(TURNS):
+    for turn in range(turns):
         for name, (graph, count) in graphs.items():
             if turn < 2 or spaced[name][0] < SLOW:
                 torch.cuda.synchronize()
@@ -248,6 +285,8 @@ def measure(calls: Mapping[str, Sequence[Call]]) -> tuple[dict[str, float], dict
                 spaced[name].append(_timed(graph) / count)
     sustained, clocks = {}, {}
     for name, (graph, count) in graphs.items():
+        if not name.startswith(lasting):
+            continue
         replays = max(1, round(SUSTAINED * 1e6 / (spaced[name][0] * count)))
         for _ in range(replays):
             graph.replay()
@@ -258,6 +297,7 @@ def measure(calls: Mapping[str, Sequence[Call]]) -> tuple[dict[str, float], dict
         end.record()
         while not start.query():  # type: ignore[no-untyped-call]
             time.sleep(0.001)
+        time.sleep(SUSTAINED / 2)
         clocks[name] = sm_clock()
         end.synchronize()
         sustained[name] = start.elapsed_time(end) * 1e3 / (replays * count)
@@ -277,10 +317,10 @@ def table(point: Mapping[str, Any]) -> str:
         rate = ""
         if name.startswith("experts"):
             rate = f"  {point['weight_bytes'] / us / 1e6:5.2f} TB/s {point['flops'] / us / 1e6:6.1f} TFLOP/s"
-        sustained = point["sustained_us"][name]
-        lines.append(
-            f"  {name:<18} {us:9.2f} us  sustained {sustained:9.2f} at {point['sm_mhz'][name]} MHz{rate}{share}"
-        )
+        lasting = ""
+        if name in point["sustained_us"]:
+            lasting = f"  sustained {point['sustained_us'][name]:9.2f} at {point['sm_mhz'][name]} MHz"
+        lines.append(f"  {name:<18} {us:9.2f} us{lasting}{rate}{share}")
     return "\n".join(lines)
 
 
@@ -349,15 +389,6 @@ def _activate(gate_up: Tensor) -> Tensor:
     return (silu(gate.clamp(max=LIMIT)) * up.clamp(-LIMIT, LIMIT)).bfloat16()
 
 
-def _to_bf16(weights: NVFP4Tensor) -> Tensor:
-    """Dequantised expert by expert, for the memory."""
-    out = torch.empty(weights.shape, dtype=torch.bfloat16, device=weights.device)
-    for e in range(out.shape[0]):
-        one = NVFP4Tensor(weights.codes[e], weights.scales[e], weights.global_scale_dec[e])
-        out[e] = dequantize(one, torch.bfloat16)
-    return out
-
-
 def _sets(tokens: int) -> int:
     """Routings in one graph: few tokens touch little of the weights, which the L2 would keep."""
     return 12 if tokens <= 8 else 3 if tokens <= 512 else 1
@@ -369,9 +400,20 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="flash")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--skip", nargs="*", default=[], metavar="WORD", help="leave out functions named like this")
+    parser.add_argument("--check", action="store_true", help="time nothing")
+    parser.add_argument("--turns", type=int, default=TURNS, help="spaced replays of each function")
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args()
-    for known in run(MODELS[options.model], options.tokens, options.skip, device="cuda", show=typer.echo):
+    known_so_far = run(
+        MODELS[options.model],
+        options.tokens,
+        options.skip,
+        device="cuda",
+        show=partial(print, flush=True),
+        timed=not options.check,
+        turns=options.turns,
+    )
+    for known in known_so_far:
         if options.json:
             options.json.write_text(json.dumps(known, indent=1) + "\n")
 

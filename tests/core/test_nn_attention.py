@@ -91,6 +91,19 @@ def test_prompt_with_padding_hidden_by_a_mask() -> None:
     close(got, transformers_attention(q, k, in_window(torch.arange(20), 20) & mask, SINK))
 
 
+def test_prompt_with_padding_and_compressed_entries() -> None:
+    s = 20
+    q, k, c = draw(B, s, H, D), draw(B, s, 1, D, seed=1), draw(B, s // RATIO, 1, D, seed=2)
+    mask = torch.ones(B, s, s, dtype=torch.bool)
+    mask[1, :, :7] = False
+    near, far = in_window(torch.arange(s), s) & mask, ready(torch.arange(s), c.shape[1])
+    got = attend(q, k, SINK, softmax_scale=SCALE, window=WINDOW, compressed=c, visible=far, mask=mask)
+    keys, seen = torch.cat([k, c], 1), torch.cat([near, far], -1)
+    close(got, transformers_attention(q, keys, seen, SINK))
+    got = attend(q, k, SINK, softmax_scale=SCALE, window=WINDOW, compressed=c, mask=mask)
+    close(got, transformers_attention(q, keys, torch.cat([near, torch.ones_like(far)], -1), SINK))
+
+
 def test_exact_decoding_is_the_prompt_token_by_token() -> None:
     s = 25
     q, k, c = draw(B, s, H, D), draw(B, s, 1, D, seed=1), draw(B, s // RATIO, 1, D, seed=2)

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear, apply_rotary_pos_emb
 
 from megamoe.errors import ArgumentError
+from megamoe.nn.attention import attend, attend_quantized
 from megamoe.nn.attention_output import AttentionOutput
 from megamoe.numerics import nvfp4
 from megamoe.numerics.nvfp4 import NVFP4Tensor, dequantize
 from megamoe.numerics.rope import inverse_frequencies, rope_tables
+from megamoe.ops import use
 
 TOKENS, HEADS, DIM, GROUPS, RANK, HIDDEN = 11, 6, 64, 3, 32, 80
 K = HEADS // GROUPS * DIM
@@ -126,3 +128,22 @@ def test_misfits_are_named() -> None:
         with pytest.raises(ArgumentError) as caught:
             build()
         assert caught.value.argument == argument
+
+
+def test_attention_ending_in_nvfp4_is_the_two_ops_bit_for_bit() -> None:
+    """Window attention, inverse RoPE and quantisation as one op, then wo_a, on their fallbacks."""
+    layer, (_, _, cos, sin) = _quantised(), _inputs()
+    assert layer.o_scale_enc is not None
+    batch, length = 2, 7
+    q = _randn(5, batch, length, HEADS, DIM).bfloat16()
+    k = _randn(6, batch, length + 4, 1, DIM).bfloat16()
+    sink, positions = _randn(7, HEADS), torch.arange(length).repeat(batch)
+    options: dict[str, Any] = {"softmax_scale": DIM**-0.5, "window": 5}
+    with use({"default": "fallback"}):
+        two = layer(attend(q, k, sink, **options).flatten(0, 1), positions, cos, sin)
+        turn = (positions, cos, sin, layer.o_scale_enc)
+        rows = attend_quantized(q, k, *turn, sink, groups=layer.groups, **options)
+        assert torch.equal(layer.project(rows, q.dtype), two)
+    wo_a, wo_b = _weights()
+    with pytest.raises(ArgumentError, match="rows"):
+        AttentionOutput(wo_a, wo_b).project(rows, q.dtype)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,19 +46,82 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
         next(roofline.sweep(runtime().stages["quantize"]))
 
 
-def test_a_part_of_an_op_can_be_swept() -> None:
-    """The activation of swiglu_quant: 4.5625 bytes a result; what torch.compile gets gives the right codes."""
+def test_flops_give_the_nearer_of_two_roofs(tmp_path: Path) -> None:
+    points = [
+        Point("grouped_gemm", "L2 T 1", 10**6, {"fused": 2.0, "copy": 1.5, "matmul": 0.5}, 1980, 10**7, "a GPU"),
+        Point("grouped_gemm", "L2 T 64", 10**6, {"fused": 8.0, "copy": 1.5, "matmul": 4.0}, 1980, 10**9, "a GPU"),
+    ]
+    assert [p.roof for p in points] == ["copy", "matmul"]
+    head, _, small, large = roofline.table(points).splitlines()
+    assert head == "| size | GFLOP | MB | roof us | fused us (TFLOP/s, of the roof) |"
+    assert small == "| L2 T 1 | 0.01 | 1.00 | 1.50 (copy) | 2.00 (5, 75%) |"
+    assert large == "| L2 T 64 | 1.00 | 1.00 | 4.00 (matmul) | 8.00 (125, 50%) |"
+    roofline.plot(points, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_activation_of_swiglu_quant_is_swept() -> None:
+    """4.5625 bytes a result; what torch.compile gets gives the right codes."""
     subject = roofline.subject_of(runtime().stages["swiglu_quant"])
     inputs = subject.cases["flash 64x2048 128x4"].inputs("flash 64x2048 128x4")
     assert subject.bytes_moved(**inputs) == 64 * 2048 * 4.5625
-    got, want = subject.fallback(**inputs), subject.expected(**inputs)
+    assert subject.compiled is not None
+    got, want = subject.compiled(**inputs), subject.expected(**inputs)
     assert torch.equal(got.codes, want.codes)
-    assert set(subject.variants(inputs)) == {"fused_act", "fallback"}
+    assert set(subject.calls(**inputs)) == {"fused_act", "fallback"}
 
 
-def test_an_op_that_is_not_bound_by_memory_is_not_swept() -> None:
+def test_an_op_without_sizes_or_an_unknown_part_is_not_swept() -> None:
     with pytest.raises(MegamoeError, match="no SWEEP"):
-        roofline.subject_of(runtime().stages["multi_cta_attention"])
+        roofline.subject_of(runtime().stages["moe_route"])
+    with pytest.raises(MegamoeError, match="no part of swiglu_quant's sweep 'expert'; did you mean 'experts'"):
+        roofline.subject_of(runtime().stages["swiglu_quant"], "expert")
+
+
+_GEMM = {"model": "tiny", "tokens": 5}
+_ATTENTION = {"lq": [20], "lk": [20], "heads": 2, "kv_heads": 2, "head_dim": 64}
+_V4 = {"lengths": [40, 16], "new": None, "heads": 4, "kv_heads": 1, "head_dim": 64, "shared": True, "window": 8}
+# stage, part, arguments of its maker, bytes moved, flops
+SMALL: list[tuple[str, str | None, dict[str, Any], int | None, int]] = [
+    ("grouped_gemm", None, {**_GEMM, "kind": "bf16"}, None, 2 * 30 * 128 * 64),
+    ("grouped_gemm", None, {**_GEMM, "kind": "nvfp4"}, None, 2 * 30 * 128 * 64),
+    ("swiglu_quant", "experts", {**_GEMM, "kind": "nvfp4"}, None, 2 * 30 * 128 * 128),
+    ("multi_cta_attention", None, _ATTENTION, 2 * 4 * 20 * 2 * 64 + 4 * 40, 2 * 2 * 210 * 128),
+    ("multi_cta_attention", None, {**_ATTENTION, "window": 3, "sink": True}, None, 2 * 2 * (20 * 3 - 3) * 128),
+    ("attention_quant", None, {**_ATTENTION, "groups": 1}, 2 * 3 * 20 * 2 * 64 + 4 * 40 + 40 * 36, 2 * 2 * 210 * 128),
+    ("fp4_kv_decode", None, {"lengths": [64] * 2, "new": None, "head_dim": 32}, 2 * 128 * 36, 2 * 128 * 4 * 64),
+    ("fp4_kv_decode", None, _V4, 16 * 36, 2 * 16 * 4 * 128),
+    ("fp4_kv_decode", None, {**_V4, "extra": [40, 40], "extra_picked": 8}, 28 * 36, 2 * 28 * 4 * 128),
+]
+
+
+@pytest.mark.parametrize(("name", "part", "params", "moved", "flops"), SMALL)
+def test_what_a_sweep_times_is_right(
+    name: str, part: str | None, params: dict[str, Any], moved: int | None, flops: int
+) -> None:
+    """Small sizes on the CPU: rivals give what the op gives, work is counted as it is done."""
+    subject = roofline.subject_of(runtime().stages[name], part)
+    make = next(iter(subject.cases.values())).make
+    first, second = (make(torch.Generator().manual_seed(seed), **params) for seed in (0, 1))
+    timed = roofline.checked(subject, "small", [first, second])
+    assert "fallback" in timed
+    assert all(len(calls) == 2 for calls in timed.values())
+    if name in ("multi_cta_attention", "fp4_kv_decode") and not params.get("window"):
+        assert any(rival.startswith("SDPA") for rival in timed)
+    assert subject.flops is not None
+    assert subject.flops(**first) == flops
+    if moved is not None:
+        assert subject.bytes_moved(**first) == moved
+
+
+def test_a_wrong_variant_is_not_timed() -> None:
+    subject = replace(
+        roofline.subject_of(runtime().stages["moe_combine"]),
+        calls=lambda outputs, rows, weights, dtype=None: {"wrong": lambda: outputs[: rows.shape[0]].clone()},
+    )
+    inputs = subject.cases["flash 8x6x4096"].inputs("any")
+    with pytest.raises(MegamoeError, match=r"small: wrong is wrong, so it is not timed: out: .* bytes differ"):
+        roofline.checked(subject, "small", [inputs])
 
 
 def test_bytes_moved_are_those_of_the_issue() -> None:

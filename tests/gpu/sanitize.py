@@ -32,6 +32,8 @@ from megamoe.testing import compare, guards
 
 TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
 LARGEST = 4 << 20  # bytes of a case's inputs: a tool slows a kernel a hundredfold
+SLOWEST = ("initcheck",)  # tools that get the smallest cases
+OPTIONS = {"synccheck": ("--num-cuda-barriers", "16384")}  # kernels with many mbarriers overflow the tool's own table
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 
 
@@ -47,19 +49,25 @@ class Report(NamedTuple):
     lines: list[str]
 
 
-def small_cases(stage: Stage, variant: Variant, most: int) -> dict[str, dict[str, object]]:
-    """Inputs, on the CPU, of the first cases that are small enough and that the variant takes."""
-    found: dict[str, dict[str, object]] = {}
-    for name, case in load(stage.cases).items():
-        if case.gpu_only or len(found) == most:
-            continue
-        inputs = case.inputs(name, "cpu")
+def small_cases(stage: Stage, variant: Variant, most: int, *, smallest: bool) -> dict[str, dict[str, object]]:
+    """Inputs, on the CPU, of the first cases, or the smallest ones, that are small enough and that the variant takes.
+
+    The smallest one comes first: a tool that runs out of time has then seen as many as it could.
+    """
+    made = {name: case.inputs(name, "cpu") for name, case in load(stage.cases).items() if not case.gpu_only}
+    sizes: dict[str, int] = {}
+    for name, inputs in made.items():
         tensors = [t for value in inputs.values() for t in guards.tensors(value)]
-        on_gpu = {key: to_gpu(value) for key, value in inputs.items()}
         size = sum(t.numel() * t.element_size() for t in tensors)
-        if size <= LARGEST and all(t.numel() for t in tensors) and not verify.refused(stage, variant, on_gpu):
-            found[name] = inputs
-    return found
+        if size <= LARGEST and all(t.numel() for t in tensors):
+            sizes[name] = size
+    found: list[str] = []
+    for name in sorted(sizes, key=sizes.__getitem__) if smallest else sizes:
+        if len(found) == most:
+            break
+        if not verify.refused(stage, variant, {key: to_gpu(value) for key, value in made[name].items()}):
+            found.append(name)
+    return {name: made[name] for name in sorted(found, key=sizes.__getitem__)}
 
 
 def to_gpu(value: object) -> object:
@@ -67,10 +75,10 @@ def to_gpu(value: object) -> object:
     return value.to("cuda") if hasattr(value, "to") else value
 
 
-def child(stage: Stage, variant: Variant, most: int) -> int:
+def child(stage: Stage, variant: Variant, most: int, *, smallest: bool) -> int:
     """Runs under the tool: each case once, compared with the reference on the CPU; returns 1 when one is wrong."""
     run, wrong = load(variant.target), 0
-    for name, inputs in small_cases(stage, variant, most).items():
+    for name, inputs in small_cases(stage, variant, most, smallest=smallest).items():
         mine = {key: guards.clone(value) for key, value in inputs.items()}
         expected = compare.leaves(load(stage.reference.target)(**mine), mine, stage.mutates)
         given = {key: to_gpu(value) for key, value in inputs.items()}
@@ -88,12 +96,11 @@ def sanitize(stage: Stage, variant: Variant, tool: str, most: int, seconds: floa
     """One tool over one variant."""
     start = time.perf_counter()
     sanitizer = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--print-limit", "20"]
-    command = [*sanitizer, sys.executable, "-m", "tests.gpu.sanitize", stage.id, "--child", variant.name]
+    run = [sys.executable, "-m", "tests.gpu.sanitize", stage.id, "--child", variant.name, "--cases", str(most)]
+    command = [*sanitizer, *OPTIONS.get(tool, ()), *run, *(["--smallest"] if tool in SLOWEST else [])]
     environ = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
-        done = subprocess.run(
-            [*command, "--cases", str(most)], capture_output=True, text=True, timeout=seconds, env=environ, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environ, check=False)
         output = done.stdout + done.stderr
     except subprocess.TimeoutExpired as late:
         output = "".join(part.decode() for part in (late.stdout, late.stderr) if part) + f"\nno end in {seconds:g} s"
@@ -127,10 +134,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=4, help="processes at a time")
     parser.add_argument("--json", type=Path, help="where the reports go")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--smallest", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         stage = runtime().stage(options.stages[0])
-        return child(stage, next(v for v in stage.variants if v.name == options.child), options.cases)
+        variant = next(v for v in stage.variants if v.name == options.child)
+        return child(stage, variant, options.cases, smallest=options.smallest)
     with ThreadPoolExecutor(options.jobs) as pool:
         waiting = [
             pool.submit(sanitize, stage, variant, tool, options.cases, options.seconds)

@@ -12,7 +12,8 @@ from torch import Tensor
 from megamoe.nn.experts import Experts
 from megamoe.numerics.nvfp4 import NVFP4Tensor, dequantize
 from megamoe.ops import op, use
-from tests.bench.expert_layer import FALLBACK, LIMIT, MODELS, fused_variants, random_weights
+from megamoe_stages.grouped_gemm.sweep import MODELS
+from tests.bench.expert_layer import FALLBACK, LIMIT, fused_variants, random_weights
 
 pytestmark = pytest.mark.gpu
 FLASH = MODELS["flash"]

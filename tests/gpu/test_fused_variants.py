@@ -18,17 +18,19 @@ pytestmark = pytest.mark.gpu
 
 
 def fused_cases(stage: Stage, variant: Variant) -> dict[str, dict[str, Any]]:
-    """Inputs of the three smallest cases with rows that the variant takes."""
+    """Inputs of the first three cases with rows that the variant takes; a large one where it takes no others."""
     if variant.role is not Role.FUSED:
         pytest.skip("a fused variant's property")
     found: dict[str, dict[str, Any]] = {}
-    for name, case in load(stage.cases).items():
-        if case.gpu_only or len(found) == 3:
-            continue
-        inputs = case.inputs(name, "cuda")
-        tensors = [t for v in inputs.values() for t in guards.tensors(v)]
-        if all(t.numel() for t in tensors) and not verify.refused(stage, variant, inputs):
-            found[name] = inputs
+    for large, most in ((False, 3), (True, 1)):
+        for name, case in load(stage.cases).items():
+            if case.gpu_only is not large or len(found) >= most:
+                continue
+            inputs = case.inputs(name, "cuda")
+            tensors = [t for v in inputs.values() for t in guards.tensors(v)]
+            if all(t.numel() for t in tensors) and not verify.refused(stage, variant, inputs):
+                found[name] = inputs
+    assert found, "no case shows anything of this variant"
     return found
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import DeepseekV4ForCausalLM
 from megamoe.errors import CheckpointError
 from megamoe.integrations.checkpoints import load_checkpoint
 from megamoe.integrations.weights import quantize_matrices, quantize_weights
+from megamoe.nn.stored import COMPRESSED_TENSORS, CONVENTIONS, Convention, convention_named
 from megamoe.numerics.nvfp4 import NVFP4Tensor, dequantize
 from tests.integration.tiny import tiny_model
 
@@ -146,9 +148,14 @@ def test_wrong_shape(folder: Path) -> None:
         load_checkpoint(folder)
 
 
+@pytest.fixture(params=["modelopt", "compressed-tensors"])
+def source(request: pytest.FixtureRequest) -> Convention:
+    return convention_named(request.param)
+
+
 @pytest.fixture
-def modelopt(tiny: DeepseekV4ForCausalLM, folder: Path) -> tuple[Path, dict[str, NVFP4Tensor]]:
-    """The checkpoint with its routed experts in NVFP4, by ModelOpt's names; and what those tensors are."""
+def packed_folder(tiny: DeepseekV4ForCausalLM, folder: Path, source: Convention) -> tuple[Path, dict[str, NVFP4Tensor]]:
+    """The checkpoint with its routed experts in NVFP4, by the source's names; and what those tensors are."""
     tensors = {k: v for k, v in weights_of(folder).items() if ".ffn.experts." not in k}
     packed: dict[str, NVFP4Tensor] = {}
     for i, layer in enumerate(tiny.model.layers):
@@ -157,19 +164,29 @@ def modelopt(tiny: DeepseekV4ForCausalLM, folder: Path) -> tuple[Path, dict[str,
             packed[f"{i}.{name}"] = stack = quantize_matrices(matrices)
             for e in range(len(matrices)):
                 key = f"model.layers.{i}.ffn.experts.{e}.{name}"
-                tensors[f"{key}.weight"] = stack.codes[e]
-                tensors[f"{key}.weight_scale"] = stack.scales[e]
-                tensors[f"{key}.weight_scale_2"] = stack.global_scale_dec[e]
-                tensors[f"{key}.input_scale"] = torch.tensor((e + 1) / 2688)
+                numbers = [stack.global_scale_dec[e], torch.tensor((e + 1) / 2688)]
+                if source is COMPRESSED_TENSORS:  # divisors, of shape (1,)
+                    numbers = [(1 / number)[None] for number in numbers]
+                values = (stack.codes[e], stack.scales[e], *numbers)
+                tensors |= {f"{key}.{name}": value for name, value in zip(source.fields, values, strict=True)}
+        if source is COMPRESSED_TENSORS:
+            for name in ("w1", "w2", "w3"):
+                held = packed[f"{i}.{name}"]
+                packed[f"{i}.{name}"] = replace(held, global_scale_dec=1 / (1 / held.global_scale_dec))
     rewrite(folder, tensors)
-    raw = json.loads((folder / "config.json").read_text())
-    quantization = {"quant_method": "modelopt", "moe_quant_algo": "NVFP4", "group_size": 16}
-    (folder / "config.json").write_text(json.dumps({**raw, "quantization_config": quantization}))
+    say(folder, source.name)
     return folder, packed
 
 
-def test_nvfp4_experts_are_not_quantised_again(modelopt: tuple[Path, dict[str, NVFP4Tensor]]) -> None:
-    folder, packed = modelopt
+def say(folder: Path, method: str) -> None:
+    """Writes a quant_method into config.json."""
+    raw = json.loads((folder / "config.json").read_text())
+    quantization = {"quant_method": method, "moe_quant_algo": "NVFP4", "group_size": 16}
+    (folder / "config.json").write_text(json.dumps({**raw, "quantization_config": quantization}))
+
+
+def test_nvfp4_experts_are_not_quantised_again(packed_folder: tuple[Path, dict[str, NVFP4Tensor]]) -> None:
+    folder, packed = packed_folder
     loaded = load_checkpoint(folder)
     for i, layer in enumerate(loaded.model.model.layers):
         gate_up = loaded.experts[i].gate_up
@@ -188,12 +205,43 @@ def test_nvfp4_experts_are_not_quantised_again(modelopt: tuple[Path, dict[str, N
     assert loaded.scales[0].z is None
 
 
-def test_nvfp4_experts_with_a_missing_scale(modelopt: tuple[Path, dict[str, NVFP4Tensor]]) -> None:
-    folder, _ = modelopt
+def test_nvfp4_experts_with_a_missing_scale(packed_folder: tuple[Path, dict[str, NVFP4Tensor]]) -> None:
+    folder, _ = packed_folder
     tensors = weights_of(folder)
     del tensors["model.layers.0.ffn.experts.1.w3.weight_scale"]
     rewrite(folder, tensors)
-    with pytest.raises(CheckpointError, match="weight_scale of layer 0, expert 1, up projection is missing"):
+    with pytest.raises(
+        CheckpointError, match="weight_scale of layer 0, expert 1, up projection: got nothing, expected a tensor"
+    ):
+        load_checkpoint(folder)
+
+
+def test_nvfp4_experts_with_a_scale_of_zero(
+    packed_folder: tuple[Path, dict[str, NVFP4Tensor]], source: Convention
+) -> None:
+    folder, _ = packed_folder
+    key = f"model.layers.1.ffn.experts.0.w2.{source.global_scale}"
+    rewrite(folder, {**weights_of(folder), key: torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"layer 1, expert 0, down projection: got 0\.0, expected a positive"):
+        load_checkpoint(folder)
+
+
+def test_names_of_two_conventions(packed_folder: tuple[Path, dict[str, NVFP4Tensor]], source: Convention) -> None:
+    folder, _ = packed_folder
+    other = next(c for c in CONVENTIONS.values() if c is not source)
+    key = f"model.layers.0.ffn.experts.0.w1.{other.global_scale}"
+    rewrite(folder, {**weights_of(folder), key: torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"experts by two conventions: .*weight_scale_2.* \(modelopt\) and "):
+        load_checkpoint(folder)
+
+
+def test_a_convention_that_the_config_contradicts(
+    packed_folder: tuple[Path, dict[str, NVFP4Tensor]], source: Convention
+) -> None:
+    folder, _ = packed_folder
+    other = next(c for c in CONVENTIONS.values() if c is not source)
+    say(folder, other.name)
+    with pytest.raises(CheckpointError, match=f"quant_method '{other.name}', but .* is a name of {source.name}"):
         load_checkpoint(folder)
 
 

@@ -181,11 +181,11 @@ def test_nvfp4_stays_near_the_model_and_uses_every_op(
         "moe_route": layers * passes,
         "moe_permute": layers * passes,
         "swiglu_quant": layers * passes,
-        "inverse_rope_quant": layers * passes,
+        "inverse_rope_quant": layers * (passes - 1),
         "grouped_gemm": 3 * layers * passes,  # the experts' second, wo_a, wo_b
         "moe_combine": layers * passes,
         "quantize": layers * passes,  # z; the experts' input comes out of mhc_quant
-        "multi_cta_attention": 4 + 3,  # 3 layers also look at compressed entries
+        "attention_quant": layers,  # the prompt
         "fp4_kv_decode": calls.of["fp4_kv_decode"],
     }
     attends, fills = 3 * 4, 4 + 3  # both caches of a layer in one call
@@ -263,6 +263,7 @@ def test_off_leaves_the_models_own_code(model: DeepseekV4ForCausalLM, ids: Tenso
         ("mhc_quant", {"hyper_connections"}),
         ("fp4_kv_decode", {"decode"}),
         ("multi_cta_attention", {"prefill"}),
+        ("attention_quant", set()),  # then in two ops
     ],
 )
 def test_one_op_off(model: DeepseekV4ForCausalLM, ids: Tensor, weights: Weights, off: str, own: set[str]) -> None:

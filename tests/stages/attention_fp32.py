@@ -7,15 +7,16 @@ from cuda.bindings.driver import CUstream
 from cutlass import Constexpr, Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from megamoe.cute import arith, attention_mma, ring
+from megamoe.cute import arith, attention_mma, compiler, mask_bits, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.mask_bits import MaskBits
 from megamoe.cute.multicast import Boxes
 from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.kernel_512 import Attention
 from megamoe_stages.multi_cta_attention.rows_512 import Rows, lanes
-from megamoe_stages.multi_cta_attention.shape_512 import DIM, HALF, THREADS, Shape
+from megamoe_stages.multi_cta_attention.shape_512 import DIM, HALF, Shape
 
 
 @cute.jit
@@ -27,7 +28,7 @@ def launch(
     cu_seqlens_k: cute.Tensor,
     sink: cute.Tensor,
     out: cute.Tensor,  # (queries, heads, 512) fp32
-    lse: cute.Tensor,
+    lse: cute.Tensor,  # (queries, heads) fp32
     softmax_scale: Float32,
     causal: Int32,
     window: Int32,
@@ -37,14 +38,34 @@ def launch(
 ) -> None:
     numbers = (softmax_scale, causal, window, has_sink)
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
-    kernel(*given, out, shape).launch(
-        grid=kernel_512.grid(q, k, cu_seqlens_q, shape),
-        block=[THREADS, 1, 1],
-        cluster=[shape.ctas, 1, 1],
-        smem=shape.shared_bytes,
-        min_blocks_per_mp=1,
-        stream=stream,
-    )
+    kernel_512.start(kernel(*given, out, None, None, None, shape), q, k, cu_seqlens_q, stream, shape)
+
+
+@cute.jit
+def launch_masked(
+    q: cute.Tensor,
+    k: cute.Tensor,
+    v: cute.Tensor,
+    cu_seqlens_q: cute.Tensor,
+    cu_seqlens_k: cute.Tensor,
+    sink: cute.Tensor,
+    mask: cute.Tensor,
+    words: cute.Tensor,
+    ends: cute.Tensor,
+    entries: Int32,
+    out: cute.Tensor,
+    lse: cute.Tensor,
+    softmax_scale: Float32,
+    causal: Int32,
+    window: Int32,
+    has_sink: Int32,
+    stream: CUstream,
+    shape: Constexpr[Shape],
+) -> None:
+    mask_bits.start_packing(mask, MaskBits(words, ends), stream)
+    numbers = (softmax_scale, causal, window, has_sink)
+    given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
+    kernel_512.start(kernel(*given, out, words, ends, entries, shape), q, k, cu_seqlens_q, stream, shape)
 
 
 @cute.kernel
@@ -63,6 +84,9 @@ def kernel(
     window: Int32,
     has_sink: Int32,
     out: cute.Tensor,
+    words: cute.Tensor | None,
+    ends: cute.Tensor | None,
+    entries: Int32 | None,
     shape: Constexpr[Shape],
 ) -> None:
     def finish(me: Consumer, rows: Rows) -> None:
@@ -71,7 +95,7 @@ def kernel(
     given = Attention(
         q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
     )
-    kernel_512.work_on_rows(given, finish, shape)
+    kernel_512.work_on_rows(given, kernel_512.mask_of(words, ends, entries), finish, shape)
 
 
 @cute.jit
@@ -89,9 +113,14 @@ def store(me: Constexpr[Consumer], rows: Constexpr[Rows], out: cute.Tensor) -> N
 def spec(shape: Shape) -> KernelSpec:
     def arguments() -> tuple[object, ...]:
         *given, lse = kernel_512.tensors()
+        if shape.masked:
+            given += kernel_512.masked_arguments()
         size = cute.sym_int32
         out = make_fake_compact_tensor(Float32, (size(), size(), DIM), stride_order=(2, 1, 0), assumed_align=16)
         numbers = Float32(0), *(Int32(0) for _ in range(3))
         return (*given, out, lse, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True), shape)
 
-    return KernelSpec(f"fp32_{kernel_512.name_of(shape)}", Target.SM90.value, launch, arguments, tuple(shape))
+    schedule = compiler.cache_key(kernel_512.spec(shape))  # a test's own key would not follow the stage's sources
+    key = (*shape, schedule)
+    function = launch_masked if shape.masked else launch
+    return KernelSpec(f"fp32_{kernel_512.name_of(shape)}", Target.SM90.value, function, arguments, key)

@@ -22,7 +22,8 @@ from megamoe_stages.attention_quant.cases import CASES, make
 from megamoe_stages.attention_quant.contract import QuantizedAttention
 from megamoe_stages.attention_quant.reference import attention_quant
 from megamoe_stages.inverse_rope_quant.reference import inverse_rope_quant
-from megamoe_stages.multi_cta_attention.shape_512 import NARROW, WIDE, Shape
+from megamoe_stages.multi_cta_attention import launch_512
+from megamoe_stages.multi_cta_attention.shape_512 import MASKED, NARROW, WIDE, Shape
 from tests.stages import attention_fp32
 
 PROBLEMS: dict[str, dict[str, Any]] = {
@@ -42,6 +43,10 @@ def common(a: dict[str, Any]) -> tuple[Any, ...]:
     return a["q"], a["k"], a["v"], a["cu_seqlens_q"], a["cu_seqlens_k"], sinks
 
 
+def masked(a: dict[str, Any]) -> tuple[Any, ...]:
+    return launch_512.mask_arguments(a["q"], a.get("mask"), a.get("entries", 0))
+
+
 def numbers(a: dict[str, Any]) -> tuple[Any, ...]:
     has_sink = int(a.get("sink") is not None)
     return a["softmax_scale"], int(a["causal"]), a["window"] or 0, has_sink
@@ -52,7 +57,7 @@ def unfused(a: dict[str, Any], shape: Shape) -> tuple[QuantizedAttention, Tensor
     o = torch.full(a["q"].shape, torch.nan)
     lse = torch.full(a["q"].shape[:2], torch.nan)
     artifact = compiler.compile_kernel(attention_fp32.spec(shape))
-    ptxemu.run(artifact, *common(a), o, lse.view(-1), *numbers(a)).raise_for_findings()
+    ptxemu.run(artifact, *common(a), *masked(a), o, lse, *numbers(a)).raise_for_findings()
     turned = (a["positions"], a["cos"], a["sin"], a["global_scale_enc"])
     out = inverse_rope_quant(o, *turned, groups=a["groups"], scale_layout=a["scale_layout"])
     return QuantizedAttention(out, lse), o
@@ -64,8 +69,8 @@ def fused(a: dict[str, Any], shape: Shape) -> QuantizedAttention:
     out.codes.fill_(0xAA), out.scales.view(torch.uint8).fill_(0x55), lse.fill_(torch.nan)
     artifact = compiler.compile_kernel(kernel.spec(a["scale_layout"] == "128x4", shape))
     turned = (a["positions"].view(torch.int32), a["cos"], a["sin"], a["global_scale_enc"])
-    written = (out.codes, out.scales.view(torch.uint8), out.global_scale_dec, lse.view(-1))
-    ptxemu.run(artifact, *common(a), *turned, *written, *numbers(a)).raise_for_findings()
+    written = (out.codes, out.scales.view(torch.uint8), out.global_scale_dec, lse)
+    ptxemu.run(artifact, *common(a), *masked(a), *turned, *written, *numbers(a)).raise_for_findings()
     return QuantizedAttention(out, lse)
 
 
@@ -88,6 +93,12 @@ def test_equal_byte_for_byte_to_the_unfused_pair(name: str, scale_layout: str) -
 def test_one_cta_a_cluster_too_with_int32_positions() -> None:
     a = inputs("two-tiles", index_dtype=torch.int32)
     assert_same(fused(a, NARROW), unfused(a, NARROW)[0])
+
+
+def test_compressed_entries_too() -> None:
+    """DeepSeek-V4's layers with compressed keys: window, picked entries and sink under one softmax, then NVFP4."""
+    a = inputs("two-tiles", lk=[150, 80], entries=70, mask=0.3, window=30, scale_layout="128x4")
+    assert_same(fused(a, MASKED), unfused(a, MASKED)[0])
 
 
 @pytest.mark.parametrize("enc", [1e5, 2.0**-120, 2.0**120])
@@ -141,7 +152,7 @@ def test_limits() -> None:
     assert "float16" in limits.supports({"dtype": "float16"})[0]
     assert "head_dim 128" in limits.supports({"head_dim": 128})[0]
     assert "rope_dim 32" in limits.supports({"rope_dim": 32})[0]
-    assert "mask" in limits.supports({"masked": True})[0]
+    assert not limits.supports({"masked": True})
     assert "scales" in limits.supports({"queries": 1 << 22, "heads": 64, "groups": 8})[0]
 
 

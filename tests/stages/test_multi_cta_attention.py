@@ -37,7 +37,9 @@ def oracle(a: dict[str, Any]) -> tuple[Tensor, Tensor]:
     every = 1 + q.shape[0] // 200
     cu_q, cu_k = a["cu_seqlens_q"].tolist(), a["cu_seqlens_k"].tolist()
     for b in range(len(cu_q) - 1):
-        lk, lq = cu_k[b + 1] - cu_k[b], cu_q[b + 1] - cu_q[b]
+        total, lq = cu_k[b + 1] - cu_k[b], cu_q[b + 1] - cu_q[b]
+        entries = min(a.get("entries", 0), total)
+        lk = total - entries
         for i in range(lq):
             row, at = cu_q[b] + i, i + lk - lq
             if row % every:
@@ -45,8 +47,10 @@ def oracle(a: dict[str, Any]) -> tuple[Tensor, Tensor]:
             keys = [j for j in range(lk) if not a["causal"] or j <= at]
             if a["window"] is not None:
                 keys = [j for j in keys if j > at - a["window"]]
-            if a.get("mask") is not None:
-                allowed = a["mask"][row].tolist()
+            allowed = a["mask"][row].tolist() if a.get("mask") is not None else [True] * total
+            if a.get("entries"):
+                keys += [lk + j for j in range(entries) if j < len(allowed) and allowed[j]]
+            else:
                 keys = [j for j in keys if j < len(allowed) and allowed[j]]
             if not keys:
                 out[row], lse[row] = 0, -torch.inf
@@ -125,8 +129,10 @@ def test_fallback_without_known_lengths(monkeypatch: pytest.MonkeyPatch) -> None
 def test_fallback_skips_tiles_that_no_query_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fallback, "KEY_TILE", 10)
     segment = fallback.Segment(0, 100, 0, 130, single=True)
-    tiles = list(fallback._key_tiles(segment, slice(50, 60), True, 8))
+    tiles = list(fallback._key_tiles(segment, slice(50, 60), True, 8, 0))
     assert (tiles[0].start, tiles[-1].stop) == (73, 90)  # positions 80 to 89, seven before them
+    apart = list(fallback._key_tiles(segment, slice(50, 60), True, 8, 15))
+    assert apart == [slice(58, 68), slice(68, 75), slice(115, 125), slice(125, 130)]  # 15 earlier, and the entries
 
 
 @pytest.mark.parametrize("case", ["d512-sink-window", "decode-like"])

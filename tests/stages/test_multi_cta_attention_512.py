@@ -20,6 +20,7 @@ from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
     GROUP,
     HALF,
+    MASKED,
     NARROW,
     OUT_PITCH,
     SHAPES,
@@ -39,6 +40,14 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "one-tile-one-query": {"lq": [1], "lk": [64], "heads": 64, "kv_heads": 1},
     "group-of-7": {"lq": [25], "lk": [60], "heads": 14, "kv_heads": 2},
     "wide-scores": {"lq": [40], "lk": [200], "gain": 30.0, "heads": 2},
+    "mask": {"lq": [40, 5], "lk": [130, 21], "mask": 0.3, "causal": False, "heads": 6, "sink": True},
+    "mask-narrow-causal-window": {"lq": [30], "lk": [190], "mask": 0.5, "mask_columns": 170, "window": 60},
+    "mask-nothing": {"lq": [8], "lk": [30], "mask": 0.0, "heads": 2, "sink": True},
+    "mask-few-keys": {"lq": [20, 20], "lk": [1, 70], "mask": 0.02, "causal": False, "kv_heads": 4},
+    "entries": {"lq": [40, 6, 3], "lk": [100, 25, 4], "entries": 9, "mask": 0.5, "window": 20, "sink": True},
+    "entries-all": {"lq": [5, 30], "lk": [12, 260], "entries": 140, "kv_heads": 1},
+    "entries-no-columns": {"lq": [7], "lk": [80], "entries": 70, "mask": 1.0, "mask_columns": 0},
+    "entries-full": {"lq": [33, 50], "lk": [90, 300], "entries": 66, "mask": 0.4, "causal": False, "heads": 2},
     "forty-sequences": {"lq": [i % 3 for i in range(40)], "lk": [7 * i % 11 for i in range(40)], "sink": True},
 }
 
@@ -47,7 +56,7 @@ def inputs(name: str) -> dict[str, Any]:
     return make(torch.Generator().manual_seed(0), head_dim=512, **PROBLEMS[name])
 
 
-def emulated(a: dict[str, Any], shape: Shape = WIDE, policy: str = "eager", seed: int = 0) -> AttentionOutput:
+def emulated(a: dict[str, Any], shape: Shape | None = None, policy: str = "eager", seed: int = 0) -> AttentionOutput:
     """What `sm90.multi_cta_attention` would return, its launch on the emulator; no tensor is empty."""
     out = contract.fake(a["q"], a["k"], a["v"], a["cu_seqlens_q"], a["cu_seqlens_k"], softmax_scale=1.0)
     out.out.fill_(torch.nan), out.lse.fill_(torch.nan)
@@ -58,11 +67,14 @@ def emulated(a: dict[str, Any], shape: Shape = WIDE, policy: str = "eager", seed
         a["cu_seqlens_q"],
         a["cu_seqlens_k"],
         a.get("sink"),
+        a.get("mask"),
         out,
         softmax_scale=a["softmax_scale"],
         causal=a["causal"],
         window=a["window"],
+        entries=a.get("entries", 0),
     )
+    shape = shape or (MASKED if "mask" in a or "entries" in a else WIDE)
     artifact = compiler.compile_kernel(kernel_512.spec(shape))
     ptxemu.run(artifact, *arguments, policy=policy, seed=seed).raise_for_findings()
     return out
@@ -83,6 +95,26 @@ def test_matches_the_reference(name: str) -> None:
 def test_one_cta_a_cluster_matches_the_reference(name: str) -> None:
     given = inputs(name)
     assert not unlike(emulated(given, NARROW), given)
+
+
+@pytest.mark.parametrize("lk", [[50, 70, 30], [130, 9, 64]], ids=["one-tile", "tiles"])
+@pytest.mark.parametrize(
+    ("shape", "entries"),
+    [(WIDE, 0), (NARROW, 0), (MASKED, 0), (MASKED, 7)],
+    ids=["wide", "narrow", "masked", "entries"],
+)
+def test_no_nan_reaches_another_sequence(shape: Shape, entries: int, lk: list[int]) -> None:
+    """Tiles reach behind a sequence's end, and 0 times NaN is NaN."""
+    masked: dict[str, Any] = {"mask": 0.8, "entries": entries} if shape.masked else {}
+    given = make(torch.Generator().manual_seed(0), head_dim=512, lq=[20, 5, 10], lk=lk, heads=2, **masked)
+    clean = emulated(given, shape)
+    for name in ("k", "v"):
+        given[name][lk[0] : -lk[2]] = torch.nan
+    got = emulated(given, shape, policy="random")
+    own = [*range(20), *range(25, 35)]
+    assert got.out[20:25].isnan().all()
+    assert same_bytes(got.out[own], clean.out[own])
+    assert same_bytes(got.lse[own], clean.lse[own])
 
 
 @pytest.mark.parametrize("policy", ["lazy", "random"])
@@ -127,7 +159,8 @@ def test_shared_memory_holds_what_a_kernel_needs(shape: Shape) -> None:
 def test_what_takes_which_kernel() -> None:
     assert shape_for(None) == shape_for(4096) == WIDE
     assert shape_for(128) == NARROW
-    assert "mask" in limits.supports({"head_dim": 512, "masked": True})[0]
+    assert shape_for(128, masked=True) == MASKED
+    assert not limits.supports({"head_dim": 512, "masked": True})
     assert not limits.supports({"dtype": "bfloat16", "head_dim": 512, "v_dim": 512})
     assert "float16" in limits.supports({"dtype": "float16", "head_dim": 512})[0]
     assert "256" in limits.supports({"head_dim": 512, "v_dim": 256})[0]

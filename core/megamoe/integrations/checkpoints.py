@@ -1,8 +1,8 @@
 """Loads a DeepSeek-V4 checkpoint folder (config.json and safetensors) for transformers.
 
 Weights go through transformers' own loading, which knows both spellings of the names and which modules stay fp32.
-Routed experts that a checkpoint holds in NVFP4 already (ModelOpt: weight uint8, weight_scale float8_e4m3fn,
-weight_scale_2 fp32, input_scale fp32) are read as they are, beside a decoded copy for the plain model.
+Routed experts that a checkpoint holds in NVFP4 already, by one of the conventions of `nn.stored` (ModelOpt,
+compressed-tensors), are read as they are, beside a decoded copy for the plain model.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from megamoe.errors import CheckpointError, nearest
+from megamoe.errors import ArgumentError, CheckpointError, nearest
 from megamoe.integrations.transformers.scales import LayerScales
 from megamoe.integrations.weights import ExpertWeights
-from megamoe.numerics.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, NVFP4Tensor, dequantize
+from megamoe.nn import stored
+from megamoe.nn.stored import CONVENTIONS, Convention
+from megamoe.numerics.nvfp4 import NVFP4Tensor, dequantize
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_FIELDS = {name for convention in CONVENTIONS.values() for name in convention.fields}
 _NVFP4 = re.compile(
     r"(?:^|\.)layers\.(?P<layer>\d+)\.(?:ffn|mlp)\.experts\.(?P<expert>\d+)\."
-    r"(?P<part>w1|w2|w3|gate_proj|down_proj|up_proj)\.(?P<field>weight|weight_scale|weight_scale_2|input_scale)$"
+    rf"(?P<part>w1|w2|w3|gate_proj|down_proj|up_proj)\.(?P<field>{'|'.join(sorted(_FIELDS))})$"
 )
 _PARTS = {"w1": "gate", "gate_proj": "gate", "w2": "down", "down_proj": "down", "w3": "up", "up_proj": "up"}
 
@@ -66,10 +69,9 @@ def load_checkpoint(
     folder = Path(folder)
     config = read_config(folder)
     files = tensor_files(folder)
-    packed = {name for name in files if name.endswith(".weight_scale_2") and _NVFP4.search(name)}
     dtype = dtype or config.dtype or torch.bfloat16
-    if packed:
-        return _load_nvfp4(folder, config, files, dtype, device)
+    if convention := _convention(folder, config, files):
+        return _load_nvfp4(folder, config, convention, files, dtype, device)
     model = _from_pretrained(folder, config, dtype, files, folder)
     return Checkpoint(model.to(device).eval())
 
@@ -163,8 +165,40 @@ def _from_pretrained(
     return model
 
 
+def _convention(folder: Path, config: DeepseekV4Config, files: Mapping[str, Path]) -> Convention | None:
+    """How the files hold routed experts in NVFP4; None where they do not.
+
+    The names of global scales tell.
+
+    Raises:
+        CheckpointError: Names of two conventions, or of one where config.json's quant_method names the other.
+    """
+    found = {
+        convention: name
+        for convention in CONVENTIONS.values()
+        for name in files
+        if name.endswith(f".{convention.global_scale}") and _NVFP4.search(name)
+    }
+    if len(found) > 1:
+        names = " and ".join(f"{name!r} ({convention.name})" for convention, name in found.items())
+        raise CheckpointError(f"{folder}: experts by two conventions: {names}")
+    said = str((getattr(config, "quantization_config", None) or {}).get("quant_method"))
+    for convention, name in found.items():
+        if said in CONVENTIONS and said != convention.name:
+            raise CheckpointError(
+                f"{folder}: config.json says quant_method {said!r}, but {name!r} is a name of {convention.name}"
+            )
+        return convention
+    return None
+
+
 def _load_nvfp4(
-    folder: Path, config: DeepseekV4Config, files: Mapping[str, Path], dtype: torch.dtype, device: torch.device | str
+    folder: Path,
+    config: DeepseekV4Config,
+    convention: Convention,
+    files: Mapping[str, Path],
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> Checkpoint:
     """A checkpoint with routed experts in NVFP4: everything else by transformers, the experts by hand."""
     config.quantization_config = None  # transformers has no loader for it
@@ -183,24 +217,21 @@ def _load_nvfp4(
         own = layer.mlp.experts
         of_layer = {(e, part): found for (at, e, part), found in fields.items() if at == i}
         gate, up, down = (
-            _stack(folder, i, part, of_layer, own.num_experts, shape)
+            _stack(folder, i, part, of_layer, own.num_experts, shape, convention)
             for part, shape in (
                 ("gate", (own.intermediate_dim, own.hidden_dim)),
                 ("up", (own.intermediate_dim, own.hidden_dim)),
                 ("down", (own.hidden_dim, own.intermediate_dim)),
             )
         )
-        gate_up = NVFP4Tensor(
-            torch.cat((gate.codes, up.codes), dim=1),
-            torch.cat((gate.scales.view(torch.uint8), up.scales.view(torch.uint8)), dim=1).view(torch.float8_e4m3fn),
-            torch.stack((gate.global_scale_dec, up.global_scale_dec), dim=1),
-        )
+        gate_up = stored.join_gate_up(gate, up)
         with torch.no_grad():
             for e in range(own.num_experts):  # one at a time: the fp32 copy of a layer would not fit beside the model
                 own.gate_up_proj[e] = torch.cat((dequantize(_expert(gate, e)), dequantize(_expert(up, e))))
                 own.down_proj[e] = dequantize(_expert(down, e))
         experts[i] = ExpertWeights(gate_up.to(device), down.to(device))
-        scales.append(LayerScales(normed=_input(of_layer, ("gate", "up")), product=_input(of_layer, ("down",))))
+        normed, product = (_input(of_layer, parts, convention) for parts in (("gate", "up"), ("down",)))
+        scales.append(LayerScales(normed=normed, product=product))
     return Checkpoint(model.to(device).eval(), experts, tuple(scales))
 
 
@@ -219,37 +250,31 @@ def _stack(
     fields: Mapping[tuple[int, str], Mapping[str, Tensor]],
     count: int,
     shape: tuple[int, int],
+    convention: Convention,
 ) -> NVFP4Tensor:
     """One projection of all experts of a layer, (E, N, K) with a global scale (E,)."""
-    n, k = shape
-    wanted = {
-        "weight": ((n, k // 2), torch.uint8),
-        "weight_scale": ((n, k // BLOCK), torch.float8_e4m3fn),
-        "weight_scale_2": ((), torch.float32),
-    }
-    stacked = {}
-    for name, (size, dtype) in wanted.items():
-        found = []
-        for e in range(count):
-            where = f"{folder}: {name} of layer {layer}, expert {e}, {part} projection"
-            tensor = fields.get((e, part), {}).get(name)
-            if tensor is None:
-                raise CheckpointError(f"{where} is missing")
-            if tensor.dtype != dtype or tensor.numel() != torch.Size(size).numel():
-                raise CheckpointError(f"{where} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {size}")
-            found.append(tensor.reshape(size))
-        stacked[name] = torch.stack(found)
-    return NVFP4Tensor(stacked["weight"], stacked["weight_scale"], stacked["weight_scale_2"])
+    matrices = []
+    for e in range(count):
+        try:
+            matrices.append(stored.matrix(fields.get((e, part), {}), convention, shape))
+        except ArgumentError as error:
+            where = f"{folder}: {error.argument} of layer {layer}, expert {e}, {part} projection"
+            raise CheckpointError(f"{where}: got {error.got}, expected {error.expected}") from error
+    return stored.stack(matrices)
 
 
 def _expert(weights: NVFP4Tensor, e: int) -> NVFP4Tensor:
     return NVFP4Tensor(weights.codes[e], weights.scales[e], weights.global_scale_dec[e])
 
 
-def _input(fields: Mapping[tuple[int, str], Mapping[str, Tensor]], parts: tuple[str, ...]) -> float | None:
-    """Largest activation that the input_scale (decode scales) of some projections stand for."""
-    found = [float(f["input_scale"]) for (_, part), f in fields.items() if part in parts and "input_scale" in f]
-    return max(found) * E2M1_MAX * E4M3_MAX if found else None
+def _input(
+    fields: Mapping[tuple[int, str], Mapping[str, Tensor]], parts: tuple[str, ...], convention: Convention
+) -> float | None:
+    """Largest activation that the input scales of some projections stand for."""
+    some = (found for (_, part), found in fields.items() if part in parts)
+    return stored.activation_amax(
+        [found[convention.input_scale] for found in some if convention.input_scale in found], convention
+    )
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

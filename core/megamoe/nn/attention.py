@@ -15,8 +15,8 @@ from torch.nn.functional import pad
 
 from megamoe.contracts import ACTIVATIONS, check_tensor
 from megamoe.errors import ArgumentError
-from megamoe.numerics.attention import merge_lse
-from megamoe.numerics.nvfp4 import BLOCK, E4M3_MAX
+from megamoe.numerics.attention import visible_keys
+from megamoe.numerics.nvfp4 import BLOCK, E4M3_MAX, NVFP4Tensor
 from megamoe.ops import op
 
 
@@ -240,11 +240,77 @@ def attend(
     Returns:
         (batch, queries, heads, D), dtype of q.
     """
-    if compressed is None or compressed.shape[1] == 0:
-        return _dense(q, k, sink, mask, softmax_scale=softmax_scale, causal=True, window=window)[0]
-    near = _dense(q, k, None, mask, softmax_scale=softmax_scale, causal=True, window=window)
-    far = _dense(q, compressed, None, visible, softmax_scale=softmax_scale, causal=False, window=None)
-    return _merge(near, far, sink)
+    entries = 0 if compressed is None else compressed.shape[1]
+    if entries and mask is not None:  # one mask of all keys: positions are in it
+        at = torch.arange(q.shape[1], device=q.device) + (k.shape[1] - q.shape[1])
+        near = visible_keys(at, torch.arange(k.shape[1], device=q.device), window=window)
+        far = mask.new_ones(*mask.shape[:2], entries) if visible is None else visible
+        visible, causal, window, entries = torch.cat([near & mask, far], dim=2), False, None, 0
+    else:
+        visible, causal = (visible if entries else mask), True
+    result = op("multi_cta_attention")(
+        *_back_to_back(q, k, compressed),
+        sink,
+        _rows_of(visible),
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window=window,
+        entries=entries,
+    )
+    out: Tensor = result.out.view(q.shape)
+    return out
+
+
+def attend_quantized(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale_enc: Tensor,
+    sink: Tensor | None = None,
+    *,
+    groups: int,
+    softmax_scale: float,
+    window: int | None,
+    compressed: Tensor | None = None,
+    visible: Tensor | None = None,
+) -> NVFP4Tensor:
+    """`attend`, inverse RoPE and quantisation as one op, for `AttentionOutput.project`.
+
+    Args:
+        q: (batch, queries, heads, D); query i sits at key position i + keys - queries.
+        k: (batch, keys, kv_heads, D).
+        positions: int32 or int64 (batch * queries,), rows of the tables.
+        cos: fp32 (P, R/2).
+        sin: fp32 (P, R/2).
+        scale_enc: fp32 (), encode scale of the turned heads.
+        sink: fp32 (heads,), in the denominator, once.
+        groups: Of heads.
+        softmax_scale: What the scores are multiplied by.
+        window: Keys a query sees, its own included; None for all before it.
+        compressed: (batch, entries, kv_heads, D), attended to besides.
+        visible: bool (batch, queries, entries): which entries each query sees; None for all.
+
+    Returns:
+        NVFP4 of logical shape (groups, batch * queries, heads / groups * D), linear scales.
+    """
+    entries = 0 if compressed is None else compressed.shape[1]
+    result = op("attention_quant")(
+        *_back_to_back(q, k, compressed),
+        positions,
+        cos,
+        sin,
+        scale_enc,
+        sink,
+        _rows_of(visible if entries else None),
+        softmax_scale=softmax_scale,
+        groups=groups,
+        window=window,
+        entries=entries,
+    )
+    out: NVFP4Tensor = result.out
+    return out
 
 
 def decode(
@@ -291,37 +357,21 @@ def indices_of(visible: Tensor, most: int | None = None) -> Tensor:
     return torch.where(visible, entries, -1).topk(width, dim=-1).values
 
 
-def _dense(
-    q: Tensor,
-    k: Tensor,
-    sink: Tensor | None,
-    mask: Tensor | None,
-    *,
-    softmax_scale: float,
-    causal: bool,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
-    """multi_cta_attention over sequences of equal lengths, (batch, length, heads, D)."""
-    batch, queries, heads, _ = q.shape
-    edges = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+def _back_to_back(q: Tensor, k: Tensor, compressed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sequences of equal lengths as the ops take them: queries, keys, the same as values, and the offsets of both.
+
+    Compressed entries stand behind the keys of their sequence.
+    """
+    if compressed is not None and compressed.shape[1]:
+        k = torch.cat([k, compressed], dim=1)
+    edges = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
     keys = k.flatten(0, 1).contiguous()
-    result = op("multi_cta_attention")(
-        q.flatten(0, 1).contiguous(),
-        keys,
-        keys,
-        edges * queries,
-        edges * k.shape[1],
-        sink,
-        None if mask is None else mask.flatten(0, 1).contiguous(),
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window=window,
-    )
-    return result.out.view(batch, queries, heads, -1), result.lse.view(batch, queries, heads)
+    return q.flatten(0, 1).contiguous(), keys, keys, edges * q.shape[1], edges * k.shape[1]
 
 
-def _merge(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], sink: Tensor | None) -> Tensor:
-    return merge_lse((near[0], far[0]), (near[1], far[1]), sink)[0].to(near[0].dtype)
+def _rows_of(mask: Tensor | None) -> Tensor | None:
+    """A mask (batch, queries, columns) by rows."""
+    return None if mask is None else mask.flatten(0, 1).contiguous()
 
 
 def _no_pages(kv_heads: int, page: int, dim: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

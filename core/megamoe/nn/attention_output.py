@@ -77,8 +77,40 @@ class AttentionOutput(nn.Module):
         groups, _, k = self._shape_a
         if o.ndim != 3 or o.shape[1] * o.shape[2] != groups * k:
             raise ArgumentError("o", f"shape {tuple(o.shape)}", f"(tokens, heads, D) with heads * D = {groups * k}")
-        z = self._grouped(o, positions, cos, sin)  # (G, tokens, r)
-        return self._across(z.transpose(0, 1).flatten(1)).to(o.dtype)
+        if isinstance(self.wo_a, Tensor):
+            rotated = inverse_rope(o, cos.index_select(0, positions), sin.index_select(0, positions))
+            rows = rotated.view(o.shape[0], groups, k).transpose(0, 1)  # (G, tokens, K)
+            return self._across(torch.bmm(rows.to(self.wo_a.dtype), self.wo_a.mT)).to(o.dtype)
+        return self.project(op("inverse_rope_quant")(o, positions, cos, sin, self.o_scale_enc, groups=groups), o.dtype)
+
+    def project(self, rows: NVFP4Tensor, dtype: torch.dtype) -> Tensor:
+        """Projects turned heads that are quantised already, where `wo_a` is NVFP4.
+
+        Args:
+            rows: Logical (G, tokens, heads / G * D), linear scales, quantised with `o_scale_enc`.
+            dtype: Of the result.
+
+        Returns:
+            (tokens, H).
+
+        Raises:
+            ArgumentError: `wo_a` is not NVFP4, or `rows` does not fit it.
+        """
+        groups, rank, _ = self._shape_a
+        wo_a, tokens = self.wo_a, rows.shape[1]
+        if isinstance(wo_a, Tensor):
+            raise ArgumentError("rows", "NVFP4", "forward, as wo_a is a plain tensor")
+        # Linear scales, so the groups follow one another as the rows of one matrix.
+        a = NVFP4Tensor(rows.codes.flatten(0, 1), rows.scales.flatten(0, 1), rows.global_scale_dec)
+        offsets = torch.arange(groups + 1, dtype=torch.int32, device=rows.codes.device) * tokens
+        z: Tensor = op("grouped_gemm")(a, wo_a.operand, offsets)
+        return self._across(z.view(groups, tokens, rank)).to(dtype)
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        groups: int = self._shape_a[0]
+        return groups
 
     def weight(self, name: str) -> NVFP4Tensor | Tensor:
         """The weights "wo_a" or "wo_b" as they were given."""
@@ -100,23 +132,9 @@ class AttentionOutput(nn.Module):
                     weight.prepare()
         return self
 
-    def _grouped(self, o: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        groups, rank, k = self._shape_a
-        tokens = o.shape[0]
-        wo_a = self.wo_a
-        if isinstance(wo_a, Tensor):
-            rotated = inverse_rope(o, cos.index_select(0, positions), sin.index_select(0, positions))
-            rows = rotated.view(tokens, groups, k).transpose(0, 1)  # (G, tokens, K)
-            return torch.bmm(rows.to(wo_a.dtype), wo_a.mT)
-        a = op("inverse_rope_quant")(o, positions, cos, sin, self.o_scale_enc, groups=groups)
-        # Linear scales, so the groups follow one another as the rows of one matrix.
-        rows_a = NVFP4Tensor(a.codes.flatten(0, 1), a.scales.flatten(0, 1), a.global_scale_dec)
-        offsets = torch.arange(groups + 1, dtype=torch.int32, device=o.device) * tokens
-        z: Tensor = op("grouped_gemm")(rows_a, wo_a.operand, offsets)
-        return z.view(groups, tokens, rank)
-
     def _across(self, z: Tensor) -> Tensor:
-        """Projects z (tokens, G * r) to (tokens, H)."""
+        """Projects z (G, tokens, r) to (tokens, H)."""
+        z = z.transpose(0, 1).flatten(1)
         wo_b = self.wo_b
         if isinstance(wo_b, Tensor):
             return nn.functional.linear(z.to(wo_b.dtype), wo_b[0])

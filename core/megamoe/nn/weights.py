@@ -82,7 +82,7 @@ class Weight(nn.Module):
         """
         if self.prepared:
             return
-        self._keep(_rearranged(self.operand, self._given_order))
+        self._keep(rearranged(self.operand, self._given_order))
         self.prepared = True
 
     def get_extra_state(self) -> Tensor:
@@ -147,8 +147,16 @@ def _decoded(state: Tensor) -> dict[str, Any]:
     return found
 
 
-def _rearranged(weights: NVFP4Tensor, order: str | None) -> NVFP4Tensor:
-    """By one kernel where there is one, else by plain torch: the same bytes."""
+def rearranged(weights: NVFP4Tensor, order: str | None = None) -> NVFP4Tensor:
+    """Weights as the Hopper kernels read them, by one kernel where there is one, else by plain torch: the same bytes.
+
+    Args:
+        weights: NVFP4 (..., rows, K).
+        order: Of gate and up rows, "gate_up" or "up_gate", which get interleaved; None leaves the rows in place.
+
+    Raises:
+        ArgumentError: A block scale is NaN or negative, or is zero for a block that is not.
+    """
     linear = weights.with_layout("linear")
     if linear.codes.is_cuda and importlib.util.find_spec("cutlass"):
         from megamoe.cute import prepare  # CuTe DSL takes seconds to load

@@ -85,11 +85,22 @@ def check(
     groups: int,
     causal: bool = True,
     window: int | None = None,
+    entries: int = 0,
     scale_layout: str = "linear",
 ) -> None:
     """Raises ArgumentError for what the op does not accept; looks at metadata only."""
     attention.check(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, softmax_scale=softmax_scale, causal=causal, window=window
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        sink,
+        mask,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window=window,
+        entries=entries,
     )
     queries, heads, _ = q.shape
     v_dim = v.shape[2]
@@ -124,6 +135,7 @@ def problem(
     groups: int,
     causal: bool = True,
     window: int | None = None,
+    entries: int = 0,
     scale_layout: str = "linear",
 ) -> Problem:
     """The facts of one call."""
@@ -153,6 +165,7 @@ def fake(
     groups: int,
     causal: bool = True,
     window: int | None = None,
+    entries: int = 0,
     scale_layout: str = "linear",
 ) -> QuantizedAttention:
     """Outputs of the right shapes and dtypes, not filled."""

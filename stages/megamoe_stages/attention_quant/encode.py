@@ -149,7 +149,7 @@ def keep(encoded: list[recipe.Block], at: Int32, scales_at: Int32) -> None:
 
 @cute.jit
 def write(me: Constexpr[Consumer], area: Int32, rows: Constexpr[Rows], out: Constexpr[Quantized], wide: Int32) -> None:
-    """Starts the bulk stores of a warp's codes and linear scales, a row each, and waits until they were read."""
+    """Writes a warp's scales and starts the bulk stores of its codes, a row each, and waits until they were read."""
     lane = cute.arch.lane_idx()
     local = lane % _WARP_ROWS
     row = rows.first + wide * _WARP_ROWS + local
@@ -171,7 +171,7 @@ def write(me: Constexpr[Consumer], area: Int32, rows: Constexpr[Rows], out: Cons
             word = Uint32(ring.load4(scales_at + part * TILE_COLS))
             attention_mma.store4_global_if(to + offset, word, arith.select(inside, Int32(1), Int32(0)))
     else:
-        multicast.store_row(to + line * out.cols + half * _SCALE_BYTES, scales_at, _SCALE_BYTES, leads)
+        ring.store_global16_if(to + line * out.cols + half * _SCALE_BYTES, ring.load16(scales_at), leads)
     cute.arch.cp_async_bulk_commit_group()
     cute.arch.cp_async_bulk_wait_group(0, read=True)
 

@@ -27,6 +27,7 @@ def attention_quant(
     groups: int,
     causal: bool = True,
     window: int | None = None,
+    entries: int = 0,
     scale_layout: str = "linear",
 ) -> QuantizedAttention:
     """See the reference; the output is rounded to q's dtype before it is quantised."""
@@ -46,6 +47,7 @@ def attention_quant(
         groups=groups,
         causal=causal,
         window=window,
+        entries=entries,
         scale_layout=scale_layout,
     )
     o, lse = multi_cta_attention(
@@ -59,6 +61,7 @@ def attention_quant(
         softmax_scale=softmax_scale,
         causal=causal,
         window=window,
+        entries=entries,
     )
     out = inverse_rope_quant(o, positions, cos, sin, global_scale_enc, groups=groups, scale_layout=scale_layout)
     return QuantizedAttention(out, lse)

@@ -6,9 +6,10 @@ from cuda.bindings.driver import CUstream
 from cutlass import Constexpr, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import recipe
+from megamoe.cute import mask_bits, recipe
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.mask_bits import MaskBits
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.recipe import BLOCK
 from megamoe_stages.attention_quant import encode
@@ -18,14 +19,14 @@ from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.kernel_512 import Attention
 from megamoe_stages.multi_cta_attention.rows_512 import Rows
-from megamoe_stages.multi_cta_attention.shape_512 import DIM, THREADS, Shape
+from megamoe_stages.multi_cta_attention.shape_512 import DIM, Shape
 
 
 @cute.jit
 def launch(
     q: cute.Tensor,  # (queries, heads, 512) bf16
     k: cute.Tensor,  # (keys, kv_heads, 512) bf16
-    v: cute.Tensor,  # the same; k itself when shared
+    v: cute.Tensor,  # the same
     cu_seqlens_q: cute.Tensor,  # (sequences + 1,) int32
     cu_seqlens_k: cute.Tensor,  # (sequences + 1,) int32
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
@@ -36,7 +37,7 @@ def launch(
     codes: cute.Tensor,  # (G, queries, heads / G * 256) uint8
     scales: cute.Tensor,  # (G, queries, heads / G * 32) uint8, or padded to 128 queries
     dec: cute.Tensor,  # () fp32
-    lse: cute.Tensor,  # (queries * heads,) fp32
+    lse: cute.Tensor,  # (queries, heads) fp32
     softmax_scale: Float32,
     causal: Int32,
     window: Int32,  # 0 for none
@@ -49,14 +50,46 @@ def launch(
     numbers = (softmax_scale, causal, window, has_sink)
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
     heads_a_group = cute.FastDivmodDivisorV2(codes.shape[2] // (DIM // 2))
-    kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, tiled, shape).launch(
-        grid=kernel_512.grid(q, k, cu_seqlens_q, shape),
-        block=[THREADS, 1, 1],
-        cluster=[shape.ctas, 1, 1],
-        smem=shape.shared_bytes,
-        min_blocks_per_mp=1,
-        stream=stream,
-    )
+    made = kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, None, None, None, tiled, shape)
+    kernel_512.start(made, q, k, cu_seqlens_q, stream, shape)
+
+
+@cute.jit
+def launch_masked(
+    q: cute.Tensor,
+    k: cute.Tensor,
+    v: cute.Tensor,
+    cu_seqlens_q: cute.Tensor,
+    cu_seqlens_k: cute.Tensor,
+    sink: cute.Tensor,
+    mask: cute.Tensor,  # these four as in `kernel_512.launch_masked`
+    words: cute.Tensor,
+    ends: cute.Tensor,
+    entries: Int32,
+    positions: cute.Tensor,
+    cos: cute.Tensor,
+    sin: cute.Tensor,
+    enc: cute.Tensor,
+    codes: cute.Tensor,
+    scales: cute.Tensor,
+    dec: cute.Tensor,
+    lse: cute.Tensor,
+    softmax_scale: Float32,
+    causal: Int32,
+    window: Int32,
+    has_sink: Int32,
+    stream: CUstream,
+    tiled: Constexpr[bool],
+    shape: Constexpr[Shape],
+) -> None:
+    """Packs the mask, then launches as `launch` does."""
+    mask_bits.start_packing(mask, MaskBits(words, ends), stream)
+    numbers = (softmax_scale, causal, window, has_sink)
+    given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
+    heads_a_group = cute.FastDivmodDivisorV2(codes.shape[2] // (DIM // 2))
+    bits = (words, ends, entries)
+    made = kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, *bits, tiled, shape)
+    kernel_512.start(made, q, k, cu_seqlens_q, stream, shape)
 
 
 @cute.kernel
@@ -82,6 +115,9 @@ def kernel(
     scales: cute.Tensor,
     dec: cute.Tensor,
     heads_a_group: cute.FastDivmodDivisorV2,
+    words: cute.Tensor | None,
+    ends: cute.Tensor | None,
+    entries: Int32 | None,
     tiled: Constexpr[bool],
     shape: Constexpr[Shape],
 ) -> None:
@@ -100,7 +136,7 @@ def kernel(
     given = Attention(
         q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
     )
-    kernel_512.work_on_rows(given, finish, shape)
+    kernel_512.work_on_rows(given, kernel_512.mask_of(words, ends, entries), finish, shape)
 
 
 def spec(tiled: bool, shape: Shape) -> KernelSpec:
@@ -114,6 +150,8 @@ def spec(tiled: bool, shape: Shape) -> KernelSpec:
             return make_fake_compact_tensor(dtype, sizes, stride_order=order, assumed_align=align)
 
         *given, lse = kernel_512.tensors()
+        if shape.masked:
+            given += kernel_512.masked_arguments()
         positions = compact(Int32, (size(),), 4)
         cos, sin = (compact(Float32, (size(), ROPE_DIM // 2), 4) for _ in range(2))
         enc, dec = (make_fake_tensor(Float32, (), (), assumed_align=4) for _ in range(2))
@@ -123,5 +161,8 @@ def spec(tiled: bool, shape: Shape) -> KernelSpec:
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
         return (*given, positions, cos, sin, enc, codes, scales, dec, lse, *numbers, stream, tiled, shape)
 
+    function = launch_masked if shape.masked else launch
     kind = "128x4" if tiled else "linear"
-    return KernelSpec(f"d512_{kind}_{kernel_512.name_of(shape)}", Target.SM90.value, launch, arguments, (tiled, *shape))
+    return KernelSpec(
+        f"d512_{kind}_{kernel_512.name_of(shape)}", Target.SM90.value, function, arguments, (tiled, *shape)
+    )

@@ -18,8 +18,6 @@ def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
     for name, wanted in (("head_dim", HEAD_DIM), ("v_dim", HEAD_DIM), ("rope_dim", ROPE_DIM)):
         if facts.get(name, wanted) != wanted:
             reasons.append(f"{name} {facts[name]}: the kernel is compiled for {wanted}")
-    if facts.get("masked"):
-        reasons.append("a mask: the kernel knows causality and windows only")
     rows, groups = int(facts.get("queries") or 0), max(int(facts.get("groups") or 1), 1)
     cols = int(facts.get("heads") or 0) // groups * (HEAD_DIM // _BLOCK)
     scales = groups * (tiled_scales(rows, cols) if facts.get("scale_layout") == "128x4" else rows * cols)

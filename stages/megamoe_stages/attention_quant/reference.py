@@ -27,6 +27,7 @@ def attention_quant(
     groups: int,
     causal: bool = True,
     window: int | None = None,
+    entries: int = 0,
     scale_layout: str = "linear",
 ) -> QuantizedAttention:
     """`multi_cta_attention` followed by `inverse_rope_quant`, whose references say what each does.
@@ -49,6 +50,7 @@ def attention_quant(
         groups: Groups G of heads, a divisor of their number.
         causal: Hide the keys after the query's position.
         window: Hide the keys `window` or more positions before the query.
+        entries: Keys at the end of each sequence without a position, as for `multi_cta_attention`.
         scale_layout: Layout of the block scales, "linear" or "128x4".
 
     Returns:
@@ -75,6 +77,7 @@ def attention_quant(
         groups=groups,
         causal=causal,
         window=window,
+        entries=entries,
         scale_layout=scale_layout,
     )
     o, lse = multi_cta_attention(
@@ -88,6 +91,7 @@ def attention_quant(
         softmax_scale=softmax_scale,
         causal=causal,
         window=window,
+        entries=entries,
     )
     out = inverse_rope_quant(o, positions, cos, sin, global_scale_enc, groups=groups, scale_layout=scale_layout)
     return QuantizedAttention(out, lse)

@@ -15,6 +15,7 @@ from megamoe.errors import ArgumentError
 from megamoe_stages.attention_quant import contract, kernel, limits
 from megamoe_stages.attention_quant.contract import QuantizedAttention
 from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE
+from megamoe_stages.multi_cta_attention.launch_512 import mask_arguments
 from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape, shape_for
 
 
@@ -35,11 +36,13 @@ def attention_quant(
     groups: int,
     causal: bool = True,
     window: int | None = None,
+    entries: int = 0,
     scale_layout: str = "linear",
 ) -> QuantizedAttention:
-    """See the reference and `limits.supports`; one launch on the current stream, no synchronisation.
+    """See the reference and `limits.supports`; on the current stream, no synchronisation.
 
-    The output is quantised from fp32, as in the reference. A position outside of the tables is read as the last one.
+    One launch, and another one that packs a mask. The output is quantised from fp32, as in the reference. A position
+    outside of the tables is read as the last one.
 
     Raises:
         ArgumentError: As the reference, and for what `limits.supports` names, and data not aligned to 16 bytes.
@@ -60,6 +63,7 @@ def attention_quant(
         groups=groups,
         causal=causal,
         window=window,
+        entries=entries,
         scale_layout=scale_layout,
     )
     queries, heads, head_dim = q.shape
@@ -68,7 +72,6 @@ def attention_quant(
         "head_dim": head_dim,
         "v_dim": v.shape[2],
         "rope_dim": 2 * cos.shape[1],
-        "masked": mask is not None,
         "queries": queries,
         "heads": heads,
         "groups": groups,
@@ -99,13 +102,14 @@ def attention_quant(
         k = v = k.new_zeros((1, *k.shape[1:]))
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale  # the kernel takes the largest product for the largest score
-    launcher(scale_layout == "128x4", shape_for(window))(
+    launcher(scale_layout == "128x4", shape_for(window, masked=mask is not None or entries > 0))(
         q,
         k,
         v,
         cu_seqlens_q,
         cu_seqlens_k,
         global_scale_enc.view(1) if sink is None else sink,
+        *mask_arguments(q, mask, entries),
         positions.view(torch.int32),
         cos,
         sin,
@@ -113,7 +117,7 @@ def attention_quant(
         out.codes,
         out.scales.view(torch.uint8),
         out.global_scale_dec,
-        lse.view(-1),
+        lse,
         max(softmax_scale, LEAST_SCALE),
         int(causal),
         0 if window is None else window,

@@ -434,8 +434,9 @@ def finish(
         row = place.row(half)
         inside = tile.first + row < tile.rows
         spot = tile.place(arith.select(inside, row, Int32(0)), sequences)
-        head = arith.select(result.has_sink != 0, spot % sequences.heads, Int32(0))
-        sink = arith.select(result.has_sink != 0, result.sink[head], Float32(softmax.HIDDEN))
+        sink = Float32(softmax.HIDDEN)
+        if result.has_sink != 0:
+            sink = result.sink[spot % sequences.heads]
         scale, lse = softmax.finish(stat[half], stat[2 + half], result.factor, sink)
         scales.append(scale)
         if inside & (place.t == 0):

@@ -13,21 +13,22 @@ from collections.abc import Iterator
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, bf16, multicast, ring, wgmma
+from megamoe.cute import arith, attention_mma, bf16, mask_bits, multicast, ring, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
+from megamoe.cute.mask_bits import MaskBits
 from megamoe.cute.softmax import fma
 from megamoe.cute.warp import sum_of_four
 from megamoe_stages.multi_cta_attention.produce_512 import advance
-from megamoe_stages.multi_cta_attention.rows_512 import Rows, Work, lanes
+from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, Work, lanes
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
-    COLUMNS,
     CONSUMERS,
     GROUP,
     HALF,
     ROW_BYTES,
     ROWS,
+    TILE,
     Shape,
 )
 
@@ -36,6 +37,7 @@ _STEP_ROWS = wgmma.K_STEP * ROW_BYTES >> 4
 _STEPS = 4  # of 64 columns or rows
 _COUNT = HALF // 2  # sums of a thread
 CONSUMERS_BARRIER = 1  # of both consumers; 0 is that of the CTA
+_CLEAR_BARRIER = 3  # of the first one; 2 is that of the queries' loads
 _LOCAL = (1 << 18) - 1
 NONE = float("-inf")
 
@@ -47,19 +49,20 @@ class Consumer:
         base: Of the shared memory.
         number: 0 or 1.
         factor: Makes scores in base 2 of products; positive.
+        mask: A mask of one's own, or None.
         cursor: (2,) Int32: slot and parity of its ring.
         acc: (HALF / 2,) fp32, as `wgmma.mma`.
         stat: (4,) fp32: largest products of a thread's two rows, their sums.
-        weights: (tile / 4,) words: of the tile whose values come next.
+        weights: (TILE / 4,) words: of the tile whose values come next.
         scale: (2,) fp32: by what the sums shrink before that.
     """
 
-    def __init__(self, base: Int32, number: Int32, factor: Float32, shape: Shape) -> None:
-        self.base, self.number, self.factor = base, number, factor
+    def __init__(self, base: Int32, number: Int32, factor: Float32, mask: Mask | None) -> None:
+        self.base, self.number, self.factor, self.mask = base, number, factor, mask
         self.cursor = cute.make_rmem_tensor((2,), Int32)
         self.acc = cute.make_rmem_tensor((_COUNT,), Float32)
         self.stat = cute.make_rmem_tensor((4,), Float32)
-        self.weights = cute.make_rmem_tensor((shape.tile // 4,), Uint32)
+        self.weights = cute.make_rmem_tensor((TILE // 4,), Uint32)
         self.scale = cute.make_rmem_tensor((2,), Float32)
         for i, zero in enumerate(wgmma.zeros(_COUNT)):
             self.acc[i] = zero
@@ -79,10 +82,11 @@ def attend(me: Constexpr[Consumer], rows: Constexpr[Rows], work: Constexpr[Work]
     for turn in cutlass.range(own - 1, unroll=1):
         take_turn(me, me.number + 2 + 2 * turn, rows, work, True, True, shape)
     if own > 0:
-        finish_own(me, me.number + 2 * (own - 1), shape)
+        last_own = me.number + 2 * (own - 1)
+        finish_own(me, rows.keys + rows.entries - work.start(last_own), shape)
     last = me.number + 2 * own - 1  # of the other consumer, behind this one's last
     if (last >= 0) & (last < work.tiles):
-        finish_other(me, last, shape)
+        finish_other(me, last, rows.keys + rows.entries - work.start(last), shape)
     for i in cutlass.range_constexpr(2):
         me.stat[2 + i] = sum_of_four(me.stat[2 + i], Target.SM90)
     join_totals(me, shape)
@@ -112,33 +116,31 @@ def take_turn(
     sums = [me.acc[i] for i in range(_COUNT)]
     held: list[Int32] = []
     if cutlass.const_expr(owns):
-        sums, held = start_own(me, sums, tile - 2, shape)
-    apart = shape.shared or shape.tile > COLUMNS
-    if cutlass.const_expr(owns and apart):  # the keys come to where those values are, or scores to where weights are
-        sums = attention_mma.wait(sums)
-        release(held, shape)
-        held = []
-    scores = attention_mma.fence(wgmma.zeros(shape.tile // 2))
+        sums, held = start_own(me, sums, None, shape)
+    scores = attention_mma.fence(wgmma.zeros(TILE // 2))
     for chunk in cutlass.range_constexpr(shape.key_chunks):
-        at, empty = next_keys(me, tile, chunk, shape)
+        at, empty = next_chunk(me, shape)
         wgmma.fence()
         scores = add_scores(scores, me.base, at, chunk, shape)
         wgmma.commit()
-        if cutlass.const_expr(chunk == 0 and owns and not apart):
+        if cutlass.const_expr(chunk == 0 and owns):
             sums = attention_mma.wait(sums, 1)
         elif cutlass.const_expr(chunk > 0):
             wgmma.wait(1)
         release(held if chunk > 0 or owns else [], shape)
         held = empty
+    words = seen_words(me.mask.bits, tile, rows, work) if me.mask is not None else []
     running = 0
     others: list[Int32] = []
     if cutlass.const_expr(follows):
         shrink = follow(me, tile - 1, shape)
         sums = attention_mma.fence([sums[i] * shrink[i // 2 % 2] for i in range(_COUNT)])
-        sums, others, running = start_other(me, sums, tile - 1, shape)
+        # a few entries may follow a tile that reaches behind them: the last tile is not the only one to clear
+        count = None if me.mask is None else rows.keys + rows.entries - work.start(tile - 1)
+        sums, others, running = start_other(me, sums, count, shape)
     scores = attention_mma.wait(scores, running)
     release(held, shape)
-    softmax(me, scores, tile, rows, work, shape)
+    softmax(me, scores, words, tile, rows, work)
     publish(me, tile, shape)
     if cutlass.const_expr(follows):
         sums = attention_mma.wait(sums)
@@ -149,20 +151,20 @@ def take_turn(
 
 
 @cute.jit
-def finish_own(me: Constexpr[Consumer], tile: Int32, shape: Constexpr[Shape]) -> None:
-    """Adds the values of the last own tile."""
-    sums, held = start_own(me, [me.acc[i] for i in range(_COUNT)], tile, shape)
+def finish_own(me: Constexpr[Consumer], count: Int32, shape: Constexpr[Shape]) -> None:
+    """Adds the values of the last own tile, of which the first `count` are the sequence's."""
+    sums, held = start_own(me, [me.acc[i] for i in range(_COUNT)], count, shape)
     for i, value in enumerate(attention_mma.wait(sums)):
         me.acc[i] = value
     release(held, shape)
 
 
 @cute.jit
-def finish_other(me: Constexpr[Consumer], tile: Int32, shape: Constexpr[Shape]) -> None:
-    """Adds the values of the other consumer's last tile."""
+def finish_other(me: Constexpr[Consumer], tile: Int32, count: Int32, shape: Constexpr[Shape]) -> None:
+    """Adds the values of the other consumer's last tile, of which the first `count` are the sequence's."""
     shrink = follow(me, tile, shape)
     sums = attention_mma.fence([me.acc[i] * shrink[i // 2 % 2] for i in range(_COUNT)])
-    sums, others, _ = start_other(me, sums, tile, shape)
+    sums, others, _ = start_other(me, sums, count, shape)
     for i, value in enumerate(attention_mma.wait(sums)):
         me.acc[i] = value
     release(others, shape)
@@ -174,15 +176,18 @@ def local(address: Int32) -> Int32:
     return address & _LOCAL
 
 
-def next_keys(me: Consumer, tile: Int32, chunk: int, shape: Shape) -> tuple[Int32, list[Int32]]:
-    """Waits for a chunk of a tile of keys; its address, and what to give back when it was read."""
-    if shape.shared:
-        which, part = divmod(chunk, shape.value_chunks)
-        return _shared_chunk(me, tile, Int32(which), part, shape)[0], []
-    return _next_chunk(me, shape)
+def seen_words(mask: MaskBits, tile: Int32, rows: Rows, work: Work) -> list[Uint32]:
+    """The bits of a tile's keys for a thread's two rows."""
+    g, _, wide = lanes()
+    words: list[Uint32] = []
+    for half in range(2):
+        row = cutlass.min(rows.first + wide * 16 + g + 8 * half, rows.count - 1)
+        words += mask.load_if(rows.split(row)[0], work.start(tile) - work.columns, tile >= work.near)
+    return words
 
 
-def _next_chunk(me: Consumer, shape: Shape) -> tuple[Int32, list[Int32]]:
+def next_chunk(me: Consumer, shape: Shape) -> tuple[Int32, list[Int32]]:
+    """Waits for the next chunk of keys or values; its address, and what to give back when it was read."""
     slot = me.cursor[0]
     full = me.base + shape.barriers_at + (me.number * shape.slots + slot) * 16
     ring.wait(full, me.cursor[1])
@@ -190,31 +195,26 @@ def _next_chunk(me: Consumer, shape: Shape) -> tuple[Int32, list[Int32]]:
     return me.base + shape.ring_at + me.number * shape.ring_bytes + slot * shape.chunk_bytes, [full + 8]
 
 
-def _shared_chunk(me: Consumer, tile: Int32, which: Int32, part: int, shape: Shape) -> tuple[Int32, list[Int32]]:
-    slot = tile % 2 * shape.value_chunks + part
-    full = me.base + shape.barriers_at + (which * shape.slots + slot) * 16
-    ring.wait(full, tile // 2 % 2)
-    return me.base + shape.ring_at + which * shape.ring_bytes + slot * shape.chunk_bytes, [full + 8]
-
-
 def add_scores(scores: list[Float32], base: Int32, at: Int32, chunk: int, shape: Shape) -> list[Float32]:
     """Starts the products of the queries and a chunk of keys."""
     queries, keys = wgmma.descriptor(local(base)), wgmma.descriptor(local(at))
-    for i in range(shape.key_blocks):
+    for i in range(shape.chunk):
         for k in range(_STEPS):
-            ahead = (chunk * shape.key_blocks + i) * (BLOCK_BYTES >> 4) + k * _STEP_BYTES
-            there = i * (shape.key_block_bytes >> 4) + k * _STEP_BYTES
+            ahead = (chunk * shape.chunk + i) * (BLOCK_BYTES >> 4) + k * _STEP_BYTES
+            there = i * (BLOCK_BYTES >> 4) + k * _STEP_BYTES
             scores = attention_mma.mma_shared(scores, queries + ahead, keys + there)
     return scores
 
 
-def start_own(me: Consumer, sums: list[Float32], tile: Int32, shape: Shape) -> tuple[list[Float32], list[Int32]]:
+def start_own(
+    me: Consumer, sums: list[Float32], count: Int32 | None, shape: Shape
+) -> tuple[list[Float32], list[Int32]]:
     """Starts adding the values of an own tile, whose weights are in registers; what to give back afterwards."""
-    weights = [me.weights[i] for i in range(shape.tile // 4)]
+    weights = [me.weights[i] for i in range(TILE // 4)]
     ready = attention_mma.fence([sums[i] * me.scale[i // 2 % 2] for i in range(_COUNT)] + weights)
     sums, weights = ready[:_COUNT], ready[_COUNT:]
     held: list[Int32] = []
-    for values, first, steps, empty in value_steps(me, tile, shape):
+    for values, first, steps, empty in value_steps(me, count, shape):
         wgmma.fence()
         for k in range(steps):
             part = weights[4 * (first + k) : 4 * (first + k) + 4]
@@ -224,21 +224,17 @@ def start_own(me: Consumer, sums: list[Float32], tile: Int32, shape: Shape) -> t
     return sums, held
 
 
-def _step_at(step: int) -> int:
-    """Where the weights of 16 keys start, in units of descriptors."""
-    block, within = divmod(step, _STEPS)
-    return block * (BLOCK_BYTES >> 4) + within * _STEP_BYTES
-
-
-def start_other(me: Consumer, sums: list[Float32], tile: Int32, shape: Shape) -> tuple[list[Float32], list[Int32], int]:
+def start_other(
+    me: Consumer, sums: list[Float32], count: Int32 | None, shape: Shape
+) -> tuple[list[Float32], list[Int32], int]:
     """Starts adding the values of a tile of the other consumer; also says how many groups are on their way."""
-    weights = wgmma.descriptor(local(me.base) + shape.weights_at + (1 - me.number) * shape.weights_bytes)
+    weights = wgmma.descriptor(local(me.base) + shape.weights_at + (1 - me.number) * BLOCK_BYTES)
     held: list[Int32] = []
     groups = 0
-    for values, first, steps, empty in value_steps(me, tile, shape):
+    for values, first, steps, empty in value_steps(me, count, shape):
         wgmma.fence()
         for k in range(steps):
-            left = weights + _step_at(first + k)
+            left = weights + (first + k) * _STEP_BYTES
             sums = attention_mma.mma_shared_transposed(sums, left, values + k * _STEP_ROWS)
         wgmma.commit()
         held += empty
@@ -246,20 +242,35 @@ def start_other(me: Consumer, sums: list[Float32], tile: Int32, shape: Shape) ->
     return sums, held, groups
 
 
-def value_steps(me: Consumer, tile: Int32, shape: Shape) -> Iterator[tuple[Int64, int, int, list[Int32]]]:
+def value_steps(me: Consumer, count: Int32 | None, shape: Shape) -> Iterator[tuple[Int64, int, int, list[Int32]]]:
     """Chunks of this consumer's half of a tile of values, each waited for when it comes.
+
+    Args:
+        me: This consumer.
+        count: Values that are the sequence's; the others become zeros. None where all are: before the last tile.
+        shape: Of the kernel.
 
     Yields:
         The descriptor, the first of the products (16 rows each) and their number, and what to give back afterwards.
     """
-    if shape.shared:
-        chunks = [_shared_chunk(me, tile, me.number, part, shape) for part in range(shape.value_chunks)]
-        empty = [barrier for _, barriers in chunks for barrier in barriers]
-        yield attention_mma.transposed(local(chunks[0][0]), BLOCK_BYTES), 0, shape.tile // wgmma.K_STEP, empty
-        return
     for chunk in range(shape.value_chunks):
-        at, empty = _next_chunk(me, shape)
+        at, empty = next_chunk(me, shape)
+        if count is not None:
+            clear_behind(me, at, count - chunk * shape.value_rows, shape)
         yield attention_mma.transposed(local(at), shape.value_rows * ROW_BYTES), chunk * shape.chunk, shape.chunk, empty
+
+
+@cute.jit
+def clear_behind(me: Constexpr[Consumer], at: Int32, count: Int32, shape: Constexpr[Shape]) -> None:
+    """Zeros the rows from `count` on of a chunk of values: another sequence's, and 0 times NaN is NaN; a warpgroup."""
+    if count < shape.value_rows:
+        thread = cute.arch.thread_idx()[0] % GROUP
+        for i in cutlass.range_constexpr(shape.chunk_bytes // (GROUP * 16)):
+            piece = thread + i * GROUP
+            if piece // (ROW_BYTES // 16) % shape.value_rows >= count:
+                attention_mma.store16(at + piece * 16, [Uint32(0)] * 4)
+        attention_mma.proxy_fence()
+        cute.arch.barrier(barrier_id=_CLEAR_BARRIER + me.number, number_of_threads=GROUP)
 
 
 @cute.jit
@@ -273,46 +284,49 @@ def release(empty: Constexpr[list[Int32]], shape: Constexpr[Shape]) -> None:
 def softmax(
     me: Constexpr[Consumer],
     scores: Constexpr[list[Float32]],
+    words: Constexpr[list[Uint32]],
     tile: Int32,
     rows: Constexpr[Rows],
     work: Constexpr[Work],
-    shape: Constexpr[Shape],
 ) -> None:
-    """The weights of a tile, and by what the sums so far shrink."""
+    """The weights of a tile, and by what the sums so far shrink; `words` are those of `mask_bits.hide`, or none."""
     target = Target.SM90
-    x = cute.make_rmem_tensor((shape.tile // 2,), Float32)
+    x = cute.make_rmem_tensor((TILE // 2,), Float32)
     for i, score in enumerate(scores):
         x[i] = score
-    start = work.first + tile * shape.tile
-    begin, _ = rows.seen(cutlass.min(rows.first + (ROWS - 1), rows.count - 1))
-    _, end = rows.seen(cutlass.min(rows.first, rows.count - 1))
-    if (begin > start) | (end < start + shape.tile):
-        hide(x, start, rows, shape)
+    start = work.start(tile)
+    begin, _ = work.seen(cutlass.min(rows.first + (ROWS - 1), rows.count - 1), tile, rows)
+    _, end = work.seen(cutlass.min(rows.first, rows.count - 1), tile, rows)
+    if (begin > start) | (end < start + TILE):
+        hide(x, tile, rows, work)
+    if cutlass.const_expr(len(words) > 0):
+        mask_bits.hide(x, words)
     for half in cutlass.range_constexpr(2):
-        own = [i + j for i in range(2 * half, shape.tile // 2, 4) for j in range(2)]
+        own = [i + j for i in range(2 * half, TILE // 2, 4) for j in range(2)]
         top = me.stat[half]
         for i in own:
             top = arith.maximum(top, x[i], target)
         top = attention_mma.max_of_four(top)
         minus = arith.mul(finite(top), -me.factor, target)
-        me.scale[half] = exp2(fma(me.stat[half], me.factor, minus))
+        me.scale[half] = shrinks(me, half, minus)
         total = me.stat[2 + half] * me.scale[half]
         p = [exp2(fma(x[i], me.factor, minus)) for i in own]
         for value in p:
             total = total + value
-        for i in cutlass.range_constexpr(shape.tile // 8):
+        for i in cutlass.range_constexpr(TILE // 8):
             me.weights[2 * i + half] = bf16.pack(p[2 * i], p[2 * i + 1], target)
         me.stat[half], me.stat[2 + half] = top, total
 
 
 @cute.jit
-def hide(x: cute.Tensor, start: Int32, rows: Constexpr[Rows], shape: Constexpr[Shape]) -> None:
+def hide(x: cute.Tensor, tile: Int32, rows: Constexpr[Rows], work: Constexpr[Work]) -> None:
     """Takes the keys of a tile that a row does not see out of its scores."""
     g, t, wide = lanes()
+    start = work.start(tile)
     for half in cutlass.range_constexpr(2):
-        begin, end = rows.seen(cutlass.min(rows.first + wide * 16 + g + 8 * half, rows.count - 1))
+        begin, end = work.seen(cutlass.min(rows.first + wide * 16 + g + 8 * half, rows.count - 1), tile, rows)
         first, last = begin - start - 2 * t, end - start - 2 * t
-        for i in cutlass.range_constexpr(shape.tile // 8):
+        for i in cutlass.range_constexpr(TILE // 8):
             for j in cutlass.range_constexpr(2):
                 column = 8 * i + j
                 place = 4 * i + 2 * half + j
@@ -328,10 +342,9 @@ def publish(me: Constexpr[Consumer], tile: Int32, shape: Constexpr[Shape]) -> No
     ring.wait(ready + 8, tile // 2 % 2 ^ 1)
     for half in cutlass.range_constexpr(2):
         row = wide * 16 + g + 8 * half
-        at = me.base + shape.weights_at + me.number * shape.weights_bytes + row * ROW_BYTES + t * 4
-        for i in cutlass.range_constexpr(shape.tile // 8):
-            block, chunk = divmod(i, COLUMNS // 8)
-            ring.store4(at + block * BLOCK_BYTES + ((g ^ chunk) * 16), me.weights[2 * i + half])
+        at = me.base + shape.weights_at + me.number * BLOCK_BYTES + row * ROW_BYTES + t * 4
+        for i in cutlass.range_constexpr(TILE // 8):
+            ring.store4(at + ((g ^ i) * 16), me.weights[2 * i + half])
         one = arith.select(t == 0, Int32(1), Int32(0))
         attention_mma.store4_if(me.base + shape.tops_at + (me.number * ROWS + row) * 4, me.stat[half], one)
     attention_mma.proxy_fence()
@@ -355,7 +368,7 @@ def follow(me: Consumer, tile: Int32, shape: Shape) -> list[Float32]:
         at = me.base + shape.tops_at + (other * ROWS + wide * 16 + g + 8 * half) * 4
         top = arith.number(Uint32(ring.load4(at)))
         minus = arith.mul(finite(top), -me.factor, Target.SM90)
-        shrink.append(exp2(fma(me.stat[half], me.factor, minus)))
+        shrink.append(shrinks(me, half, minus))
         me.stat[half], me.stat[2 + half] = top, me.stat[2 + half] * shrink[half]
     return shrink
 
@@ -373,6 +386,12 @@ def join_totals(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
     for half in cutlass.range_constexpr(2):
         other = arith.number(Uint32(ring.load4(at + ((1 - me.number) * ROWS + 8 * half) * 4)))
         me.stat[2 + half] = me.stat[2 + half] + other
+
+
+def shrinks(me: Consumer, half: int, minus: Float32) -> Float32:
+    """By what a row's sums shrink when weights become relative to a score of -`minus`: exactly 1 for the same one."""
+    before = arith.mul(me.stat[half], me.factor, Target.SM90)  # rounded as `minus` was then
+    return exp2(arith.add(before, minus, Target.SM90))
 
 
 def finite(top: Float32) -> Float32:

@@ -27,11 +27,18 @@ def make(
     sink: bool = False,
     mask: float | None = None,
     mask_columns: int | None = None,
+    mask_ratio: int | None = None,
+    mask_picks: int | None = None,
     causal: bool = True,
     window: int | None = None,
+    entries: int = 0,
     gain: float = 1.0,
 ) -> dict[str, Any]:
-    """Normal q, k and v; `mask` is the share of keys it lets through, `gain` widens the scores."""
+    """Normal q, k and v; `gain` widens the scores, `mask` is the share of keys that a mask lets through.
+
+    DeepSeek-V4's compressed entries: query t of the call sees those before (t + 1) // `mask_ratio`, and of them
+    `mask_picks` at most, as its indexer picks.
+    """
     queries, keys = sum(lq), sum(lk)
     args: dict[str, Any] = {
         "q": (torch.randn(queries, heads, head_dim, generator=generator) * gain).to(getattr(torch, dtype)),
@@ -43,11 +50,19 @@ def make(
         "causal": causal,
         "window": window,
     }
+    if entries:
+        args["entries"] = entries
     if sink:
         args["sink"] = torch.randn(heads, generator=generator) * 2
     if mask is not None:
-        columns = max(lk) if mask_columns is None else mask_columns
-        args["mask"] = torch.rand(queries, columns, generator=generator) < mask
+        columns = mask_columns if mask_columns is not None else entries or max(lk)
+        chances = torch.rand(queries, columns, generator=generator)
+        if mask_ratio is not None:
+            ready = (torch.arange(queries)[:, None] + 1) // mask_ratio
+            chances = torch.where(torch.arange(columns) < ready, chances, 2.0)
+        if mask_picks is not None and mask_picks < columns:
+            chances = torch.where(chances <= chances.kthvalue(mask_picks, dim=1, keepdim=True).values, chances, 2.0)
+        args["mask"] = chances < mask
     return args
 
 
@@ -67,6 +82,110 @@ CASES: dict[str, Case] = {
         make, {"lq": [30], "lk": [50], "heads": 2, "kv_heads": 1, "head_dim": 512, "window": 9}, bounds=D512
     ),
     "d512-more-queries-than-keys": Case(make, {"lq": [9, 3], "lk": [4, 0], "head_dim": 512, "sink": True}, bounds=D512),
+    "d512-mask-few-keys": Case(
+        make,
+        {"lq": [9, 3], "lk": [44, 20], "heads": 2, "kv_heads": 1, "head_dim": 512, "mask": 0.4, "causal": False},
+        bounds=D512,
+    ),
+    "d512-entries-few-keys": Case(
+        make,
+        {
+            "lq": [9, 4, 2],
+            "lk": [41, 9, 3],
+            "heads": 3,
+            "kv_heads": 1,
+            "head_dim": 512,
+            "entries": 5,
+            "mask": 0.6,
+            "window": 12,
+            "sink": True,
+        },
+        bounds=D512,
+    ),
+    "d512-mask": Case(
+        make,
+        {"lq": [40, 5], "lk": [130, 21], "mask": 0.3, "head_dim": 512, "causal": False, "sink": True},
+        bounds=D512,
+    ),
+    "d512-mask-causal-window": Case(
+        make, {"lq": [40], "lk": [160], "mask": 0.5, "kv_heads": 1, "head_dim": 512, "window": 90}, bounds=D512
+    ),
+    "d512-mask-narrow": Case(
+        make,
+        {"lq": [8, 8], "lk": [90, 10], "mask": 0.7, "mask_columns": 70, "head_dim": 512, "causal": False},
+        bounds=D512,
+    ),
+    "d512-mask-nothing": Case(make, {"lq": [8], "lk": [70], "mask": 0.0, "head_dim": 512, "sink": True}, bounds=D512),
+    "d512-mask-one-key": Case(
+        make, {"lq": [7, 60], "lk": [1, 1], "mask": 0.5, "heads": 6, "head_dim": 512, "causal": False}, bounds=D512
+    ),
+    "d512-compressed-by-4": Case(
+        make,
+        {
+            "lq": [300],
+            "lk": [75],
+            "heads": 8,
+            "kv_heads": 1,
+            "head_dim": 512,
+            "mask": 1.0,
+            "mask_ratio": 4,
+            "mask_picks": 16,
+            "causal": False,
+        },
+        bounds=D512,
+    ),
+    "d512-compressed-by-128": Case(
+        make,
+        {
+            "lq": [300],
+            "lk": [2],
+            "heads": 2,
+            "kv_heads": 1,
+            "head_dim": 512,
+            "mask": 1.0,
+            "mask_ratio": 128,
+            "causal": False,
+        },
+        bounds=D512,
+    ),
+    "entries": Case(make, {"lq": [40, 6, 3], "lk": [60, 20, 4], "entries": 9, "mask": 0.5, "window": 20, "sink": True}),
+    "entries-all": Case(make, {"lq": [5, 30], "lk": [12, 60], "entries": 15}),
+    "d512-entries": Case(
+        make,
+        {
+            "lq": [40, 6, 3],
+            "lk": [100, 25, 4],
+            "head_dim": 512,
+            "entries": 9,
+            "mask": 0.5,
+            "window": 20,
+            "sink": True,
+        },
+        bounds=D512,
+    ),
+    "d512-entries-all": Case(
+        make, {"lq": [5, 30], "lk": [12, 160], "kv_heads": 1, "head_dim": 512, "entries": 70}, bounds=D512
+    ),
+    "d512-entries-no-columns": Case(
+        make, {"lq": [7], "lk": [80], "head_dim": 512, "entries": 70, "mask": 1.0, "mask_columns": 0}, bounds=D512
+    ),
+    "d512-v4-by-4": Case(
+        make,
+        {
+            "lq": [300],
+            "lk": [375],
+            "heads": 8,
+            "kv_heads": 1,
+            "head_dim": 512,
+            "entries": 75,
+            "mask": 1.0,
+            "mask_ratio": 4,
+            "mask_picks": 16,
+            "window": 128,
+            "sink": True,
+        },
+        bounds=D512,
+    ),
     "one-of-each": Case(make, {"lq": [1], "lk": [1]}),
     "decode-like": Case(make, {"lq": [1, 1, 1], "lk": [700, 1, 33], "sink": True}),
     "varlen": Case(make, {"lq": [5, 0, 127, 1], "lk": [9, 4, 127, 300], "sink": True, "window": 50}),
@@ -92,6 +211,7 @@ CASES: dict[str, Case] = {
     "flash-prefill": Case(
         make,
         {"lq": [4096], "lk": [4096], "heads": 64, "kv_heads": 1, "head_dim": 512, "sink": True, "window": 128},
+        bounds=D512,
         gpu_only=True,
         bench=True,
     ),
@@ -158,12 +278,33 @@ CASES: dict[str, Case] = {
     "dense-d512-mha": Case(
         make,
         {"lq": [8192], "lk": [8192], "heads": 16, "kv_heads": 16, "head_dim": 512},
+        bounds=D512,
         gpu_only=True,
         bench=True,
     ),
     "dense-d512": Case(
         make,
         {"lq": [8192], "lk": [8192], "heads": 16, "kv_heads": 1, "head_dim": 512},
+        bounds=D512,
+        gpu_only=True,
+        bench=True,
+    ),
+    "flash-by-4": Case(
+        make,
+        {
+            "lq": [4096],
+            "lk": [4096 + 1024],
+            "heads": 64,
+            "kv_heads": 1,
+            "head_dim": 512,
+            "entries": 1024,
+            "mask": 1.0,
+            "mask_ratio": 4,
+            "mask_picks": 512,
+            "window": 128,
+            "sink": True,
+        },
+        bounds=D512,
         gpu_only=True,
         bench=True,
     ),

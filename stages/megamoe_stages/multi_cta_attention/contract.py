@@ -45,6 +45,7 @@ class Problem(NamedTuple):
     keys: int
     masked: bool
     causal: bool
+    entries: bool
 
 
 def check(
@@ -59,6 +60,7 @@ def check(
     softmax_scale: float,
     causal: bool = True,
     window: int | None = None,
+    entries: int = 0,
 ) -> None:
     """Raises ArgumentError for what the op does not accept; looks at metadata only."""
     check_tensor("q", q, ["queries", "heads", "head_dim"], ACTIVATIONS)
@@ -79,6 +81,7 @@ def check(
         check_tensor("mask", mask, [queries, "keys of the longest sequence"], [torch.bool], like=q)
     check_scale(softmax_scale)
     check_window(window)
+    check_entries(entries)
 
 
 def check_scale(softmax_scale: object) -> None:
@@ -93,11 +96,17 @@ def check_window(window: object) -> None:
         raise ArgumentError("window", repr(window), "None or at least 1 (it counts the query's own position)")
 
 
+def check_entries(entries: object) -> None:
+    """Raises ArgumentError unless `entries` is an int of at least 0."""
+    if not isinstance(entries, int) or entries < 0:
+        raise ArgumentError("entries", repr(entries), "0 or more keys at the end of each sequence")
+
+
 def check_values(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, mask: Tensor | None = None) -> None:
     """For debugging: checks what `check` cannot without waiting for the device.
 
-    Each cu_seqlens starts at 0, never falls and ends at the number of rows; a mask is as wide as the longest sequence
-    of keys (keys beyond its width count as hidden).
+    Each cu_seqlens starts at 0, never falls and ends at the number of rows; a mask of all keys is as wide as the
+    longest sequence of keys (keys beyond its width count as hidden).
 
     Raises:
         ArgumentError: One of these does not hold.
@@ -123,13 +132,27 @@ def problem(
     softmax_scale: float,
     causal: bool = True,
     window: int | None = None,
+    entries: int = 0,
 ) -> Problem:
     """The facts of one call."""
     queries, heads, head_dim = q.shape
     keys, kv_heads, v_dim = v.shape
     masked = mask is not None
     return fast_problem(
-        Problem, (q.device, q.dtype, head_dim, v_dim, heads, kv_heads, bucket(queries), bucket(keys), masked, causal)
+        Problem,
+        (
+            q.device,
+            q.dtype,
+            head_dim,
+            v_dim,
+            heads,
+            kv_heads,
+            bucket(queries),
+            bucket(keys),
+            masked,
+            causal,
+            entries > 0,
+        ),
     )
 
 
@@ -145,6 +168,7 @@ def fake(
     softmax_scale: float,
     causal: bool = True,
     window: int | None = None,
+    entries: int = 0,
 ) -> AttentionOutput:
     """Outputs of the right shapes and dtypes, not filled."""
     rows = q.shape[:2]

@@ -27,10 +27,14 @@ class Segment(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Where each row of q or k belongs: its sequence, and its position among that sequence's keys."""
+    """Where each row of q or k belongs: its sequence, its position among that sequence's keys, its column of the mask.
+
+    Of keys with entries behind them the column is negative, of queries it is the position.
+    """
 
     sequence: Tensor
     position: Tensor
+    column: Tensor
 
 
 def multi_cta_attention(
@@ -45,22 +49,33 @@ def multi_cta_attention(
     softmax_scale: float,
     causal: bool = True,
     window: int | None = None,
+    entries: int = 0,
 ) -> AttentionOutput:
     """See the reference. Never holds more than WORKSPACE scores; no device sync for one sequence or under capture."""
     contract.check(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, softmax_scale=softmax_scale, causal=causal, window=window
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        sink,
+        mask,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window=window,
+        entries=entries,
     )
     queries, heads, _ = q.shape
     out = q.new_zeros(queries, heads, v.shape[2])
     lse = torch.full((queries, heads), -torch.inf, dtype=torch.float32, device=q.device)
-    query_rows, key_rows = _locate(cu_seqlens_q, cu_seqlens_k, queries, k.shape[0])
+    query_rows, key_rows = _locate(cu_seqlens_q, cu_seqlens_k, queries, k.shape[0], entries)
     query_tile = max(1, WORKSPACE // (heads * KEY_TILE))
     for segment in _segments(cu_seqlens_q, cu_seqlens_k, queries, k.shape[0]):
         for start in range(segment.q0, segment.q1, query_tile):
             rows = slice(start, min(start + query_tile, segment.q1))
             softmax = OnlineSoftmax(q[rows], k.shape[1], v.shape[2])
-            for keys in _key_tiles(segment, rows, causal, window):
-                visible = _visible(query_rows, key_rows, rows, keys, mask, causal, window)
+            for keys in _key_tiles(segment, rows, causal, window, entries):
+                visible = _visible(query_rows, key_rows, rows, keys, mask, causal, window, entries > 0)
                 softmax.add(k[keys], v[keys], visible, softmax_scale)
             out[rows], lse[rows] = softmax.finish(sink)
     return AttentionOutput(out, lse)
@@ -115,13 +130,16 @@ class OnlineSoftmax:
         return x.view(kv_heads, self.queries, rows // self.queries, *x.shape[2:]).transpose(0, 1).flatten(1, 2)
 
 
-def _locate(cu_q: Tensor, cu_k: Tensor, queries: int, keys: int) -> tuple[Rows, Rows]:
-    lead = cu_k.diff() - cu_q.diff()  # key position of each sequence's first query
+def _locate(cu_q: Tensor, cu_k: Tensor, queries: int, keys: int, entries: int) -> tuple[Rows, Rows]:
+    placed = (cu_k.diff() - entries).clamp(min=0)  # keys with a position
+    lead = placed - cu_q.diff()  # key position of each sequence's first query
     query, key = torch.arange(queries, device=cu_q.device), torch.arange(keys, device=cu_k.device)
     query_sequence = torch.searchsorted(cu_q[1:], query, right=True)
     key_sequence = torch.searchsorted(cu_k[1:], key, right=True)
     query_position = query - cu_q[:-1][query_sequence] + lead[query_sequence]
-    return Rows(query_sequence, query_position), Rows(key_sequence, key - cu_k[:-1][key_sequence])
+    key_position = key - cu_k[:-1][key_sequence]
+    column = key_position - placed[key_sequence] if entries > 0 else key_position
+    return Rows(query_sequence, query_position, query_position), Rows(key_sequence, key_position, column)
 
 
 def _segments(cu_q: Tensor, cu_k: Tensor, queries: int, keys: int) -> list[Segment]:
@@ -135,27 +153,39 @@ def _segments(cu_q: Tensor, cu_k: Tensor, queries: int, keys: int) -> list[Segme
     return [Segment(*edge, single=True) for edge in edges]
 
 
-def _key_tiles(segment: Segment, rows: slice, causal: bool, window: int | None) -> Iterator[slice]:
+def _key_tiles(segment: Segment, rows: slice, causal: bool, window: int | None, entries: int) -> Iterator[slice]:
     """Tiles of keys that some query of `rows` may see."""
-    first, last = segment.k0, segment.k1
+    first, last, apart = segment.k0, segment.k1, segment.k1
     if segment.single:
-        lead = segment.k1 - segment.q1  # key row minus query row where positions are equal
+        last = apart = max(segment.k0, segment.k1 - entries)
+        lead = last - segment.q1  # key row minus query row where positions are equal
         if causal:
             last = min(last, rows.stop + lead)
         if window is not None:
             first = max(first, rows.start + lead - window + 1)
-    for start in range(first, last, KEY_TILE):
-        yield slice(start, min(start + KEY_TILE, last))
+    for begin, end in ((first, last), (apart, segment.k1)):
+        for start in range(begin, end, KEY_TILE):
+            yield slice(start, min(start + KEY_TILE, end))
 
 
 def _visible(
-    query_rows: Rows, key_rows: Rows, rows: slice, keys: slice, mask: Tensor | None, causal: bool, window: int | None
+    query_rows: Rows,
+    key_rows: Rows,
+    rows: slice,
+    keys: slice,
+    mask: Tensor | None,
+    causal: bool,
+    window: int | None,
+    apart: bool,
 ) -> Tensor:
-    positions = key_rows.position[keys]
-    visible = visible_keys(query_rows.position[rows], positions, causal=causal, window=window)
+    columns = key_rows.column[keys]
+    visible = visible_keys(query_rows.position[rows], key_rows.position[keys], causal=causal, window=window)
+    if apart:
+        visible |= columns >= 0
     visible &= query_rows.sequence[rows, None] == key_rows.sequence[keys]
     if mask is not None:
         width = mask.shape[1]
         padded = torch.nn.functional.pad(mask[rows], (0, 1))  # one hidden column for the keys beyond the mask
-        visible &= padded.index_select(1, positions.clamp(max=width))
+        picked = padded.index_select(1, columns.clamp(min=0, max=width))
+        visible &= picked | (columns < 0) if apart else picked
     return visible

@@ -26,17 +26,16 @@ _TYPES = {"bfloat16": BFloat16, "float16": Float16}
 
 @cute.jit
 def launch(
-    q: cute.Tensor,  # (queries * heads, D)
+    q: cute.Tensor,  # (queries, heads, D)
     k: cute.Tensor,  # (keys, kv_heads, D)
     v: cute.Tensor,  # (keys, kv_heads, Dv)
     cu_q: cute.Tensor,  # (sequences + 1,) int32
     cu_k: cute.Tensor,  # (sequences + 1,) int32
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
     mask: cute.Tensor,  # (queries, columns) uint8; not read unless the shape is masked
-    out: cute.Tensor,  # (queries * heads, Dv)
-    lse: cute.Tensor,  # (queries * heads,) fp32
+    out: cute.Tensor,  # (queries, heads, Dv)
+    lse: cute.Tensor,  # (queries, heads) fp32
     softmax_scale: Float32,  # positive
-    heads: Int32,
     causal: Int32,
     window: Int32,  # 0 for none
     has_sink: Int32,
@@ -46,17 +45,17 @@ def launch(
 ) -> None:
     """Launches persistent CTAs; they find their work in the offsets."""
     kernel(
-        q,
+        rows_of(q),
         tma.row_boxes(k, shape.keys),
         tma.row_boxes(v, shape.keys),
         cu_q,
         cu_k,
         sink,
         mask,
-        out,
-        lse,
+        rows_of(out),
+        cute.make_tensor(lse.iterator, cute.make_layout(cute.size(lse))),
         softmax_scale * Float32(softmax.LOG2E),
-        heads,
+        cute.size(q, mode=[1]),
         cute.size(k, mode=[1]),
         causal,
         window,
@@ -71,9 +70,15 @@ def launch(
     )
 
 
+def rows_of(x: cute.Tensor) -> cute.Tensor:
+    """(queries, heads, D) as (queries * heads, D)."""
+    queries, heads, width = x.shape
+    return cute.make_tensor(x.iterator, cute.make_layout((queries * heads, width), stride=(width, 1)))
+
+
 @cute.kernel
 def kernel(
-    q: cute.Tensor,
+    q: cute.Tensor,  # (queries * heads, D)
     keys: RowBoxes,
     values: RowBoxes,
     cu_q: cute.Tensor,
@@ -210,17 +215,17 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
 
         tokens, kv_heads = size(), size()
         return (
-            tensor(dtype, (size(), shape.head_dim), 16),
+            tensor(dtype, (size(), size(), shape.head_dim), 16),
             tensor(dtype, (tokens, kv_heads, shape.head_dim), 16),
             tensor(dtype, (tokens, kv_heads, shape.v_dim), 16),
             tensor(Int32, (size(),), 4),
             tensor(Int32, (size(),), 4),
             tensor(Float32, (size(),), 4),
             tensor(Uint8, (size(), size()), 1),
-            tensor(dtype, (size(), shape.v_dim), 16),
-            tensor(Float32, (size(),), 4),
+            tensor(dtype, (size(), size(), shape.v_dim), 16),
+            tensor(Float32, (size(), size()), 4),
             Float32(0),
-            *(Int32(0) for _ in range(5)),
+            *(Int32(0) for _ in range(4)),
             make_fake_stream(use_tvm_ffi_env_stream=True),
             shape,
         )

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass
 from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from megamoe.cute import arith, attention_mma, multicast, ring
+from megamoe.cute import arith, attention_mma, mask_bits, multicast, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.mask_bits import MaskBits
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 from megamoe_stages.multi_cta_attention import attend_512, produce_512, result_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.produce_512 import Source
-from megamoe_stages.multi_cta_attention.rows_512 import Rows, Work, find_sequence, work_of
+from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, Work, find_sequence, work_of
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
     CONSUMERS,
@@ -50,7 +51,7 @@ class Attention(NamedTuple):
     Attributes:
         q: (queries, heads, 512) bf16.
         keys: Boxes of the keys.
-        values: Boxes of the values; the keys' when shared.
+        values: Boxes of the values.
         cu_seqlens_q: (sequences + 1,) int32.
         cu_seqlens_k: (sequences + 1,) int32.
         sink: (heads,) fp32; not read unless has_sink.
@@ -85,12 +86,12 @@ Finish = Callable[[Consumer, Rows], None]
 def launch(
     q: cute.Tensor,  # (queries, heads, 512) bf16
     k: cute.Tensor,  # (keys, kv_heads, 512) bf16
-    v: cute.Tensor,  # the same; k itself when shared
+    v: cute.Tensor,  # the same
     cu_seqlens_q: cute.Tensor,  # (sequences + 1,) int32
     cu_seqlens_k: cute.Tensor,  # (sequences + 1,) int32
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
     out: cute.Tensor,  # (queries, heads, 512) bf16
-    lse: cute.Tensor,  # (queries * heads,) fp32
+    lse: cute.Tensor,  # (queries, heads) fp32
     softmax_scale: Float32,
     causal: Int32,
     window: Int32,  # 0 for none
@@ -100,14 +101,34 @@ def launch(
 ) -> None:
     """Launches a cluster for each piece of rows of each sequence and kv head."""
     given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
-    kernel(*given, out, shape).launch(
-        grid=grid(q, k, cu_seqlens_q, shape),
-        block=[THREADS, 1, 1],
-        cluster=[shape.ctas, 1, 1],
-        smem=shape.shared_bytes,
-        min_blocks_per_mp=1,
-        stream=stream,
-    )
+    start(kernel(*given, out, None, None, None, shape), q, k, cu_seqlens_q, stream, shape)
+
+
+@cute.jit
+def launch_masked(
+    q: cute.Tensor,
+    k: cute.Tensor,
+    v: cute.Tensor,
+    cu_seqlens_q: cute.Tensor,
+    cu_seqlens_k: cute.Tensor,
+    sink: cute.Tensor,
+    mask: cute.Tensor,  # (queries, columns) uint8, 0 for a hidden key
+    words: cute.Tensor,  # (queries, 2 a tile of 64 columns) int32, a place for the mask's bits
+    ends: cute.Tensor,  # (queries,) int32, for where its rows end
+    entries: Int32,  # keys at a sequence's end that have no position, and that the mask is of; 0: it is of all
+    out: cute.Tensor,
+    lse: cute.Tensor,
+    softmax_scale: Float32,
+    causal: Int32,
+    window: Int32,
+    has_sink: Int32,
+    stream: CUstream,
+    shape: Constexpr[Shape],
+) -> None:
+    """Packs the mask, then launches as `launch` does."""
+    mask_bits.start_packing(mask, MaskBits(words, ends), stream)
+    given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
+    start(kernel(*given, out, words, ends, entries, shape), q, k, cu_seqlens_q, stream, shape)
 
 
 def prepare(
@@ -125,8 +146,9 @@ def prepare(
     shape: Shape,
 ) -> Attention:
     """What a kernel gets, on the host; see `launch`."""
+    lse = cute.make_tensor(lse.iterator, cute.make_layout(cute.size(lse)))
     keys = multicast.boxes(k, *produce_512.key_box(shape), shape.ctas)
-    values = keys if shape.shared else multicast.boxes(v, *produce_512.value_box(shape), shape.ctas)
+    values = multicast.boxes(v, *produce_512.value_box(shape), shape.ctas)
     kv_heads = k.shape[1]
     group = cute.FastDivmodDivisorV2(q.shape[1] // kv_heads)
     factor = softmax_scale * Float32(1 / math.log(2))
@@ -135,12 +157,21 @@ def prepare(
     )
 
 
-def grid(q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, shape: Shape) -> list[Int32]:
-    """CTAs of a launch: a cluster a piece of rows, some without work where sequences end early."""
+def start(
+    kernel: Any, q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, stream: CUstream, shape: Shape
+) -> None:
+    """Launches a kernel of this schedule: a cluster a piece of rows, some without work where sequences end early."""
     queries, heads, _ = q.shape
     kv_heads = k.shape[1]
     pieces = queries * (heads // kv_heads) // (shape.ctas * ROWS) + (cute.size(cu_seqlens_q) - 1)
-    return [pieces * shape.ctas, kv_heads, 1]
+    kernel.launch(
+        grid=[pieces * shape.ctas, kv_heads, 1],
+        block=[THREADS, 1, 1],
+        cluster=[shape.ctas, 1, 1],
+        smem=shape.shared_bytes,
+        min_blocks_per_mp=1,
+        stream=stream,
+    )
 
 
 @cute.kernel
@@ -159,6 +190,9 @@ def kernel(
     window: Int32,
     has_sink: Int32,
     out: cute.Tensor,
+    words: cute.Tensor | None,
+    ends: cute.Tensor | None,
+    entries: Int32 | None,
     shape: Constexpr[Shape],
 ) -> None:
     """The kernel; see the module."""
@@ -169,15 +203,26 @@ def kernel(
     given = Attention(
         q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
     )
-    work_on_rows(given, finish, shape)
+    work_on_rows(given, mask_of(words, ends, entries), finish, shape)
+
+
+def mask_of(words: cute.Tensor | None, ends: cute.Tensor | None, entries: Int32 | None) -> Mask | None:
+    """The mask of a kernel's arguments."""
+    return None if words is None or ends is None or entries is None else Mask(MaskBits(words, ends), entries)
 
 
 @cute.jit
-def work_on_rows(given: Constexpr[Attention], finish: Constexpr[Finish], shape: Constexpr[Shape]) -> None:
+def work_on_rows(
+    given: Constexpr[Attention],
+    mask: Constexpr[Mask | None],
+    finish: Constexpr[Finish],
+    shape: Constexpr[Shape],
+) -> None:
     """The whole kernel, for all threads of a CTA.
 
     Args:
         given: What is read.
+        mask: A mask of one's own, when the shape is masked.
         finish: Gets a consumer whose sums have become the output, fp32, and writes it; its ring is free.
         shape: How the work is cut.
     """
@@ -189,6 +234,7 @@ def work_on_rows(given: Constexpr[Attention], finish: Constexpr[Finish], shape: 
     if sequence < cute.size(given.cu_seqlens_q) - 1:
         query, key = given.cu_seqlens_q[sequence], given.cu_seqlens_k[sequence]
         queries, keys = given.cu_seqlens_q[sequence + 1] - query, given.cu_seqlens_k[sequence + 1] - key
+        entries = Int32(0) if mask is None else cutlass.min(mask.entries, keys)
         cluster_first = (pieces - 1 - piece) * cluster_rows  # those with most keys first
         rank = number % shape.ctas
         rows = Rows(
@@ -198,13 +244,14 @@ def work_on_rows(given: Constexpr[Attention], finish: Constexpr[Finish], shape: 
             query=query,
             heads=heads,
             head=kv_head * group,
-            position=keys - queries,
-            keys=keys,
+            position=keys - entries - queries,
+            keys=keys - entries,
+            entries=entries,
             causal=given.causal,
             window=given.window,
         )
-        work = work_of(rows, key, kv_head, cluster_first, shape)
-        share_work(given, Source(given.keys, given.values, rank), rows, work, finish, shape)
+        work = work_of(rows, key, kv_head, cluster_first, mask, shape)
+        share_work(given, Source(given.keys, given.values, rank), rows, work, mask, finish, shape)
 
 
 @cute.jit
@@ -213,6 +260,7 @@ def share_work(
     source: Constexpr[Source],
     rows: Constexpr[Rows],
     work: Constexpr[Work],
+    mask: Constexpr[Mask | None],
     finish: Constexpr[Finish],
     shape: Constexpr[Shape],
 ) -> None:
@@ -231,15 +279,12 @@ def share_work(
     if thread < GROUP:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        if cutlass.const_expr(shape.shared):
-            if warp == 0:
-                produce_512.produce_shared(base, source, work, shape)
-        elif warp < CONSUMERS:
+        if warp < CONSUMERS:
             produce_512.produce(base, warp, source, work, shape)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         load_queries(given.q, base, rows)
-        me = attend_512.Consumer(base, thread // GROUP - 1, given.factor, shape)
+        me = attend_512.Consumer(base, thread // GROUP - 1, given.factor, mask)
         attend_512.attend(me, rows, work, shape)
         result_512.finish_rows(me, rows, given.lse, given.sink, given.has_sink)
         finish(me, rows)
@@ -287,7 +332,13 @@ def tensors() -> list[object]:
         return make_fake_compact_tensor(dtype, (size(),), stride_order=(0,), assumed_align=4)
 
     cu_seqlens = [vector(Int32) for _ in range(2)]
-    return [heads_of(size()), heads_of(kv_heads), heads_of(kv_heads), *cu_seqlens, vector(Float32), vector(Float32)]
+    lse = make_fake_compact_tensor(Float32, (size(), size()), stride_order=(1, 0), assumed_align=4)
+    return [heads_of(size()), heads_of(kv_heads), heads_of(kv_heads), *cu_seqlens, vector(Float32), lse]
+
+
+def masked_arguments() -> list[object]:
+    """Fake mask, words, ends and entries."""
+    return [*mask_bits.tensors(), Int32(0)]
 
 
 def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
@@ -296,12 +347,15 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
     def arguments() -> tuple[object, ...]:
         *given, lse = tensors()
         out = tensors()[0]
+        if shape.masked:
+            given += masked_arguments()
         numbers = Float32(0), *(Int32(0) for _ in range(3))
         return (*given, out, lse, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True), shape)
 
-    return KernelSpec(f"d512_{name_of(shape)}", target.value, launch, arguments, tuple(shape))
+    function = launch_masked if shape.masked else launch
+    return KernelSpec(f"d512_{name_of(shape)}", target.value, function, arguments, tuple(shape))
 
 
 def name_of(shape: Shape) -> str:
     """For names of kernels."""
-    return f"{'shared' if shape.shared else 'separate'}_{shape.tile}_{shape.ctas}x{shape.chunk}"
+    return f"{shape.ctas}x{shape.chunk}{'_masked' if shape.masked else ''}"

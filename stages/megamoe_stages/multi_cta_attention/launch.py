@@ -34,28 +34,34 @@ def attend(
     sms: int,
 ) -> tuple[object, ...]:
     """The arguments of a kernel whose CTAs take `rows` rows; nothing is empty."""
-    queries, heads, head_dim = q.shape
+    queries, heads, _ = q.shape
     kv_heads = k.shape[1]
     tiles = kv_heads * (queries * (heads // kv_heads) // rows + cu_seqlens_q.shape[0] - 1)  # as many as there can be
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale  # the kernel takes the largest product for the largest score
+    no_sink, no_mask = nothing(q.device)
     return (
-        q.view(-1, head_dim),
+        q,
         k,
         v,
         cu_seqlens_q,
         cu_seqlens_k,
-        out.lse.view(-1) if sink is None else sink,
-        (out.lse if mask is None else mask).view(torch.uint8),
-        out.out.view(-1, v.shape[2]),
-        out.lse.view(-1),
+        no_sink if sink is None else sink,
+        no_mask if mask is None else mask.view(torch.uint8),
+        out.out,
+        out.lse,
         max(softmax_scale, LEAST_SCALE),
-        heads,
         int(causal),
         0 if window is None else window,
         int(sink is not None),
         min(tiles, sms),
     )
+
+
+@functools.cache
+def nothing(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What goes in the place of a sink and of a mask that are not there; never read."""
+    return torch.empty(1, dtype=torch.float32, device=device), torch.empty(1, 1, dtype=torch.uint8, device=device)
 
 
 @functools.cache

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from megamoe.cute import compiler
+from megamoe.cute import compiler, mask_bits
 from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.contract import AttentionOutput
-from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE
+from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE, nothing
 from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape
 
 
@@ -22,13 +23,15 @@ def attend(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     sink: Tensor | None,
+    mask: Tensor | None,
     out: AttentionOutput,
     *,
     softmax_scale: float,
     causal: bool,
     window: int | None,
+    entries: int,
 ) -> tuple[object, ...]:
-    """The arguments of a kernel; nothing is empty."""
+    """The arguments of a kernel, `MASKED` with a mask or entries; nothing but a mask of entries is empty."""
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale  # the kernel takes the largest product for the largest score
     return (
@@ -37,14 +40,28 @@ def attend(
         v,
         cu_seqlens_q,
         cu_seqlens_k,
-        out.lse.view(-1) if sink is None else sink,
+        nothing(q.device)[0] if sink is None else sink,
+        *mask_arguments(q, mask, entries),
         out.out,
-        out.lse.view(-1),
+        out.lse,
         max(softmax_scale, LEAST_SCALE),
         int(causal),
         0 if window is None else window,
         int(sink is not None),
     )
+
+
+def mask_arguments(q: Tensor, mask: Tensor | None, entries: int) -> tuple[object, ...]:
+    """Of `MASKED`: the mask as bytes, room for what it is packed into, and `entries`; of other kernels none."""
+    if mask is None:
+        if entries == 0:
+            return ()
+        mask = q.new_ones((q.shape[0], entries), dtype=torch.bool)
+    queries, columns = mask.shape
+    if columns == 0:
+        mask, columns = mask.new_zeros((queries, 1)), 1
+    words = mask.new_empty((queries, mask_bits.WORDS * -(-columns // mask_bits.TILE)), dtype=torch.int32)
+    return mask.view(torch.uint8), words, words.new_empty(queries), entries
 
 
 @functools.cache

@@ -15,11 +15,11 @@ def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
         reasons.append(f"{facts['dtype']} queries: the kernels take {' and '.join(DTYPES)}")
     if "head_dim" in facts:
         head = int(facts["head_dim"] or 0), int(facts.get("v_dim") or facts["head_dim"] or 0)
+        if head != (shape_512.DIM, shape_512.DIM) and facts.get("entries"):
+            reasons.append(f"entries with keys of {head[0]}: the kernel of {shape_512.DIM} knows them")
         if head == (shape_512.DIM, shape_512.DIM):
             if facts.get("dtype", shape_512.DTYPE) != shape_512.DTYPE:
                 reasons.append(f"{facts['dtype']} queries of {head[0]}: that kernel takes {shape_512.DTYPE}")
-            if facts.get("masked"):
-                reasons.append(f"a mask of one's own with {head[0]}: that kernel knows causality and windows")
         elif facts.get("masked") and head in UNMASKED:
             reasons.append(f"a mask of one's own with keys of {head[0]} and values of {head[1]}: no registers for it")
         elif head not in HEADS:

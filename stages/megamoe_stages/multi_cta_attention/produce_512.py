@@ -11,9 +11,11 @@ from megamoe.cute import arith, multicast, ring
 from megamoe.cute.multicast import Boxes
 from megamoe_stages.multi_cta_attention.rows_512 import Work
 from megamoe_stages.multi_cta_attention.shape_512 import (
+    BLOCK_BYTES,
     BLOCKS,
     CONSUMERS,
     ROW_BYTES,
+    TILE,
     Shape,
 )
 
@@ -23,7 +25,7 @@ class Source(NamedTuple):
 
     Attributes:
         keys: Boxes of keys.
-        values: Boxes of values; not used when they are the keys.
+        values: Boxes of values.
         rank: Of the CTA in its cluster.
     """
 
@@ -34,8 +36,8 @@ class Source(NamedTuple):
 
 def key_box(shape: Shape) -> tuple[int, int]:
     """Rows and blocks of a box of keys: what a CTA loads of a chunk, or of one of its blocks."""
-    blocks, split = divmod(shape.key_blocks, shape.ctas)
-    return (shape.tile // shape.ctas, 1) if split else (shape.tile, blocks)
+    blocks, split = divmod(shape.chunk, shape.ctas)
+    return (TILE // shape.ctas, 1) if split else (TILE, blocks)
 
 
 def value_box(shape: Shape) -> tuple[int, int]:
@@ -72,16 +74,16 @@ def load_keys(
     shape: Constexpr[Shape],
 ) -> None:
     """This CTA's part of a chunk of a tile of keys."""
-    token = work.token + work.first + tile * shape.tile
+    token = work.token + work.start(tile)
     rows, blocks = key_box(shape)
-    block = chunk * shape.key_blocks
-    if cutlass.const_expr(rows == shape.tile):
+    block = chunk * shape.chunk
+    if cutlass.const_expr(rows == TILE):
         there = source.rank * blocks
-        at = slot + there * shape.key_block_bytes
+        at = slot + there * BLOCK_BYTES
         multicast.load_box(source.keys, token, work.kv_head, block + there, at, full)
     else:
-        for i in cutlass.range_constexpr(shape.key_blocks):
-            at = slot + i * shape.key_block_bytes + source.rank * (rows * ROW_BYTES)
+        for i in cutlass.range_constexpr(shape.chunk):
+            at = slot + i * BLOCK_BYTES + source.rank * (rows * ROW_BYTES)
             multicast.load_box(source.keys, token + source.rank * rows, work.kv_head, block + i, at, full)
 
 
@@ -115,7 +117,7 @@ def load_value_tile(
     rows, blocks = value_box(shape)
     for chunk in cutlass.range(shape.value_chunks, unroll=1):
         slot, full = claim(base, which, cursor, shape)
-        token = work.token + work.first + tile * shape.tile + chunk * rows
+        token = work.token + work.start(tile) + chunk * rows
         there = source.rank * blocks
         at = slot + there * (rows * ROW_BYTES)
         block = which * (BLOCKS // CONSUMERS) + there
@@ -139,16 +141,3 @@ def produce(
             load_key_tile(base, which, tile + 2, cursor, source, work, shape)
         if tile + 1 < work.tiles:
             load_value_tile(base, which, tile + 1, cursor, source, work, shape)
-
-
-@cute.jit
-def produce_shared(base: Int32, source: Constexpr[Source], work: Constexpr[Work], shape: Constexpr[Shape]) -> None:
-    """Loads all tiles of keys that are the values, into the rings of both consumers; one warp."""
-    cursors = [cute.make_rmem_tensor((2,), Int32) for _ in range(CONSUMERS)]
-    for cursor in cursors:
-        cursor[0], cursor[1] = Int32(0), Int32(0)
-    for tile in cutlass.range(work.tiles, unroll=1):
-        for which in cutlass.range_constexpr(CONSUMERS):
-            for chunk in cutlass.range(shape.value_chunks, unroll=1):
-                slot, full = claim(base, Int32(which), cursors[which], shape)
-                load_keys(tile, chunk + which * shape.value_chunks, slot, full, source, work, shape)

@@ -31,9 +31,9 @@ def finish_rows(
         inside = row < rows.count
         query, head = rows.split(arith.select(inside, row, Int32(0)))
         top, total = arith.mul(finite(me.stat[half]), me.factor, Target.SM90), me.stat[2 + half]
-        sink = sinks[arith.select(has_sink != 0, head, Int32(0))]
-        extra = exp2(sink * Float32(_LOG2E) - top)
-        whole = total + arith.select(has_sink != 0, extra, Float32(0.0))
+        whole = total
+        if has_sink != 0:
+            whole = total + exp2(sinks[head] * Float32(_LOG2E) - top)
         some = total > Float32(0.0)
         scale.append(arith.select(some, Float32(1.0) / whole, Float32(0.0)))
         own = arith.select(some, (top + attention_mma.log2(total)) * Float32(_LN2), Float32(NONE))

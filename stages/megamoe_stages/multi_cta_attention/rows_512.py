@@ -7,9 +7,22 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Constexpr, Int32, Int64, cute
 
-from megamoe.cute import arith
+from megamoe.cute import arith, mask_bits
+from megamoe.cute.mask_bits import MaskBits
 from megamoe.cute.warp import WARP
-from megamoe_stages.multi_cta_attention.shape_512 import GROUP, ROWS, Shape
+from megamoe_stages.multi_cta_attention.shape_512 import GROUP, ROWS, TILE, Shape
+
+
+class Mask(NamedTuple):
+    """A mask of one's own.
+
+    Attributes:
+        bits: Of the last `entries` keys of each sequence, or of all.
+        entries: Keys without a position: neither causality nor the window hides them; 0 for none.
+    """
+
+    bits: MaskBits
+    entries: Int32
 
 
 class Rows(NamedTuple):
@@ -23,7 +36,8 @@ class Rows(NamedTuple):
         heads: Of q.
         head: The first of this kv head.
         position: Key that the sequence's query 0 is at.
-        keys: Of the sequence.
+        keys: Of the sequence, those without a position left out.
+        entries: Keys behind them without a position.
         causal: Whether keys behind the query's position are hidden.
         window: Keys that a query sees up to its position; 0 for all.
     """
@@ -36,6 +50,7 @@ class Rows(NamedTuple):
     head: Int32
     position: Int32
     keys: Int32
+    entries: Int32
     causal: Int32
     window: Int32
 
@@ -58,19 +73,40 @@ class Rows(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The keys that the CTAs of a cluster go through.
+    """The keys that the CTAs of a cluster go through: tiles from `first` on, with a mask also some from `far` on.
 
     Attributes:
         first: The first key, of the sequence.
         tiles: Of keys.
         token: The sequence's first key, among all.
         kv_head: Which head of the keys.
+        near: Tiles before `far`, whose keys the mask says nothing of; None without a mask.
+        far: The first key of the others, and so is `columns`, the key of the mask's first column.
+        columns: See `far`.
     """
 
     first: Int32
     tiles: Int32
     token: Int32
     kv_head: Int32
+    near: Int32 | None = None
+    far: Int32 | None = None
+    columns: Int32 | None = None
+
+    def start(self, tile: Int32) -> Int32:
+        """The first key of a tile, of the sequence."""
+        start = self.first + tile * TILE
+        if self.near is None or self.far is None:
+            return start
+        return Int32(arith.select(tile < self.near, start, self.far + (tile - self.near) * TILE))
+
+    def seen(self, row: Int32, tile: Int32, rows: Rows) -> tuple[Int32, Int32]:
+        """Keys that a row of the sequence may see in a tile, from one to before another."""
+        begin, end = rows.seen(row)
+        if self.near is None:
+            return begin, end
+        apart = (rows.entries != 0) & (tile >= self.near)
+        return arith.select(apart, rows.keys, begin), arith.select(apart, rows.keys + rows.entries, end)
 
 
 def lanes() -> tuple[Int32, Int32, Int32]:
@@ -79,12 +115,30 @@ def lanes() -> tuple[Int32, Int32, Int32]:
     return lane // 4, lane % 4, cute.arch.warp_idx() % (GROUP // WARP)
 
 
-def work_of(rows: Rows, token: Int32, kv_head: Int32, cluster_first: Int32, shape: Shape) -> Work:
+def work_of(rows: Rows, token: Int32, kv_head: Int32, cluster_first: Int32, mask: Mask | None, shape: Shape) -> Work:
     """The keys that some row of the cluster sees; `cluster_first` is its first row."""
     last = cutlass.min(cluster_first + shape.ctas * ROWS, rows.count) - 1
     start, _ = rows.seen(cluster_first)
     _, end = rows.seen(last)
-    return Work(start, (cutlass.max(end - start, 0) + (shape.tile - 1)) // shape.tile, token, kv_head)
+    if mask is not None:
+        shown = mask.bits.last_end(rows.split(cluster_first)[0], rows.split(last)[0])
+        return masked_work(rows, token, kv_head, start, end, shown)
+    return Work(start, _tiles(end - start), token, kv_head)
+
+
+def masked_work(rows: Rows, token: Int32, kv_head: Int32, start: Int32, end: Int32, shown: Int32) -> Work:
+    """`work_of` where a row sees positions from `start` to before `end`, and the mask `shown` columns."""
+    apart = rows.entries != 0
+    near = arith.select(apart, _tiles(end - start), Int32(0))
+    columns = arith.select(apart, rows.keys, Int32(0))
+    far = arith.select(apart, rows.keys, start // mask_bits.TILE * mask_bits.TILE)  # where words start
+    stop = columns + cutlass.min(shown, arith.select(apart, rows.entries, end))
+    numbers = (start, near + _tiles(stop - far), token, kv_head, near, far, columns)
+    return Work(*(cute.arch.make_warp_uniform(number) for number in numbers))  # which takes no registers
+
+
+def _tiles(keys: Int32) -> Int32:
+    return (cutlass.max(keys, 0) + (TILE - 1)) // TILE
 
 
 @cute.jit

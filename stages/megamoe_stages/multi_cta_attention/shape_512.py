@@ -9,6 +9,7 @@ DTYPE = "bfloat16"
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2  # warpgroups, each with half of the columns of the output
 ROWS = 64  # queries times heads of a CTA
+TILE = 64  # keys whose scores a consumer makes at a time
 COLUMNS = 64  # of a block of shared memory
 HALF = DIM // CONSUMERS
 ROW_BYTES = 2 * COLUMNS  # of a block
@@ -24,16 +25,15 @@ class Shape(NamedTuple):
     """A kernel; compile-time.
 
     Attributes:
-        shared: The values are the keys.
         ctas: Of a cluster: they work on neighbouring rows and share what they load; 1 or 2.
-        chunk: Pieces of 8 KB that are loaded, waited for and given back together; 1, 2 or 4.
-        tile: Keys whose scores a consumer makes at a time; 64, or 128 unless shared.
+        chunk: Pieces of 8 KB that are loaded, waited for and given back together; 1, 2 or 4. Of keys a piece has 64
+            columns of a tile, of values 16 rows of a consumer's half of the columns.
+        masked: There is a mask of one's own.
     """
 
-    shared: bool
     ctas: int = 2
     chunk: int = 1
-    tile: int = 64
+    masked: bool = False
 
     @property
     def chunk_bytes(self) -> int:
@@ -41,34 +41,19 @@ class Shape(NamedTuple):
         return self.chunk * BLOCK_BYTES
 
     @property
-    def key_block_bytes(self) -> int:
-        """Of 64 columns of a tile of keys."""
-        return self.tile * ROW_BYTES
-
-    @property
-    def key_blocks(self) -> int:
-        """Of 64 columns, in a chunk of keys."""
-        return self.chunk_bytes // self.key_block_bytes
-
-    @property
     def key_chunks(self) -> int:
         """Of a tile of keys."""
-        return BLOCKS // self.key_blocks
+        return BLOCKS // self.chunk
 
     @property
     def value_chunks(self) -> int:
-        """Of a tile of a consumer's half of the values: 16 * `chunk` rows each; of shared ones, columns."""
-        return self.tile // self.value_rows
+        """Of a tile of a consumer's half of the values."""
+        return TILE // self.value_rows
 
     @property
     def value_rows(self) -> int:
         """Of a chunk of values."""
         return 16 * self.chunk
-
-    @property
-    def weights_bytes(self) -> int:
-        """Of the weights of a tile."""
-        return self.tile // COLUMNS * BLOCK_BYTES
 
     @property
     def weights_at(self) -> int:
@@ -77,14 +62,12 @@ class Shape(NamedTuple):
 
     @property
     def ring_at(self) -> int:
-        """Where the rings start, one for each consumer; of shared tiles each holds a half of the columns."""
-        return self.weights_at + CONSUMERS * self.weights_bytes
+        """Where the rings start, one for each consumer."""
+        return self.weights_at + CONSUMERS * BLOCK_BYTES
 
     @property
     def slots(self) -> int:
         """Of a ring, in chunks."""
-        if self.shared:
-            return 2 * self.value_chunks
         return (SHARED_BYTES - _SMALL - self.ring_at) // (CONSUMERS * self.chunk_bytes)
 
     @property
@@ -113,12 +96,15 @@ class Shape(NamedTuple):
         return self.tops_at + CONSUMERS * ROWS * 4
 
 
-WIDE = Shape(shared=False)
-NARROW = Shape(shared=False, ctas=1, chunk=2)  # two CTAs' windows together are longer than each
-SHAPES = (WIDE, NARROW)
+WIDE = Shape()
+MASKED = Shape(masked=True)
+NARROW = Shape(ctas=1, chunk=2)  # two CTAs' windows together are longer than each
+SHAPES = (WIDE, NARROW, MASKED)
 _NARROW_WINDOW = 512
 
 
-def shape_for(window: int | None) -> Shape:
-    """The kernel for a window."""
+def shape_for(window: int | None, *, masked: bool = False) -> Shape:
+    """The kernel for a window and, besides, a mask of one's own."""
+    if masked:
+        return MASKED
     return NARROW if window is not None and window <= _NARROW_WINDOW else WIDE

@@ -28,7 +28,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 from megamoe.errors import ArgumentError
 from megamoe.integrations.transformers.kv import KVState, PagedCaches
 from megamoe.integrations.transformers.scope import check_inputs, current_scope, forward_scope
-from megamoe.nn.attention import attend, indices_of
+from megamoe.nn.attention import attend, attend_quantized, indices_of
 from megamoe.nn.attention_output import AttentionOutput
 from megamoe.nn.experts import Experts
 from megamoe.nn.hyper_connections import HyperSite, advance, enter, leave
@@ -166,6 +166,7 @@ class AttentionForward:
         prefill: Prompts go through multi_cta_attention; False leaves them to the model's own attention function.
         caches: NVFP4 caches for single-token steps through fp4_kv_decode; None treats a step like a prompt.
         output: Inverse RoPE, wo_a and wo_b; None leaves them to the model.
+        fused: Prompts go through attention_quant, which ends with `output`'s quantisation.
     """
 
     def __init__(
@@ -176,9 +177,10 @@ class AttentionForward:
         prefill: bool,
         caches: PagedCaches | None,
         output: AttentionOutput | None,
+        fused: bool,
     ) -> None:
         self.module, self.rotary = module, rotary
-        self.prefill, self.caches, self.output = prefill, caches, output
+        self.prefill, self.caches, self.output, self.fused = prefill, caches, output, fused
         self.sink = module.sinks.detach().float().contiguous()
 
     def __call__(
@@ -215,6 +217,9 @@ class AttentionForward:
             o = state.step(
                 past_key_values.layers[attn.layer_idx], _heads_last(q), _heads_last(new), picks, self.sink, attn.scaling
             )
+        elif self.fused:
+            entries = None if compressed is None else _heads_last(compressed)
+            return self._attend_and_project(q, kv, entries, visible, cos, sin).view_as(hidden_states), None
         elif self.prefill:
             entries = None if compressed is None else _heads_last(compressed)
             o = attend(
@@ -241,15 +246,33 @@ class AttentionForward:
         """Inverse RoPE, wo_a and wo_b on o (B, S, heads, D)."""
         batch, length = o.shape[:2]
         if self.output is not None:
-            rows = torch.arange(cos.shape[0] * length, dtype=torch.int32, device=o.device)
-            positions = rows.repeat(batch // cos.shape[0])
-            y: Tensor = self.output(_rows(o), positions, _rows(cos), _rows(sin))
+            y: Tensor = self.output(_rows(o), *_turns(batch, cos, sin))
             return y.view_as(like)
         attn = self.module
         o = apply_rotary_pos_emb(o, cos, -sin, unsqueeze_dim=2)
         z = attn.o_a_proj(o.reshape(batch, length, attn.config.o_groups, -1)).flatten(2)
         projected: Tensor = attn.o_b_proj(z)
         return projected
+
+    def _attend_and_project(
+        self, q: Tensor, kv: Tensor, entries: Tensor | None, visible: Tensor | None, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """Core attention, inverse RoPE, wo_a and wo_b, with nothing but NVFP4 between: (B * S, H)."""
+        attn, output = self.module, self.output
+        assert output is not None and output.o_scale_enc is not None  # noqa: PT018 (what `fused` says)
+        rows = attend_quantized(
+            _heads_last(q),
+            _heads_last(kv),
+            *_turns(q.shape[0], cos, sin),
+            output.o_scale_enc,
+            self.sink,
+            groups=output.groups,
+            softmax_scale=attn.scaling,
+            window=attn.sliding_window,
+            compressed=entries,
+            visible=visible,
+        )
+        return output.project(rows, q.dtype)
 
     def _own_core(
         self, q: Tensor, kv: Tensor, compressed: Tensor | None, bias: Tensor | None, mask: Any, kwargs: dict[str, Any]
@@ -281,6 +304,13 @@ class AttentionForward:
 def _heads_last(x: Tensor) -> Tensor:
     """(B, heads, S, D) to (B, S, heads, D)."""
     return x.transpose(1, 2).contiguous()
+
+
+def _turns(batch: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of a batch in the tables (B or 1, S, R/2), and the tables as rows."""
+    tables, length = cos.shape[:2]
+    rows = torch.arange(tables * length, dtype=torch.int32, device=cos.device)
+    return rows.repeat(batch // tables), _rows(cos), _rows(sin)
 
 
 def _rows(x: Tensor) -> Tensor:
