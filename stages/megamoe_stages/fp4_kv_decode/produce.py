@@ -1,8 +1,9 @@
 """The producers of the decode kernel: they find the tokens of a tile, copy them and decode them to bf16.
 
-A thread owns some 64-column blocks of one token of each tile. It copies 32 bytes of codes and 4 of scales a
-block into a ring that only it reads, so nothing but its own groups of copies has to be waited for, and any token may
-lie anywhere. Eight values come out in the order 0, 4, 1, 5, 2, 6, 3, 7, which the queries and the output follow.
+A thread owns some 64-column blocks of one token of each tile, a warp whole tokens. It copies 32 bytes of codes and 4 of
+scales a block into a ring that only it reads, so nothing but its own groups of copies has to be waited for, and any
+token may lie anywhere. Eight values come out in the order 0, 4, 1, 5, 2, 6, 3, 7, which the queries and the output
+follow.
 """
 
 from __future__ import annotations
@@ -90,25 +91,42 @@ class Work(NamedTuple):
     extra: Store
 
 
+def own_token(shape: Shape) -> Int32:
+    """This thread's token in a tile: a warp has a few of them, whole, so that its copies go to few lines of memory."""
+    thread, _, _ = cute.arch.thread_idx()
+    return thread // WARP * shape.tokens_a_warp + thread % shape.tokens_a_warp
+
+
+def own_block(unit: int, shape: Shape) -> Int32:
+    """This thread's block of its token by the unit's number."""
+    thread, _, _ = cute.arch.thread_idx()
+    return thread % WARP // shape.tokens_a_warp + shape.threads_a_token * unit
+
+
+def store_mask(at: Int32, wide: Int32, mask: Uint32, shape: Shape) -> None:
+    """Writes which tokens of a warp exist, by the vote of the lanes of their first blocks; a thread."""
+    size = shape.tokens_a_warp // 8
+    attention_mma.store_low(at + wide * size, mask, size)
+
+
 @cute.jit
 def find_token(tile: Int32, work: Constexpr[Work], shape: Constexpr[Shape]) -> Int32:
     """This thread's token of a tile, -1 for none; may still be on its way when this returns."""
     token = Int32(-1)
     if cutlass.const_expr(shape.extra):
         if tile < work.near:
-            token = token_of(tile, work.tiles, work.tokens)
+            token = token_of(tile, work.tiles, work.tokens, shape)
         else:
-            token = token_of(tile, work.tiles, work.entries)
+            token = token_of(tile, work.tiles, work.entries, shape)
     else:
-        token = token_of(tile, work.tiles, work.tokens)
+        token = token_of(tile, work.tiles, work.tokens, shape)
     return token
 
 
 @cute.jit
-def token_of(tile: Int32, tiles: Int32, tokens: Constexpr[Tokens]) -> Int32:
+def token_of(tile: Int32, tiles: Int32, tokens: Constexpr[Tokens], shape: Constexpr[Shape]) -> Int32:
     """The same in one cache."""
-    thread, _, _ = cute.arch.thread_idx()
-    place = tokens.first + tile * TILE + thread % TILE
+    place = tokens.first + tile * TILE + own_token(shape)
     token = arith.select((tile < tiles) & (place < tokens.end), place, Int32(-1))
     if (tokens.indexed != 0) & (token >= 0):
         token = tokens.indices[tokens.row, token]
@@ -169,7 +187,7 @@ def copy_unit(
 ) -> None:
     """Starts the copies of one of this thread's units to its place in a slot of the ring."""
     thread, _, _ = cute.arch.thread_idx()
-    block = thread // TILE + shape.threads_a_token * unit
+    block = own_block(unit, shape)
     if block < shape.blocks:
         column = block
         keys, values = work.keys, work.values
@@ -199,7 +217,7 @@ def load_unit(unit: int, slot: Int32, shape: Shape) -> list[Uint32]:
     thread, _, _ = cute.arch.thread_idx()
     codes, scales = codes_at(unit, shape), codes_at(shape.units, shape) + unit * shape.producer_threads * 4
     if shape.blocks % shape.threads_a_token and unit == shape.units - 1:  # not all threads have this one
-        some = thread // TILE + shape.threads_a_token * unit < shape.blocks
+        some = own_block(unit, shape) < shape.blocks
         codes = arith.select(some, Int32(codes), Int32(codes_at(0, shape)))
         scales = arith.select(some, Int32(scales), Int32(codes_at(shape.units, shape)))
     at = slot + codes + thread * 16
@@ -210,8 +228,7 @@ def load_unit(unit: int, slot: Int32, shape: Shape) -> list[Uint32]:
 @cute.jit
 def decode_unit(words: Constexpr[list[Uint32]], unit: Constexpr[int], tile: Int32, shape: Constexpr[Shape]) -> None:
     """Decodes what `load_unit` loaded to a tile in shared memory."""
-    thread, _, _ = cute.arch.thread_idx()
-    block, token = thread // TILE + shape.threads_a_token * unit, thread % TILE
+    block, token = own_block(unit, shape), own_token(shape)
     if block < shape.blocks:
         row = tile + block * BLOCK_BYTES + token * 128
         for i in cutlass.range_constexpr(_CHUNKS // 2):
@@ -269,8 +286,8 @@ def produce(
         full = base + shape.barriers_at + buffer * 16
         ring.wait(full + 8, parity)
         mask = cute.arch.vote_ballot_sync((exist >> (shape.stages - 1) & 1) != 0)
-        if (lane == 0) & (wide < TILE // WARP):
-            ring.store4(base + shape.masks_at + buffer * 8 + wide * 4, Uint32(mask))
+        if lane == 0:
+            store_mask(base + shape.masks_at + buffer * 8, wide, Uint32(mask), shape)
         attention_mma.wait_copies(shape.stages * shape.units - 1)
         words = load_unit(0, slot, shape)
         for unit in cutlass.range_constexpr(shape.units):

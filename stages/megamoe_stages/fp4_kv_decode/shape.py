@@ -82,6 +82,11 @@ class Shape(NamedTuple):
         return self.producer_threads // TILE
 
     @property
+    def tokens_a_warp(self) -> int:
+        """Of a tile, that a producer warp has."""
+        return 32 // self.threads_a_token
+
+    @property
     def units(self) -> int:
         """Blocks that a producer thread decodes; some have one less."""
         return -(-self.blocks // self.threads_a_token)
