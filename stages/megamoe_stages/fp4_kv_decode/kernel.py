@@ -7,6 +7,7 @@ lengths on the device. One or two warpgroups copy and decode tiles of 64 tokens,
 from __future__ import annotations
 
 import math
+import os
 
 import cutlass
 from cuda.bindings.driver import CUstream
@@ -314,6 +315,10 @@ def load_queries(thread: Int32, q: cute.Tensor, negative: Uint32, base: Int32, r
 
 def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
     """The kernel for any sizes."""
+    if shape.shared and not os.environ.get("MQA_OLD"):
+        from megamoe_stages.fp4_kv_decode import mqa_kernel, mqa_shape
+
+        return mqa_kernel.spec(mqa_shape.Shape(shape.extra, shape.paired))
 
     def arguments() -> tuple[object, ...]:
         size = cute.sym_int32

@@ -1,0 +1,429 @@
+"""The consumers of the decode kernel for keys that are the values: scores, weights and sums.
+
+Tokens are the rows of the products and queries times heads their columns, so that both left operands are the cache's:
+FP4 goes from shared memory to registers, is decoded there to fp16 (`cute.f16`) and multiplied from there. Scores are
+K Q^T: a lane has 64 bytes of a token, every word, eight values, becomes part of the left operands of two products. Sums are
+V^T P^T: the words of two tokens are interleaved, so that a register has two tokens of one dimension.
+
+A turn is two tiles of 64 tokens. A consumer makes the scores and weights of one of them, and the sums of its half of the
+columns for both; weights pass through shared memory. The scores of a turn are made before the sums of the turn before,
+so that nobody waits for the other one's weights. A lane is (g, t) = (lane // 4, lane % 4). Scores are in base 2.
+
+What is subtracted from the scores of a row, an integer, stays until a score is far above it. The warp that finds that
+weighs its 16 tokens by a larger number and says so; before the sums of that turn, everybody follows.
+"""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
+
+from megamoe.cute import arith, attention_mma, f16, ring, wgmma
+from megamoe.cute.arith import Target
+from megamoe.cute.attention_mma import exp2
+from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows, Scales, lanes
+from megamoe_stages.fp4_kv_decode.mqa_shape import (
+    BLOCK_BYTES,
+    CONSUMERS,
+    GROUP,
+    PITCH,
+    ROWS,
+    SCALE_BYTES,
+    STAGE_BYTES,
+    TILE,
+    TURNS,
+    WARPS,
+    Shape,
+)
+
+LOWEST = -3.0e38  # finite, so that no difference of two is NaN
+_SLACK = 15.0  # weights below 2^15 fit fp16
+_MARGIN = 5.0  # the largest weight when a number to subtract is chosen is about 2^5
+_ONES = 0x3C003C00
+_PRODUCTS = 4  # of a group
+
+
+def token_of(row: Int32 | int) -> Int32 | int:
+    """The token, of a warp's 16, of a row of its products: banks differ for keys and for values."""
+    return (row // 2 % 4) + row % 2 * 4 + row // 8 * 8
+
+
+def key_operands(codes: list[Uint32], factors: list[Uint32]) -> list[list[Uint32]]:
+    """The left operands of two products from a word of each of two tokens, and their scales."""
+    rows = [[f16.widen(half) for half in f16.spread(codes[h])] for h in range(2)]
+    return [[f16.multiply(rows[h][odd][i], factors[h]) for i in range(2) for h in range(2)] for odd in range(2)]
+
+
+def value_operands(words: list[Uint32], half: int, factors: list[Uint32]) -> list[list[Uint32]]:
+    """The left operands of two products of 16 tokens from a word of each of four, and their scales in pairs."""
+    part = (0x5140, 0x7362)[half]  # bytes of two tokens in turn
+    mixed = [arith.permute(words[2 * h], words[2 * h + 1], part, Target.SM90) for h in range(2)]
+    pairs = [[f16.widen(upper) for upper in f16.spread(mixed[h])] for h in range(2)]  # even, odd dimensions
+    return [[f16.multiply(pairs[h][odd][i], factors[h]) for h in range(2) for odd in range(2)] for i in range(2)]
+
+
+def fenced(operands: list[list[Uint32]]) -> list[list[Uint32]]:
+    """Left operands behind a fence, for the next products."""
+    words = attention_mma.fence([word for a in operands for word in a])
+    return [words[4 * i : 4 * i + 4] for i in range(len(operands))]
+
+
+def start_scores(base: Int32, turn: Int32, parity: Int32, consumer: Int32, shape: Shape) -> list[Float32]:
+    """The products of the keys of a tile and the queries, the last of them still on their way."""
+    g, t, wide = lanes()
+    stage = turn * CONSUMERS + consumer
+    slot = base + shape.ring_at + stage * STAGE_BYTES
+    at = slot + (wide * 16 + token_of(g)) * PITCH + t * 16
+    scales_at = slot + TILE * PITCH + (wide * 16 + token_of(g)) * SCALE_BYTES + t * 8
+    ring.wait(base + shape.barriers_at + stage * 8, parity)
+    queries = wgmma.descriptor(base & 0x3FFFF)
+    scales = [f16.load_words(scales_at + 8 * h * SCALE_BYTES, 2) for h in range(2)]
+    raw = [ring.load16(at + 8 * h * PITCH) for h in range(2)]
+    scores = attention_mma.fence(wgmma.zeros(ROWS // 2))
+    for i in range(4):
+        now = raw
+        if i < 3:
+            raw = [ring.load16(at + 8 * h * PITCH + (i + 1) * 64) for h in range(2)]
+        pairs = [f16.scale_pair(scales[h][i // 2] >> (16 * (i % 2))) for h in range(2)]
+        for word in range(4):
+            factors = [f16.both_halves(pair, upper=word > 1) for pair in pairs]
+            for odd, a in enumerate(fenced(key_operands([now[h][word] for h in range(2)], factors))):
+                ahead = ((2 * i + word // 2) * BLOCK_BYTES + (word % 2 * 2 + odd) * 32) >> 4
+                scores = f16.mma_group(scores, a, queries + ahead)
+            wgmma.commit()
+            wgmma.wait(1)
+    return scores
+
+
+def load_values(base: Int32, stage: Int32, step: int, consumer: Int32, shape: Shape) -> tuple[list[Uint32], list[Uint32]]:
+    """The words of a lane's eight dimensions of four of 16 tokens, and their scales in pairs."""
+    g, t, wide = lanes()
+    warp = consumer * (GROUP // 32) + wide
+    slot = base + shape.ring_at + stage * STAGE_BYTES + step * 16 * PITCH
+    at = slot + t * PITCH + (warp % 2 * 8 + g // 4 * 4 + warp // 2) * 16 + g % 4 * 4
+    scales_at = base + shape.ring_at + stage * STAGE_BYTES + TILE * PITCH + (step * 16 + t) * SCALE_BYTES + warp * 4
+    words = [f16.load_words(at + 4 * j * PITCH, 1)[0] for j in range(4)]
+    scales = [f16.load_words(scales_at + 4 * j * SCALE_BYTES, 1)[0] for j in range(4)]
+    selector = Uint32((g // 2) * 0x11 + 0x40)
+    factors = [
+        f16.scale_pair(arith.ptx(Uint32, "prmt.b32 $0, $1, $2, $3;", scales[2 * h], scales[2 * h + 1], selector))
+        for h in range(2)
+    ]
+    return words, factors
+
+
+def add_values(
+    acc: cute.Tensor, base: Int32, turn: Int32, buffer: Int32, consumer: Int32, shape: Shape
+) -> None:
+    """Adds the values of a turn by its weights."""
+    before = attention_mma.fence([acc[i] for i in range(32 * _PRODUCTS)])
+    sums = [before[32 * j : 32 * j + 32] for j in range(_PRODUCTS)]
+    weights = attention_mma.transposed((base & 0x3FFFF) + shape.weights_at + buffer * (CONSUMERS * BLOCK_BYTES), BLOCK_BYTES)
+    for tile in range(CONSUMERS):
+        for step in range(TILE // 16):
+            words, factors = load_values(base, turn * CONSUMERS + tile, step, consumer, shape)
+            there = weights + (tile * (BLOCK_BYTES >> 4) + step * 128)
+            for half in range(2):
+                for i, a in enumerate(fenced(value_operands(words, half, factors))):
+                    sums[2 * half + i] = attention_mma.mma_transposed(sums[2 * half + i], a, there, "f16")
+                wgmma.commit()
+                wgmma.wait(1)
+    done = attention_mma.wait([value for part in sums for value in part])
+    for i, value in enumerate(done):
+        acc[i] = value
+
+
+def add_totals(totals: cute.Tensor, base: Int32, buffer: Int32, consumer: Int32, shape: Shape) -> None:
+    """Adds the weights of a turn: a warp has 8 rows, a lane (g, t) the sums of 2t and 2t + 1 of them."""
+    _, _, wide = lanes()
+    lane = cute.arch.lane_idx()
+    warp = consumer * (GROUP // 32) + wide
+    at = base + shape.weights_at + buffer * (CONSUMERS * BLOCK_BYTES) + lane * 128 + ((warp ^ lane) % 8) * 16
+    sums = [totals[i] for i in range(4)]
+    ones = [Uint32(_ONES)] * 4
+    for i in range(CONSUMERS * TILE // 32):
+        words = f16.load_transposed(at + i * 32 * 128)
+        for k in range(2):
+            sums = f16.mma(ones, words[2 * k : 2 * k + 2], sums)
+    for i in range(4):
+        totals[i] = sums[i]
+
+
+@cute.jit
+def hide(
+    x: cute.Tensor,
+    base: Int32,
+    tile: Int32,
+    exist: Constexpr[list[Uint32]],
+    first: Int32,
+    every: Boolean,
+    rows: Constexpr[Rows],
+    shape: Constexpr[Shape],
+) -> None:
+    """Scores of what a row does not see become -inf."""
+    g, t, wide = lanes()
+    local = wide * 16 + token_of(g)  # and 8 more
+    word = arith.select(wide < 2, exist[0], exist[1])
+    for n in cutlass.range_constexpr(ROWS // 8):
+        for e in cutlass.range_constexpr(2):
+            query = ring.load4(base + shape.queries_at + (8 * n + 2 * t + e) * 4)
+            last = rows.position + query
+            for h in cutlass.range_constexpr(2):
+                token = first + tile * TILE + local + 8 * h
+                seen = every | ((token <= last) & ((rows.window == 0) | (token > last - rows.window)))
+                seen = seen & ((word >> Uint32(local % 32 + 8 * h) & 1) != 0)
+                at = 4 * n + 2 * h + e
+                x[at] = arith.select(seen, x[at], Float32(float("-inf")))
+
+
+@cute.jit
+def weigh(
+    scores: Constexpr[list[Float32]],
+    base: Int32,
+    turn: Int32,
+    number: Int32,
+    consumer: Int32,
+    first: Int32,
+    scales: Constexpr[Scales],
+    rows: Constexpr[Rows],
+    shape: Constexpr[Shape],
+) -> None:
+    """Turns the scores of a tile into weights in shared memory, and says that they are there.
+
+    Args:
+        scores: As `start_scores`, complete.
+        base: Of shared memory.
+        turn: Place in the ring.
+        number: Of the turn.
+        consumer: 0 or 1, also which tile of the turn.
+        first: Token that tile 0 starts at.
+        scales: Of the scores.
+        rows: The CTA's.
+        shape: The kernel.
+    """
+    target = Target.SM90
+    g, t, wide = lanes()
+    tile = number * CONSUMERS + consumer
+    x = cute.make_rmem_tensor((ROWS // 2,), Float32)
+    for i in cutlass.range_constexpr(ROWS // 2):
+        x[i] = scores[i]
+    masks_at = base + shape.masks_at + (turn * CONSUMERS + consumer) * 8
+    exist = [Uint32(ring.load4(masks_at + 4 * i)) for i in range(2)]
+    every = rows.indexed != 0
+    ratio = Float32(1.0)
+    if cutlass.const_expr(shape.extra):
+        every = every | (tile >= rows.near)
+        ratio = arith.select(tile < rows.near, Float32(1.0), scales.extra_scores)
+    start = first + tile * TILE
+    early = rows.position + rows.first // rows.group
+    late = rows.position + cutlass.min(rows.first + ROWS - 1, rows.count - 1) // rows.group
+    inner = (start + (TILE - 1) <= early) & ((rows.window == 0) | (start > late - rows.window))
+    all_seen = arith.select(inner | every, exist[0] & exist[1], Uint32(0))
+    if all_seen != Uint32(0xFFFFFFFF):
+        hide(x, base, tile, exist, first, every, rows, shape)
+
+    above = cute.make_rmem_tensor((ROWS // 2,), Float32)
+    highest = Int32(0)  # as integers, positive numbers keep their order, and three of them go into one instruction
+    table = base + shape.table_at + t * 16
+    for n in cutlass.range_constexpr(ROWS // 8):
+        row = [arith.number(word) for word in ring.load16(table + n * 64)]
+        for e in cutlass.range_constexpr(2):
+            factor = row[2 * e] * ratio if shape.extra else row[2 * e]
+            for h in cutlass.range_constexpr(2):
+                at = 4 * n + 2 * h + e
+                above[at] = minus(x[at], factor, row[2 * e + 1])
+                highest = cutlass.max(highest, above[at].bitcast(Int32))
+    if arith.any_lane(highest > Float32(_SLACK).bitcast(Int32), target):
+        raise_rows(x, above, base, consumer, ratio, shape)
+        flag = base + shape.flags_at + (number % 2 * WARPS + consumer * (GROUP // 32) + wide) * 4
+        ring.store4(flag, number + 1)
+    lane, buffer = cute.arch.lane_idx(), number % 2
+    at = base + shape.weights_at + (buffer * CONSUMERS + consumer) * BLOCK_BYTES + (wide * 16 + lane % 16) * 128
+    for i in cutlass.range_constexpr(ROWS // 16):
+        pairs = [(8 * i + 2 * k, 8 * i + 2 * k + 1) for k in range(4)]  # of rows of 8: tokens, then 8 more
+        words = [f16.pack(exp2(above[one]), exp2(above[other])) for one, other in pairs]
+        attention_mma.store_matrices(at + (((2 * i + lane // 16) ^ lane) % 8) * 16, words)
+    attention_mma.proxy_fence()
+    ring.arrive_if(base + shape.barriers_at + (CONSUMERS * TURNS + TURNS + buffer) * 8, Int32(1))
+
+
+@cute.jit
+def raise_rows(
+    x: cute.Tensor, above: cute.Tensor, base: Int32, consumer: Int32, ratio: Float32, shape: Constexpr[Shape]
+) -> None:
+    """Chooses what a warp subtracts from its tokens' scores of rows where one is far above, and subtracts it."""
+    g, t, wide = lanes()
+    own = base + shape.own_at + (consumer * (GROUP // 32) + wide) * (ROWS * 4)
+    for n in cutlass.range_constexpr(ROWS // 8):
+        row = [arith.number(word) for word in ring.load16(base + shape.table_at + n * 64 + t * 16)]
+        for e in cutlass.range_constexpr(2):
+            factor = row[2 * e] * ratio if shape.extra else row[2 * e]
+            most = arith.maximum(x[4 * n + e], x[4 * n + 2 + e], Target.SM90)
+            for step in (4, 8, 16):
+                most = arith.maximum(most, cute.arch.shuffle_sync_bfly(most, offset=step), Target.SM90)
+            most = most * factor
+            larger = arith.ptx(Float32, "cvt.rpi.f32.f32 $0, $1;", most) - Float32(_MARGIN)
+            now = arith.select(most > row[2 * e + 1] + Float32(_SLACK - 1), larger, row[2 * e + 1])
+            attention_mma.store4_if(own + (8 * n + 2 * t + e) * 4, now, arith.select(g == 0, Int32(1), Int32(0)))
+            for h in cutlass.range_constexpr(2):
+                above[4 * n + 2 * h + e] = minus(x[4 * n + 2 * h + e], factor, now)
+
+
+def minus(x: Float32, factor: Float32, less: Float32) -> Float32:
+    """x * factor - less, rounded once."""
+    negative = arith.ptx(Float32, "neg.f32 $0, $1;", less)
+    out: Float32 = arith.ptx(Float32, "fma.rn.f32 $0, $1, $2, $3;", x, factor, negative)
+    return out
+
+
+@cute.jit
+def follow(
+    acc: cute.Tensor, totals: cute.Tensor, base: Int32, number: Int32, consumer: Int32, shape: Constexpr[Shape]
+) -> None:
+    """Waits for the weights of a turn, and follows a warp that subtracted something else than the others."""
+    buffer = number % 2
+    ring.wait(base + shape.barriers_at + (CONSUMERS * TURNS + TURNS + buffer) * 8, number // 2 % 2)
+    flags_at = base + shape.flags_at + buffer * WARPS * 4
+    flags = [Int32(word) for i in range(2) for word in ring.load16(flags_at + 16 * i)]
+    some = flags[0] == number + 1
+    for i in cutlass.range_constexpr(1, WARPS):
+        some = some | (flags[i] == number + 1)
+    if some:
+        follow_all(acc, totals, flags, base, number, consumer, shape)
+
+
+@cute.jit
+def follow_all(
+    acc: cute.Tensor,
+    totals: cute.Tensor,
+    flags: Constexpr[list[Int32]],
+    base: Int32,
+    number: Int32,
+    consumer: Int32,
+    shape: Constexpr[Shape],
+) -> None:
+    """Brings the sums, and the weights of a turn, to the largest number that a warp has subtracted; all consumers."""
+    _, t, wide = lanes()
+    lane = cute.arch.lane_idx()
+    buffer = number % 2
+    warp = consumer * (GROUP // 32) + wide
+    flags_at = base + shape.flags_at + buffer * WARPS * 4
+    thread = consumer * GROUP + cute.arch.thread_idx()[0] % GROUP
+    if thread < ROWS:
+        at = base + shape.table_at + thread * 8 + 4
+        before = arith.number(Uint32(ring.load4(at)))
+        most = before
+        for i in cutlass.range_constexpr(WARPS):
+            one = arith.number(Uint32(ring.load4(base + shape.own_at + (i * ROWS + thread) * 4)))
+            most = arith.select(flags[i] == number + 1, arith.maximum(most, one, Target.SM90), most)
+        ring.store4(at, arith.bits(most))
+        attention_mma.store8(
+            base + shape.final_at + thread * 8, [arith.bits(most), arith.bits(exp2(before - most))]
+        )
+    attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
+    for n in cutlass.range_constexpr(ROWS // 8):
+        row = [arith.number(word) for word in ring.load16(base + shape.final_at + n * 64 + t * 16)]
+        for e in cutlass.range_constexpr(2):
+            for j in cutlass.range_constexpr(_PRODUCTS):
+                for h in cutlass.range_constexpr(2):
+                    at = 32 * j + 4 * n + 2 * h + e
+                    acc[at] = acc[at] * row[2 * e + 1]
+    row = [arith.number(word) for word in ring.load16(base + shape.final_at + warp * 64 + t * 16)]
+    for i in cutlass.range_constexpr(4):
+        totals[i] = totals[i] * row[2 * (i % 2) + 1]
+    chunk = lane % 8
+    mine = ring.load4(flags_at + warp * 4) == number + 1
+    factors = cute.make_rmem_tensor((8,), Float32)
+    for k in cutlass.range_constexpr(8):
+        row_at = base + shape.final_at + (chunk * 8 + k) * 8
+        final, shrunk = (arith.number(Uint32(ring.load4(row_at + 4 * i))) for i in range(2))
+        one = arith.number(Uint32(ring.load4(base + shape.own_at + (warp * ROWS + chunk * 8 + k) * 4)))
+        factors[k] = arith.select(mine, exp2(one - final), shrunk)
+    pairs = [f16.pack(factors[2 * k], factors[2 * k + 1]) for k in range(4)]
+    tile = base + shape.weights_at + (buffer * CONSUMERS + consumer) * BLOCK_BYTES
+    for i in cutlass.range_constexpr(4):
+        local = wide * 16 + i * 4 + lane // 8
+        at = tile + local * 128 + ((chunk ^ local) % 8) * 16
+        words = ring.load16(at)
+        attention_mma.store16(at, [f16.multiply(words[k], pairs[k]) for k in range(4)])
+    attention_mma.proxy_fence()
+    attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
+
+
+@cute.jit
+def rescale(acc: cute.Tensor, ratio: Float32) -> None:
+    """Multiplies all sums."""
+    for i in cutlass.range_constexpr(cute.size(acc)):
+        acc[i] = acc[i] * ratio
+
+
+@cute.jit
+def sum_turn(
+    acc: cute.Tensor,
+    totals: cute.Tensor,
+    base: Int32,
+    turn: Int32,
+    number: Int32,
+    consumer: Int32,
+    scales: Constexpr[Scales],
+    rows: Constexpr[Rows],
+    shape: Constexpr[Shape],
+) -> None:
+    """The sums of a turn, whose place in the ring is given back."""
+    follow(acc, totals, base, number, consumer, shape)
+    if cutlass.const_expr(shape.extra):
+        if (number > 0) & (number * CONSUMERS == rows.near):
+            rescale(acc, Float32(1.0) / scales.extra_weights)
+    add_totals(totals, base, number % 2, consumer, shape)
+    add_values(acc, base, turn, number % 2, consumer, shape)
+    cute.arch.sync_warp()
+    empty = base + shape.barriers_at + (CONSUMERS * TURNS + turn) * 8
+    ring.arrive_if(empty, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
+
+
+@cute.jit
+def attend(
+    acc: cute.Tensor,  # (128,) fp32: four products of 32, as `wgmma.mma`
+    base: Int32,
+    consumer: Int32,
+    turns: Int32,
+    first: Int32,
+    scales: Constexpr[Scales],
+    rows: Constexpr[Rows],
+    shape: Constexpr[Shape],
+) -> None:
+    """All turns of a CTA; leaves what was subtracted and the sums of weights in shared memory."""
+    for i, zero in enumerate(wgmma.zeros(cute.size(acc))):
+        acc[i] = zero
+    totals = cute.make_rmem_tensor((4,), Float32)
+    totals.fill(Float32(0.0))
+    turn, parity = Int32(0), Int32(0)
+    if turns > 0:
+        scores = attention_mma.wait(start_scores(base, turn, parity, consumer, shape))
+        weigh(scores, base, turn, Int32(0), consumer, first, scales, rows, shape)
+    for number in cutlass.range(turns - 1, unroll=1):
+        last = turn == TURNS - 1
+        ahead, ahead_parity = arith.select(last, Int32(0), turn + 1), arith.select(last, parity ^ 1, parity)
+        scores = attention_mma.wait(start_scores(base, ahead, ahead_parity, consumer, shape))
+        sum_turn(acc, totals, base, turn, number, consumer, scales, rows, shape)
+        weigh(scores, base, ahead, number + 1, consumer, first, scales, rows, shape)
+        turn, parity = ahead, ahead_parity
+    if turns > 0:
+        sum_turn(acc, totals, base, turn, turns - 1, consumer, scales, rows, shape)
+        if cutlass.const_expr(shape.extra):
+            if turns * CONSUMERS > cutlass.max(rows.near, 0):
+                rescale(acc, scales.extra_weights)
+    finish_totals(totals, base, consumer, shape)
+
+
+@cute.jit
+def finish_totals(totals: cute.Tensor, base: Int32, consumer: Int32, shape: Constexpr[Shape]) -> None:
+    """Leaves what was subtracted and the sums of weights where the result is made; all consumers."""
+    g, t, wide = lanes()
+    row = (consumer * (GROUP // 32) + wide) * 8 + 2 * t
+    for e in cutlass.range_constexpr(2):
+        at = base + shape.ends_at + (row + e) * 8
+        top = ring.load4(base + shape.table_at + (row + e) * 8 + 4)
+        if g == 0:
+            attention_mma.store8(at, [Uint32(top), arith.bits(totals[e])])
+    attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
