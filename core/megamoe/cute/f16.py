@@ -156,7 +156,7 @@ def mma_group(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64) -> list[Flo
     return [Float32(llvm.extractvalue(Float32.mlir_type, out, p)) for p in place]
 
 
-def load_transposed(at: Int32) -> list[Uint32]:
+def load_transposed_UNUSED(at: Int32) -> list[Uint32]:
     """Four (8, 8) of shared memory turned over: lane 8 i + r says where row r of i lies, gets rows 2t, 2t + 1 of column g."""
     text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
     result = llvm.StructType.get_literal([Uint32.mlir_type] * 4)

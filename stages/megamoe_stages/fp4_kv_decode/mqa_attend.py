@@ -21,7 +21,7 @@ from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
 from megamoe.cute import arith, attention_mma, f16, ring, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
-from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows, Scales, lanes
+from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, lanes
 from megamoe_stages.fp4_kv_decode.mqa_shape import (
     BLOCK_BYTES,
     CONSUMERS,
@@ -39,7 +39,6 @@ from megamoe_stages.fp4_kv_decode.mqa_shape import (
 LOWEST = -3.0e38  # finite, so that no difference of two is NaN
 _SLACK = 15.0  # weights below 2^15 fit fp16
 _MARGIN = 5.0  # the largest weight when a number to subtract is chosen is about 2^5
-_ONES = 0x3C003C00
 _PRODUCTS = 4  # of a group
 
 
@@ -68,6 +67,12 @@ def fenced(operands: list[list[Uint32]]) -> list[list[Uint32]]:
     return [words[4 * i : 4 * i + 4] for i in range(len(operands))]
 
 
+def load_keys(at: Int32, scales_at: Int32, i: int) -> tuple[list[list[Uint32]], list[Uint32]]:
+    """16 bytes of codes of each of a lane's two tokens, and the pairs of their scales."""
+    codes = [ring.load16(at + 8 * h * PITCH + i * 64) for h in range(2)]
+    return codes, [f16.scale_pair(f16.load_bytes(scales_at + 8 * h * SCALE_BYTES + 2 * i, 2)) for h in range(2)]
+
+
 def start_scores(base: Int32, turn: Int32, parity: Int32, consumer: Int32, shape: Shape) -> list[Float32]:
     """The products of the keys of a tile and the queries, the last of them still on their way."""
     g, t, wide = lanes()
@@ -77,14 +82,10 @@ def start_scores(base: Int32, turn: Int32, parity: Int32, consumer: Int32, shape
     scales_at = slot + TILE * PITCH + (wide * 16 + token_of(g)) * SCALE_BYTES + t * 8
     ring.wait(base + shape.barriers_at + stage * 8, parity)
     queries = wgmma.descriptor(base & 0x3FFFF)
-    scales = [f16.load_words(scales_at + 8 * h * SCALE_BYTES, 2) for h in range(2)]
-    raw = [ring.load16(at + 8 * h * PITCH) for h in range(2)]
+    raw = load_keys(at, scales_at, 0)
     scores = attention_mma.fence(wgmma.zeros(ROWS // 2))
     for i in range(4):
-        now = raw
-        if i < 3:
-            raw = [ring.load16(at + 8 * h * PITCH + (i + 1) * 64) for h in range(2)]
-        pairs = [f16.scale_pair(scales[h][i // 2] >> (16 * (i % 2))) for h in range(2)]
+        now, pairs = raw
         for word in range(4):
             factors = [f16.both_halves(pair, upper=word > 1) for pair in pairs]
             for odd, a in enumerate(fenced(key_operands([now[h][word] for h in range(2)], factors))):
@@ -92,6 +93,8 @@ def start_scores(base: Int32, turn: Int32, parity: Int32, consumer: Int32, shape
                 scores = f16.mma_group(scores, a, queries + ahead)
             wgmma.commit()
             wgmma.wait(1)
+            if word == 1 and i < 3:
+                raw = load_keys(at, scales_at, i + 1)
     return scores
 
 
@@ -133,44 +136,27 @@ def add_values(
         acc[i] = value
 
 
-def add_totals(totals: cute.Tensor, base: Int32, buffer: Int32, consumer: Int32, shape: Shape) -> None:
-    """Adds the weights of a turn: a warp has 8 rows, a lane (g, t) the sums of 2t and 2t + 1 of them."""
-    _, _, wide = lanes()
-    lane = cute.arch.lane_idx()
-    warp = consumer * (GROUP // 32) + wide
-    at = base + shape.weights_at + buffer * (CONSUMERS * BLOCK_BYTES) + lane * 128 + ((warp ^ lane) % 8) * 16
-    sums = [totals[i] for i in range(4)]
-    ones = [Uint32(_ONES)] * 4
-    for i in range(CONSUMERS * TILE // 32):
-        words = f16.load_transposed(at + i * 32 * 128)
-        for k in range(2):
-            sums = f16.mma(ones, words[2 * k : 2 * k + 2], sums)
-    for i in range(4):
-        totals[i] = sums[i]
-
-
 @cute.jit
 def hide(
     x: cute.Tensor,
     base: Int32,
-    tile: Int32,
+    start: Int32,
     exist: Constexpr[list[Uint32]],
-    first: Int32,
     every: Boolean,
-    rows: Constexpr[Rows],
     shape: Constexpr[Shape],
 ) -> None:
     """Scores of what a row does not see become -inf."""
     g, t, wide = lanes()
     local = wide * 16 + token_of(g)  # and 8 more
     word = arith.select(wide < 2, exist[0], exist[1])
+    position, window = (Int32(one) for one in f16.load_words(base + shape.facts_at + 16, 2))
     for n in cutlass.range_constexpr(ROWS // 8):
         for e in cutlass.range_constexpr(2):
             query = ring.load4(base + shape.queries_at + (8 * n + 2 * t + e) * 4)
-            last = rows.position + query
+            last = position + query
             for h in cutlass.range_constexpr(2):
-                token = first + tile * TILE + local + 8 * h
-                seen = every | ((token <= last) & ((rows.window == 0) | (token > last - rows.window)))
+                token = start + local + 8 * h
+                seen = every | ((token <= last) & ((window == 0) | (token > last - window)))
                 seen = seen & ((word >> Uint32(local % 32 + 8 * h) & 1) != 0)
                 at = 4 * n + 2 * h + e
                 x[at] = arith.select(seen, x[at], Float32(float("-inf")))
@@ -179,26 +165,22 @@ def hide(
 @cute.jit
 def weigh(
     scores: Constexpr[list[Float32]],
+    totals: cute.Tensor,
     base: Int32,
     turn: Int32,
     number: Int32,
     consumer: Int32,
-    first: Int32,
-    scales: Constexpr[Scales],
-    rows: Constexpr[Rows],
     shape: Constexpr[Shape],
 ) -> None:
     """Turns the scores of a tile into weights in shared memory, and says that they are there.
 
     Args:
         scores: As `start_scores`, complete.
+        totals: Sums of weights over this warp's tokens, of rows 8 g + 2 t and the next one.
         base: Of shared memory.
         turn: Place in the ring.
         number: Of the turn.
         consumer: 0 or 1, also which tile of the turn.
-        first: Token that tile 0 starts at.
-        scales: Of the scores.
-        rows: The CTA's.
         shape: The kernel.
     """
     target = Target.SM90
@@ -209,18 +191,16 @@ def weigh(
         x[i] = scores[i]
     masks_at = base + shape.masks_at + (turn * CONSUMERS + consumer) * 8
     exist = [Uint32(ring.load4(masks_at + 4 * i)) for i in range(2)]
-    every = rows.indexed != 0
+    start, early, late, all_from = (Int32(word) for word in ring.load16(base + shape.facts_at))
+    every, start = tile >= all_from, start + tile * TILE
     ratio = Float32(1.0)
     if cutlass.const_expr(shape.extra):
-        every = every | (tile >= rows.near)
-        ratio = arith.select(tile < rows.near, Float32(1.0), scales.extra_scores)
-    start = first + tile * TILE
-    early = rows.position + rows.first // rows.group
-    late = rows.position + cutlass.min(rows.first + ROWS - 1, rows.count - 1) // rows.group
-    inner = (start + (TILE - 1) <= early) & ((rows.window == 0) | (start > late - rows.window))
+        near, bits_of = (Uint32(word) for word in f16.load_words(base + shape.facts_at + 24, 2))
+        ratio = arith.select(tile < Int32(near), Float32(1.0), arith.number(bits_of))
+    inner = (start + (TILE - 1) <= early) & (start > late)
     all_seen = arith.select(inner | every, exist[0] & exist[1], Uint32(0))
     if all_seen != Uint32(0xFFFFFFFF):
-        hide(x, base, tile, exist, first, every, rows, shape)
+        hide(x, base, start, exist, every, shape)
 
     above = cute.make_rmem_tensor((ROWS // 2,), Float32)
     highest = Int32(0)  # as integers, positive numbers keep their order, and three of them go into one instruction
@@ -234,22 +214,43 @@ def weigh(
                 above[at] = minus(x[at], factor, row[2 * e + 1])
                 highest = cutlass.max(highest, above[at].bitcast(Int32))
     if arith.any_lane(highest > Float32(_SLACK).bitcast(Int32), target):
-        raise_rows(x, above, base, consumer, ratio, shape)
+        raise_rows(x, above, totals, base, consumer, ratio, shape)
         flag = base + shape.flags_at + (number % 2 * WARPS + consumer * (GROUP // 32) + wide) * 4
         ring.store4(flag, number + 1)
     lane, buffer = cute.arch.lane_idx(), number % 2
     at = base + shape.weights_at + (buffer * CONSUMERS + consumer) * BLOCK_BYTES + (wide * 16 + lane % 16) * 128
+    for i in cutlass.range_constexpr(ROWS // 2):
+        above[i] = exp2(above[i])
+    for e, total in enumerate(sums_of_tokens([above[4 * n + e] + above[4 * n + 2 + e] for n in range(8) for e in (0, 1)])):
+        totals[e] = totals[e] + total
     for i in cutlass.range_constexpr(ROWS // 16):
         pairs = [(8 * i + 2 * k, 8 * i + 2 * k + 1) for k in range(4)]  # of rows of 8: tokens, then 8 more
-        words = [f16.pack(exp2(above[one]), exp2(above[other])) for one, other in pairs]
+        words = [f16.pack(above[one], above[other]) for one, other in pairs]
         attention_mma.store_matrices(at + (((2 * i + lane // 16) ^ lane) % 8) * 16, words)
     attention_mma.proxy_fence()
     ring.arrive_if(base + shape.barriers_at + (CONSUMERS * TURNS + TURNS + buffer) * 8, Int32(1))
 
 
+def sums_of_tokens(x: list[Float32]) -> list[Float32]:
+    """The sums over g of values that belong to n = 0 to 7, two of each: a lane gets those of n = g."""
+    g, _, _ = lanes()
+    for bit in (4, 2, 1):
+        upper, half = (g & bit) != 0, len(x) // 2
+        sent = [arith.select(upper, x[i], x[i + half]) for i in range(half)]
+        kept = [arith.select(upper, x[i + half], x[i]) for i in range(half)]
+        x = [kept[i] + cute.arch.shuffle_sync_bfly(sent[i], offset=4 * bit) for i in range(half)]
+    return x
+
+
 @cute.jit
 def raise_rows(
-    x: cute.Tensor, above: cute.Tensor, base: Int32, consumer: Int32, ratio: Float32, shape: Constexpr[Shape]
+    x: cute.Tensor,
+    above: cute.Tensor,
+    totals: cute.Tensor,
+    base: Int32,
+    consumer: Int32,
+    ratio: Float32,
+    shape: Constexpr[Shape],
 ) -> None:
     """Chooses what a warp subtracts from its tokens' scores of rows where one is far above, and subtracts it."""
     g, t, wide = lanes()
@@ -265,6 +266,7 @@ def raise_rows(
             larger = arith.ptx(Float32, "cvt.rpi.f32.f32 $0, $1;", most) - Float32(_MARGIN)
             now = arith.select(most > row[2 * e + 1] + Float32(_SLACK - 1), larger, row[2 * e + 1])
             attention_mma.store4_if(own + (8 * n + 2 * t + e) * 4, now, arith.select(g == 0, Int32(1), Int32(0)))
+            totals[e] = totals[e] * arith.select(g == n, exp2(row[2 * e + 1] - now), Float32(1.0))
             for h in cutlass.range_constexpr(2):
                 above[4 * n + 2 * h + e] = minus(x[4 * n + 2 * h + e], factor, now)
 
@@ -321,6 +323,8 @@ def follow_all(
             base + shape.final_at + thread * 8, [arith.bits(most), arith.bits(exp2(before - most))]
         )
     attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
+    mine = ring.load4(flags_at + warp * 4) == number + 1
+    own = base + shape.own_at + warp * (ROWS * 4)
     for n in cutlass.range_constexpr(ROWS // 8):
         row = [arith.number(word) for word in ring.load16(base + shape.final_at + n * 64 + t * 16)]
         for e in cutlass.range_constexpr(2):
@@ -328,16 +332,16 @@ def follow_all(
                 for h in cutlass.range_constexpr(2):
                     at = 32 * j + 4 * n + 2 * h + e
                     acc[at] = acc[at] * row[2 * e + 1]
-    row = [arith.number(word) for word in ring.load16(base + shape.final_at + warp * 64 + t * 16)]
-    for i in cutlass.range_constexpr(4):
-        totals[i] = totals[i] * row[2 * (i % 2) + 1]
+    ends = [arith.number(word) for word in ring.load16(base + shape.final_at + lane // 4 * 64 + t * 16)]
+    for e in cutlass.range_constexpr(2):
+        one = arith.number(Uint32(ring.load4(own + (lane // 4 * 8 + 2 * t + e) * 4)))
+        totals[e] = totals[e] * arith.select(mine, exp2(one - ends[2 * e]), ends[2 * e + 1])
     chunk = lane % 8
-    mine = ring.load4(flags_at + warp * 4) == number + 1
     factors = cute.make_rmem_tensor((8,), Float32)
     for k in cutlass.range_constexpr(8):
         row_at = base + shape.final_at + (chunk * 8 + k) * 8
         final, shrunk = (arith.number(Uint32(ring.load4(row_at + 4 * i))) for i in range(2))
-        one = arith.number(Uint32(ring.load4(base + shape.own_at + (warp * ROWS + chunk * 8 + k) * 4)))
+        one = arith.number(Uint32(ring.load4(own + (chunk * 8 + k) * 4)))
         factors[k] = arith.select(mine, exp2(one - final), shrunk)
     pairs = [f16.pack(factors[2 * k], factors[2 * k + 1]) for k in range(4)]
     tile = base + shape.weights_at + (buffer * CONSUMERS + consumer) * BLOCK_BYTES
@@ -365,16 +369,14 @@ def sum_turn(
     turn: Int32,
     number: Int32,
     consumer: Int32,
-    scales: Constexpr[Scales],
-    rows: Constexpr[Rows],
     shape: Constexpr[Shape],
 ) -> None:
     """The sums of a turn, whose place in the ring is given back."""
     follow(acc, totals, base, number, consumer, shape)
     if cutlass.const_expr(shape.extra):
-        if (number > 0) & (number * CONSUMERS == rows.near):
-            rescale(acc, Float32(1.0) / scales.extra_weights)
-    add_totals(totals, base, number % 2, consumer, shape)
+        near, ratio = f16.load_words(base + shape.facts_at + 24, 2)
+        if (number > 0) & (number * CONSUMERS == Int32(near)):
+            rescale(acc, Float32(1.0) / arith.number(ratio))  # the sums are in units of the cache that they come from
     add_values(acc, base, turn, number % 2, consumer, shape)
     cute.arch.sync_warp()
     empty = base + shape.barriers_at + (CONSUMERS * TURNS + turn) * 8
@@ -387,32 +389,30 @@ def attend(
     base: Int32,
     consumer: Int32,
     turns: Int32,
-    first: Int32,
-    scales: Constexpr[Scales],
-    rows: Constexpr[Rows],
     shape: Constexpr[Shape],
 ) -> None:
     """All turns of a CTA; leaves what was subtracted and the sums of weights in shared memory."""
     for i, zero in enumerate(wgmma.zeros(cute.size(acc))):
         acc[i] = zero
-    totals = cute.make_rmem_tensor((4,), Float32)
+    totals = cute.make_rmem_tensor((2,), Float32)
     totals.fill(Float32(0.0))
     turn, parity = Int32(0), Int32(0)
     if turns > 0:
         scores = attention_mma.wait(start_scores(base, turn, parity, consumer, shape))
-        weigh(scores, base, turn, Int32(0), consumer, first, scales, rows, shape)
+        weigh(scores, totals, base, turn, Int32(0), consumer, shape)
     for number in cutlass.range(turns - 1, unroll=1):
         last = turn == TURNS - 1
         ahead, ahead_parity = arith.select(last, Int32(0), turn + 1), arith.select(last, parity ^ 1, parity)
         scores = attention_mma.wait(start_scores(base, ahead, ahead_parity, consumer, shape))
-        sum_turn(acc, totals, base, turn, number, consumer, scales, rows, shape)
-        weigh(scores, base, ahead, number + 1, consumer, first, scales, rows, shape)
+        sum_turn(acc, totals, base, turn, number, consumer, shape)
+        weigh(scores, totals, base, ahead, number + 1, consumer, shape)
         turn, parity = ahead, ahead_parity
     if turns > 0:
-        sum_turn(acc, totals, base, turn, turns - 1, consumer, scales, rows, shape)
+        sum_turn(acc, totals, base, turn, turns - 1, consumer, shape)
         if cutlass.const_expr(shape.extra):
-            if turns * CONSUMERS > cutlass.max(rows.near, 0):
-                rescale(acc, scales.extra_weights)
+            near, ratio = f16.load_words(base + shape.facts_at + 24, 2)
+            if turns * CONSUMERS > cutlass.max(Int32(near), 0):
+                rescale(acc, arith.number(ratio))
     finish_totals(totals, base, consumer, shape)
 
 
@@ -420,10 +420,14 @@ def attend(
 def finish_totals(totals: cute.Tensor, base: Int32, consumer: Int32, shape: Constexpr[Shape]) -> None:
     """Leaves what was subtracted and the sums of weights where the result is made; all consumers."""
     g, t, wide = lanes()
-    row = (consumer * (GROUP // 32) + wide) * 8 + 2 * t
-    for e in cutlass.range_constexpr(2):
-        at = base + shape.ends_at + (row + e) * 8
-        top = ring.load4(base + shape.table_at + (row + e) * 8 + 4)
-        if g == 0:
-            attention_mma.store8(at, [Uint32(top), arith.bits(totals[e])])
+    own = base + shape.own_at + (consumer * (GROUP // 32) + wide) * (ROWS * 4)
+    attention_mma.store8(own + (8 * g + 2 * t) * 4, [arith.bits(totals[e]) for e in range(2)])
+    attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
+    thread = consumer * GROUP + cute.arch.thread_idx()[0] % GROUP
+    if thread < ROWS:
+        top = Uint32(ring.load4(base + shape.table_at + thread * 8 + 4))
+        parts = [arith.number(Uint32(ring.load4(base + shape.own_at + (i * ROWS + thread) * 4))) for i in range(WARPS)]
+        for i in cutlass.range_constexpr(1, WARPS):
+            parts[0] = parts[0] + parts[i]
+        attention_mma.store8(base + shape.ends_at + thread * 8, [top, arith.bits(parts[0])])
     attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)

@@ -19,7 +19,7 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe.cute import bf16, convert, f16
 from megamoe.cute.f16 import DECODED_UNIT
 from megamoe_stages.fp4_kv_decode import mqa_attend, mqa_produce
-from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows, Scales
+from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows
 from megamoe_stages.fp4_kv_decode.kernel import factor, seen
 from megamoe_stages.fp4_kv_decode.mqa_attend import LOWEST
 from megamoe_stages.fp4_kv_decode.mqa_result import finish, join_pair, store
@@ -31,6 +31,7 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 _LARGEST = 14  # queries are brought below 2^15 by a power of two: what fp16 rounds is below 2^-39 of their largest
 _BIAS = 127
 _LEAST_FACTOR = 1e-37  # stands for 0, so that a hidden score is -inf whatever the scale
+_NEVER = 1 << 30  # a tile or token beyond all
 _LEAST_RATIO = 2.0**-60  # of the decode scales of two caches
 
 
@@ -263,10 +264,11 @@ def kernel(
         scale, extra = k_scale[()], extra_scale[()]  # these and the queries come at once
         result = result._replace(v_scale=v_scale[()] * Float32(DECODED_UNIT / convert.DECODED_UNIT))
         negative = arith.select(scores < Float32(0.0), Uint32(0x80008000), Uint32(0))
-        load_queries(thread - GROUP, q, negative, factor(scores * scale), base, rows, shape)
         ratio = arith.maximum(extra / scale, Float32(_LEAST_RATIO), Target.SM90)
-        scales = Scales(Float32(1.0), ratio, ratio)
-        mqa_attend.attend(acc, base, consumer, turns, first, scales, rows, shape)
+        if thread == GROUP:
+            note(base, first, ratio, rows, shape)
+        load_queries(thread - GROUP, q, negative, factor(scores * scale), base, rows, shape)
+        mqa_attend.attend(acc, base, consumer, turns, shape)
         if cutlass.const_expr(shape.paired):
             rank = split % 2
             join_pair(acc, base, consumer, rank, shape)
@@ -276,6 +278,22 @@ def kernel(
                 finish(acc, base, consumer, rows, half, shape)
         else:  # all tokens
             store(acc, base, consumer, rows, result._replace(column=consumer * shape.out_columns), shape)
+
+
+def note(base: Int32, first: Int32, ratio: Float32, rows: Rows, shape: Shape) -> None:
+    """Leaves in shared memory what masks and scales of a tile follow from: eight words.
+
+    Token that tile 0 starts at; last token that all queries see; the last that some query sees no more; tile from which all
+    queries see all that exists; position; window; tile from which scores are those of the second cache; their ratio.
+    """
+    early = rows.position + rows.first // rows.group
+    late = rows.position + (cutlass.min(rows.first + ROWS, rows.count) - 1) // rows.group
+    late = arith.select(rows.window != 0, late - rows.window, Int32(-_NEVER))
+    every = rows.near if shape.extra else Int32(_NEVER)
+    every = arith.select(rows.indexed != 0, Int32(0), every)
+    attention_mma.store16(base + shape.facts_at, [Uint32(word) for word in (first, early, late, every)])
+    words = [Uint32(word) for word in (rows.position, rows.window, rows.near)]
+    attention_mma.store16(base + shape.facts_at + 16, [*words, arith.bits(ratio)])
 
 
 @cute.jit
