@@ -27,7 +27,7 @@ from megamoe_stages.fp4_kv_decode.mqa_shape import BLOCK_BYTES, CONSUMERS, DIM, 
 from megamoe_stages.fp4_kv_decode.produce import Tokens, Work
 from megamoe_stages.fp4_kv_decode.result import Result, pass_pair
 
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # all of 64 K
 _LARGEST = 14  # queries are brought below 2^15 by a power of two: what fp16 rounds is below 2^-39 of their largest
 _BIAS = 127
 _LEAST_FACTOR = 1e-37  # stands for 0, so that a hidden score is -inf whatever the scale
