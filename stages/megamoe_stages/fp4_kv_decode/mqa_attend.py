@@ -93,7 +93,7 @@ def start_scores(base: Int32, turn: Int32, parity: Int32, consumer: Int32, shape
                 scores = f16.mma_group(scores, a, queries + ahead)
             wgmma.commit()
             wgmma.wait(1)
-            if word == 1 and i < 3:
+            if word == 0 and i < 3:
                 raw = load_keys(at, scales_at, i + 1)
     return scores
 
@@ -122,9 +122,13 @@ def add_values(
     before = attention_mma.fence([acc[i] for i in range(32 * _PRODUCTS)])
     sums = [before[32 * j : 32 * j + 32] for j in range(_PRODUCTS)]
     weights = attention_mma.transposed((base & 0x3FFFF) + shape.weights_at + buffer * (CONSUMERS * BLOCK_BYTES), BLOCK_BYTES)
-    for tile in range(CONSUMERS):
-        for step in range(TILE // 16):
-            words, factors = load_values(base, turn * CONSUMERS + tile, step, consumer, shape)
+    steps = [(tile, step) for tile in range(CONSUMERS) for step in range(TILE // 16)]
+    ahead = load_values(base, turn * CONSUMERS, 0, consumer, shape)
+    for number, (tile, step) in enumerate(steps):
+        words, factors = ahead
+        if number + 1 < len(steps):
+            ahead = load_values(base, turn * CONSUMERS + steps[number + 1][0], steps[number + 1][1], consumer, shape)
+        if True:
             there = weights + (tile * (BLOCK_BYTES >> 4) + step * 128)
             for half in range(2):
                 for i, a in enumerate(fenced(value_operands(words, half, factors))):
