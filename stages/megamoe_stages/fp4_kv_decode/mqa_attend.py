@@ -15,6 +15,10 @@ weighs its 16 tokens by a larger number and says so; before the sums of that tur
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import cutlass
 from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
 
@@ -116,25 +120,33 @@ def load_values(base: Int32, stage: Int32, step: int, consumer: Int32, shape: Sh
 
 
 def add_values(
-    acc: cute.Tensor, base: Int32, turn: Int32, buffer: Int32, consumer: Int32, shape: Shape
+    acc: cute.Tensor,
+    base: Int32,
+    turn: Int32,
+    buffer: Int32,
+    consumer: Int32,
+    meanwhile: Callable[[int], None],
+    shape: Shape,
 ) -> None:
-    """Adds the values of a turn by its weights."""
+    """Adds the values of a turn by its weights; `meanwhile` is called after each of 8 starts of products."""
     before = attention_mma.fence([acc[i] for i in range(32 * _PRODUCTS)])
     sums = [before[32 * j : 32 * j + 32] for j in range(_PRODUCTS)]
-    weights = attention_mma.transposed((base & 0x3FFFF) + shape.weights_at + buffer * (CONSUMERS * BLOCK_BYTES), BLOCK_BYTES)
+    weights = (base & 0x3FFFF) + shape.weights_at + buffer * (CONSUMERS * BLOCK_BYTES)
+    weights = attention_mma.transposed(weights, BLOCK_BYTES)
     steps = [(tile, step) for tile in range(CONSUMERS) for step in range(TILE // 16)]
     ahead = load_values(base, turn * CONSUMERS, 0, consumer, shape)
     for number, (tile, step) in enumerate(steps):
         words, factors = ahead
         if number + 1 < len(steps):
             ahead = load_values(base, turn * CONSUMERS + steps[number + 1][0], steps[number + 1][1], consumer, shape)
-        if True:
-            there = weights + (tile * (BLOCK_BYTES >> 4) + step * 128)
-            for half in range(2):
-                for i, a in enumerate(fenced(value_operands(words, half, factors))):
-                    sums[2 * half + i] = attention_mma.mma_transposed(sums[2 * half + i], a, there, "f16")
-                wgmma.commit()
-                wgmma.wait(1)
+        there = weights + (tile * (BLOCK_BYTES >> 4) + step * 128)
+        for half in range(2):
+            for i, a in enumerate(fenced(value_operands(words, half, factors))):
+                sums[2 * half + i] = attention_mma.mma_transposed(sums[2 * half + i], a, there, "f16")
+            wgmma.commit()
+            if half == 0:
+                meanwhile(number)
+            wgmma.wait(1)
     done = attention_mma.wait([value for part in sums for value in part])
     for i, value in enumerate(done):
         acc[i] = value
@@ -166,104 +178,156 @@ def hide(
                 x[at] = arith.select(seen, x[at], Float32(float("-inf")))
 
 
+class Scores(NamedTuple):
+    """What a consumer has of a tile between its scores and its weights.
+
+    Attributes:
+        x: (32,) fp32: the scores, placed as `wgmma.mma`.
+        weights: (16,) uint32: pairs of fp16, those of the first tokens of rows n, then of the others.
+        sums: (8,) fp32: sums of weights, as `add_sums` leaves them.
+        highest: () int32: the largest distance of a score from what is subtracted, as an integer.
+    """
+
+    x: cute.Tensor
+    weights: cute.Tensor
+    sums: cute.Tensor
+    highest: cute.Tensor
+
+
+def no_scores() -> Scores:
+    """Room for those of a tile."""
+    return Scores(
+        cute.make_rmem_tensor((ROWS // 2,), Float32),
+        cute.make_rmem_tensor((ROWS // 4,), Uint32),
+        cute.make_rmem_tensor((ROWS // 8,), Float32),
+        cute.make_rmem_tensor((1,), Int32),
+    )
+
+
 @cute.jit
-def weigh(
+def take(
+    tile: Constexpr[Scores],
     scores: Constexpr[list[Float32]],
-    totals: cute.Tensor,
     base: Int32,
     turn: Int32,
     number: Int32,
     consumer: Int32,
     shape: Constexpr[Shape],
-) -> None:
-    """Turns the scores of a tile into weights in shared memory, and says that they are there.
-
-    Args:
-        scores: As `start_scores`, complete.
-        totals: Sums of weights over this warp's tokens, of rows 8 g + 2 t and the next one.
-        base: Of shared memory.
-        turn: Place in the ring.
-        number: Of the turn.
-        consumer: 0 or 1, also which tile of the turn.
-        shape: The kernel.
-    """
-    target = Target.SM90
-    g, t, wide = lanes()
-    tile = number * CONSUMERS + consumer
-    x = cute.make_rmem_tensor((ROWS // 2,), Float32)
+) -> Float32:
+    """Takes the scores of a tile, hides what is not seen; by what their factors are multiplied."""
     for i in cutlass.range_constexpr(ROWS // 2):
-        x[i] = scores[i]
+        tile.x[i] = scores[i]
+    tile.highest[0] = Int32(0)  # as integers, positive numbers keep their order, and three of them go into one instruction
+    place = number * CONSUMERS + consumer
     masks_at = base + shape.masks_at + (turn * CONSUMERS + consumer) * 8
-    exist = [Uint32(ring.load4(masks_at + 4 * i)) for i in range(2)]
+    exist = [Uint32(word) for word in f16.load_words(masks_at, 2)]
     start, early, late, all_from = (Int32(word) for word in ring.load16(base + shape.facts_at))
-    every, start = tile >= all_from, start + tile * TILE
+    every, start = place >= all_from, start + place * TILE
     ratio = Float32(1.0)
     if cutlass.const_expr(shape.extra):
-        near, bits_of = (Uint32(word) for word in f16.load_words(base + shape.facts_at + 24, 2))
-        ratio = arith.select(tile < Int32(near), Float32(1.0), arith.number(bits_of))
+        near, bits_of = f16.load_words(base + shape.facts_at + 24, 2)
+        ratio = arith.select(place < Int32(near), Float32(1.0), arith.number(bits_of))
     inner = (start + (TILE - 1) <= early) & (start > late)
     all_seen = arith.select(inner | every, exist[0] & exist[1], Uint32(0))
     if all_seen != Uint32(0xFFFFFFFF):
-        hide(x, base, start, exist, every, shape)
+        hide(tile.x, base, start, exist, every, shape)
+    return ratio
 
-    above = cute.make_rmem_tensor((ROWS // 2,), Float32)
-    highest = Int32(0)  # as integers, positive numbers keep their order, and three of them go into one instruction
-    table = base + shape.table_at + t * 16
-    for n in cutlass.range_constexpr(ROWS // 8):
-        row = [arith.number(word) for word in ring.load16(table + n * 64)]
-        for e in cutlass.range_constexpr(2):
-            factor = row[2 * e] * ratio if shape.extra else row[2 * e]
-            for h in cutlass.range_constexpr(2):
-                at = 4 * n + 2 * h + e
-                above[at] = minus(x[at], factor, row[2 * e + 1])
-                highest = cutlass.max(highest, above[at].bitcast(Int32))
-    if arith.any_lane(highest > Float32(_SLACK).bitcast(Int32), target):
-        raise_rows(x, above, totals, base, consumer, ratio, shape)
+
+def weigh_some(tile: Scores, n: int, base: Int32, ratio: Float32, shape: Shape) -> None:
+    """Weighs the scores of 8 rows."""
+    _, t, _ = lanes()
+    row = [arith.number(word) for word in ring.load16(base + shape.table_at + n * 64 + t * 16)]
+    sums = []
+    for e in range(2):
+        factor = row[2 * e] * ratio if shape.extra else row[2 * e]
+        sums.append(put_weights(tile, n, e, factor, row[2 * e + 1]))
+    add_sums(tile, n, sums)
+
+
+def put_weights(tile: Scores, n: int, e: int, factor: Float32, less: Float32) -> Float32:
+    """Leaves the weights of a row's two tokens, in pairs with the next row's; their sum."""
+    above = [minus(tile.x[4 * n + 2 * h + e], factor, less) for h in range(2)]
+    for one in above:
+        tile.highest[0] = cutlass.max(tile.highest[0], one.bitcast(Int32))
+    weights = [exp2(one) for one in above]
+    for h in range(2):
+        one = arith.bits(weights[h]) if e == 0 else f16.pack(arith.number(tile.weights[2 * n + h]), weights[h])
+        tile.weights[2 * n + h] = one
+    return weights[0] + weights[1]
+
+
+def add_sums(tile: Scores, n: int, sums: list[Float32]) -> None:
+    """Keeps the sums of two rows of n; those of n and n + 4 are added over a bit of g, and a lane keeps one n's."""
+    for e in range(2):
+        one = sums[e] if n < 4 else fold([tile.sums[2 * (n - 4) + e], sums[e]], 4)[0]
+        tile.sums[2 * (n % 4) + e] = one
+
+
+def fold(x: list[Float32], bit: int) -> list[Float32]:
+    """Sums over a bit of g: a lane without it gets the first half of the values, one with it the others."""
+    g, _, _ = lanes()
+    upper, half = (g & bit) != 0, len(x) // 2
+    sent = [arith.select(upper, x[i], x[i + half]) for i in range(half)]
+    kept = [arith.select(upper, x[i + half], x[i]) for i in range(half)]
+    return [kept[i] + cute.arch.shuffle_sync_bfly(sent[i], offset=4 * bit) for i in range(half)]
+
+
+@cute.jit
+def publish(
+    tile: Constexpr[Scores],
+    totals: cute.Tensor,
+    base: Int32,
+    number: Int32,
+    consumer: Int32,
+    ratio: Float32,
+    shape: Constexpr[Shape],
+) -> None:
+    """Leaves the weights of a tile in shared memory, and says that they are there.
+
+    Args:
+        tile: Its scores, weighed.
+        totals: Sums of weights over this warp's tokens, of rows 8 g + 2 t and the next one.
+        base: Of shared memory.
+        number: Of the turn.
+        consumer: 0 or 1, also which tile of the turn.
+        ratio: As from `take`.
+        shape: The kernel.
+    """
+    _, _, wide = lanes()
+    if arith.any_lane(tile.highest[0] > Float32(_SLACK).bitcast(Int32), Target.SM90):
+        raise_rows(tile, totals, base, consumer, ratio, shape)
         flag = base + shape.flags_at + (number % 2 * WARPS + consumer * (GROUP // 32) + wide) * 4
         ring.store4(flag, number + 1)
     lane, buffer = cute.arch.lane_idx(), number % 2
     at = base + shape.weights_at + (buffer * CONSUMERS + consumer) * BLOCK_BYTES + (wide * 16 + lane % 16) * 128
-    for i in cutlass.range_constexpr(ROWS // 2):
-        above[i] = exp2(above[i])
-    for e, total in enumerate(sums_of_tokens([above[4 * n + e] + above[4 * n + 2 + e] for n in range(8) for e in (0, 1)])):
-        totals[e] = totals[e] + total
     for i in cutlass.range_constexpr(ROWS // 16):
-        pairs = [(8 * i + 2 * k, 8 * i + 2 * k + 1) for k in range(4)]  # of rows of 8: tokens, then 8 more
-        words = [f16.pack(above[one], above[other]) for one, other in pairs]
+        words = [tile.weights[4 * i + k] for k in range(4)]
         attention_mma.store_matrices(at + (((2 * i + lane // 16) ^ lane) % 8) * 16, words)
     attention_mma.proxy_fence()
     ring.arrive_if(base + shape.barriers_at + (CONSUMERS * TURNS + TURNS + buffer) * 8, Int32(1))
-
-
-def sums_of_tokens(x: list[Float32]) -> list[Float32]:
-    """The sums over g of values that belong to n = 0 to 7, two of each: a lane gets those of n = g."""
-    g, _, _ = lanes()
-    for bit in (4, 2, 1):
-        upper, half = (g & bit) != 0, len(x) // 2
-        sent = [arith.select(upper, x[i], x[i + half]) for i in range(half)]
-        kept = [arith.select(upper, x[i + half], x[i]) for i in range(half)]
-        x = [kept[i] + cute.arch.shuffle_sync_bfly(sent[i], offset=4 * bit) for i in range(half)]
-    return x
+    for e, total in enumerate(fold(fold([tile.sums[i] for i in range(ROWS // 8)], 2), 1)):
+        totals[e] = totals[e] + total
 
 
 @cute.jit
 def raise_rows(
-    x: cute.Tensor,
-    above: cute.Tensor,
+    tile: Constexpr[Scores],
     totals: cute.Tensor,
     base: Int32,
     consumer: Int32,
     ratio: Float32,
     shape: Constexpr[Shape],
 ) -> None:
-    """Chooses what a warp subtracts from its tokens' scores of rows where one is far above, and subtracts it."""
+    """Chooses what a warp subtracts from its tokens' scores of rows where one is far above, and weighs them anew."""
     g, t, wide = lanes()
     own = base + shape.own_at + (consumer * (GROUP // 32) + wide) * (ROWS * 4)
     for n in cutlass.range_constexpr(ROWS // 8):
         row = [arith.number(word) for word in ring.load16(base + shape.table_at + n * 64 + t * 16)]
+        sums = []
         for e in cutlass.range_constexpr(2):
             factor = row[2 * e] * ratio if shape.extra else row[2 * e]
-            most = arith.maximum(x[4 * n + e], x[4 * n + 2 + e], Target.SM90)
+            most = arith.maximum(tile.x[4 * n + e], tile.x[4 * n + 2 + e], Target.SM90)
             for step in (4, 8, 16):
                 most = arith.maximum(most, cute.arch.shuffle_sync_bfly(most, offset=step), Target.SM90)
             most = most * factor
@@ -271,8 +335,8 @@ def raise_rows(
             now = arith.select(most > row[2 * e + 1] + Float32(_SLACK - 1), larger, row[2 * e + 1])
             attention_mma.store4_if(own + (8 * n + 2 * t + e) * 4, now, arith.select(g == 0, Int32(1), Int32(0)))
             totals[e] = totals[e] * arith.select(g == n, exp2(row[2 * e + 1] - now), Float32(1.0))
-            for h in cutlass.range_constexpr(2):
-                above[4 * n + 2 * h + e] = minus(x[4 * n + 2 * h + e], factor, now)
+            sums.append(put_weights(tile, n, e, factor, now))
+        add_sums(tile, n, sums)
 
 
 def minus(x: Float32, factor: Float32, less: Float32) -> Float32:
@@ -366,22 +430,19 @@ def rescale(acc: cute.Tensor, ratio: Float32) -> None:
 
 
 @cute.jit
-def sum_turn(
-    acc: cute.Tensor,
-    totals: cute.Tensor,
-    base: Int32,
-    turn: Int32,
-    number: Int32,
-    consumer: Int32,
-    shape: Constexpr[Shape],
+def follow_turn(
+    acc: cute.Tensor, totals: cute.Tensor, base: Int32, number: Int32, consumer: Int32, shape: Constexpr[Shape]
 ) -> None:
-    """The sums of a turn, whose place in the ring is given back."""
+    """What comes before the sums of a turn."""
     follow(acc, totals, base, number, consumer, shape)
     if cutlass.const_expr(shape.extra):
         near, ratio = f16.load_words(base + shape.facts_at + 24, 2)
         if (number > 0) & (number * CONSUMERS == Int32(near)):
             rescale(acc, Float32(1.0) / arith.number(ratio))  # the sums are in units of the cache that they come from
-    add_values(acc, base, turn, number % 2, consumer, shape)
+
+
+def release(base: Int32, turn: Int32, shape: Shape) -> None:
+    """Gives the place of a turn in the ring back."""
     cute.arch.sync_warp()
     empty = base + shape.barriers_at + (CONSUMERS * TURNS + turn) * 8
     ring.arrive_if(empty, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
@@ -400,24 +461,37 @@ def attend(
         acc[i] = zero
     totals = cute.make_rmem_tensor((2,), Float32)
     totals.fill(Float32(0.0))
+    tile = no_scores()
     turn, parity = Int32(0), Int32(0)
     if turns > 0:
         scores = attention_mma.wait(start_scores(base, turn, parity, consumer, shape))
-        weigh(scores, totals, base, turn, Int32(0), consumer, shape)
+        ratio = take(tile, scores, base, turn, Int32(0), consumer, shape)
+        for n in cutlass.range_constexpr(ROWS // 8):
+            weigh_some(tile, n, base, ratio, shape)
+        publish(tile, totals, base, Int32(0), consumer, ratio, shape)
     for number in cutlass.range(turns - 1, unroll=1):
         last = turn == TURNS - 1
         ahead, ahead_parity = arith.select(last, Int32(0), turn + 1), arith.select(last, parity ^ 1, parity)
         scores = attention_mma.wait(start_scores(base, ahead, ahead_parity, consumer, shape))
-        sum_turn(acc, totals, base, turn, number, consumer, shape)
-        weigh(scores, totals, base, ahead, number + 1, consumer, shape)
+        ratio = take(tile, scores, base, ahead, number + 1, consumer, shape)
+        follow_turn(acc, totals, base, number, consumer, shape)
+        weigh = functools.partial(weigh_some, tile, base=base, ratio=ratio, shape=shape)
+        add_values(acc, base, turn, number % 2, consumer, weigh, shape)
+        release(base, turn, shape)
+        publish(tile, totals, base, number + 1, consumer, ratio, shape)
         turn, parity = ahead, ahead_parity
     if turns > 0:
-        sum_turn(acc, totals, base, turn, turns - 1, consumer, shape)
+        follow_turn(acc, totals, base, turns - 1, consumer, shape)
+        add_values(acc, base, turn, (turns - 1) % 2, consumer, nothing, shape)
         if cutlass.const_expr(shape.extra):
-            near, ratio = f16.load_words(base + shape.facts_at + 24, 2)
+            near, ratio_of = f16.load_words(base + shape.facts_at + 24, 2)
             if turns * CONSUMERS > cutlass.max(Int32(near), 0):
-                rescale(acc, arith.number(ratio))
+                rescale(acc, arith.number(ratio_of))
     finish_totals(totals, base, consumer, shape)
+
+
+def nothing(_: int) -> None:
+    """There is nothing to do meanwhile."""
 
 
 @cute.jit

@@ -56,6 +56,7 @@ def add(acc: cute.Tensor, base: Int32, at: Int32, consumer: Int32, shape: Conste
             for k in cutlass.range_constexpr(4):
                 i = 32 * j + 4 * n + k
                 acc[i] = acc[i] * mine[k % 2] + arith.number(words[k]) * theirs[k % 2]
+        cute.arch.sync_warp()  # else loads come so early that registers do not suffice
     attention_mma.named_barrier(CONSUMERS_BARRIER, GROUP)
     if thread < ROWS:
         here, there = base + shape.ends_at + thread * 8, base + shape.peer_at + thread * 8
