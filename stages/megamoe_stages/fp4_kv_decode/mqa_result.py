@@ -43,29 +43,23 @@ def add(acc: cute.Tensor, base: Int32, at: Int32, consumer: Int32, shape: Conste
     """Adds the sums of other tokens that the other CTA has left for this thread."""
     thread = cute.arch.thread_idx()[0] % GROUP
     _, t, _ = lanes()
-    for n in cutlass.range_constexpr(ROWS // 8):
-        mine, theirs = [], []
-        ends = [arith.number(word) for word in ring.load16(base + shape.ends_at + n * 64 + t * 16)]
-        others = [arith.number(word) for word in ring.load16(base + shape.peer_at + n * 64 + t * 16)]
-        for e in cutlass.range_constexpr(2):
-            top = arith.maximum(ends[2 * e], others[2 * e], Target.SM90)
-            mine.append(exp2(ends[2 * e] - top))
-            theirs.append(exp2(others[2 * e] - top))
-        for j in cutlass.range_constexpr(4):
-            words = ring.load16(at + (8 * j + n) * GROUP * 16)
-            for k in cutlass.range_constexpr(4):
-                i = 32 * j + 4 * n + k
-                acc[i] = acc[i] * mine[k % 2] + arith.number(words[k]) * theirs[k % 2]
-        cute.arch.sync_warp()  # else loads come so early that registers do not suffice
-    attention_mma.named_barrier(CONSUMERS_BARRIER, GROUP)
+    table = base + shape.final_at
     if thread < ROWS:
         here, there = base + shape.ends_at + thread * 8, base + shape.peer_at + thread * 8
         one, other = (arith.number(word_of(a)) for a in (here, there))
         largest = arith.maximum(one, other, Target.SM90)
-        total = arith.number(word_of(here + 4)) * exp2(one - largest)
-        total = total + arith.number(word_of(there + 4)) * exp2(other - largest)
+        mine, theirs = exp2(one - largest), exp2(other - largest)
+        total = arith.number(word_of(here + 4)) * mine + arith.number(word_of(there + 4)) * theirs
         attention_mma.store8(here, [arith.bits(largest), arith.bits(total)])
+        attention_mma.store8(table + thread * 8, [arith.bits(mine), arith.bits(theirs)])
     attention_mma.named_barrier(CONSUMERS_BARRIER, GROUP)
+    for n in cutlass.range_constexpr(ROWS // 8):
+        shares = [arith.number(word) for word in ring.load16(table + n * 64 + t * 16)]
+        for j in cutlass.range_constexpr(4):
+            words = ring.load16(at + (8 * j + n) * GROUP * 16)
+            for k in cutlass.range_constexpr(4):
+                i, e = 32 * j + 4 * n + k, k % 2
+                acc[i] = acc[i] * shares[2 * e] + arith.number(words[k]) * shares[2 * e + 1]
 
 
 def word_of(at: Int32) -> cutlass.Uint32:
