@@ -469,29 +469,27 @@ def attend(
         for n in cutlass.range_constexpr(ROWS // 8):
             weigh_some(tile, n, base, ratio, shape)
         publish(tile, totals, base, Int32(0), consumer, ratio, shape)
-    for number in cutlass.range(turns - 1, unroll=1):
+    for number in cutlass.range(turns, unroll=1):
         last = turn == TURNS - 1
         ahead, ahead_parity = arith.select(last, Int32(0), turn + 1), arith.select(last, parity ^ 1, parity)
-        scores = attention_mma.wait(start_scores(base, ahead, ahead_parity, consumer, shape))
-        ratio = take(tile, scores, base, ahead, number + 1, consumer, shape)
+        ratio = Float32(1.0)
+        if number + 1 < turns:
+            scores = attention_mma.wait(start_scores(base, ahead, ahead_parity, consumer, shape))
+            ratio = take(tile, scores, base, ahead, number + 1, consumer, shape)
         follow_turn(acc, totals, base, number, consumer, shape)
         weigh = functools.partial(weigh_some, tile, base=base, ratio=ratio, shape=shape)
         add_values(acc, base, turn, number % 2, consumer, weigh, shape)
         release(base, turn, shape)
-        publish(tile, totals, base, number + 1, consumer, ratio, shape)
+        if number + 1 < turns:
+            publish(tile, totals, base, number + 1, consumer, ratio, shape)
         turn, parity = ahead, ahead_parity
-    if turns > 0:
-        follow_turn(acc, totals, base, turns - 1, consumer, shape)
-        add_values(acc, base, turn, (turns - 1) % 2, consumer, nothing, shape)
-        if cutlass.const_expr(shape.extra):
-            near, ratio_of = f16.load_words(base + shape.facts_at + 24, 2)
-            if turns * CONSUMERS > cutlass.max(Int32(near), 0):
-                rescale(acc, arith.number(ratio_of))
+    if cutlass.const_expr(shape.extra):
+        near, ratio_of = f16.load_words(base + shape.facts_at + 24, 2)
+        if turns * CONSUMERS > cutlass.max(Int32(near), 0):
+            rescale(acc, arith.number(ratio_of))
     finish_totals(totals, base, consumer, shape)
 
 
-def nothing(_: int) -> None:
-    """There is nothing to do meanwhile."""
 
 
 @cute.jit
