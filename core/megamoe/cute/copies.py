@@ -7,7 +7,7 @@ from cutlass._mlir.dialects import llvm
 
 
 def arrive_behind(barrier: Int32) -> None:
-    """Arrives once the copies that this thread has started are done; one of the arrivals that the mbarrier was made for."""
+    """Arrives, one of the arrivals that the mbarrier was made for, once the copies this thread started are done."""
     llvm.inline_asm(
         None,
         [barrier.ir_value()],

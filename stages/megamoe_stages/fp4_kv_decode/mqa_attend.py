@@ -2,12 +2,13 @@
 
 Tokens are the rows of the products and queries times heads their columns, so that both left operands are the cache's:
 FP4 goes from shared memory to registers, is decoded there to fp16 (`cute.f16`) and multiplied from there. Scores are
-K Q^T: a lane has 64 bytes of a token, every word, eight values, becomes part of the left operands of two products. Sums are
-V^T P^T: the words of two tokens are interleaved, so that a register has two tokens of one dimension.
+K Q^T: a lane has 128 values of a token, every word, eight of them, becomes part of the left operands of two products.
+Sums are V^T P^T: the words of two tokens are interleaved, so that a register has two tokens of one dimension.
 
-A turn is two tiles of 64 tokens. A consumer makes the scores and weights of one of them, and the sums of its half of the
-columns for both; weights pass through shared memory. The scores of a turn are made before the sums of the turn before,
-so that nobody waits for the other one's weights. A lane is (g, t) = (lane // 4, lane % 4). Scores are in base 2.
+A turn is two tiles of 64 tokens. A consumer makes the scores and weights of one of them, and the sums of its half of
+the columns for both; weights pass through shared memory. The scores of a turn are made before the sums of the turn
+before, and its weights during them, so that nobody waits for the other one's weights. A lane is (g, t) = (lane // 4,
+lane % 4). Scores are in base 2.
 
 What is subtracted from the scores of a row, an integer, stays until a score is far above it. The warp that finds that
 weighs its 16 tokens by a larger number and says so; before the sums of that turn, everybody follows.
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
+from cutlass import Boolean, Constexpr, Float32, Int32, Uint32, cute
 
 from megamoe.cute import arith, attention_mma, f16, ring, wgmma
 from megamoe.cute.arith import Target
@@ -102,7 +103,9 @@ def start_scores(base: Int32, turn: Int32, parity: Int32, consumer: Int32, shape
     return scores
 
 
-def load_values(base: Int32, stage: Int32, step: int, consumer: Int32, shape: Shape) -> tuple[list[Uint32], list[Uint32]]:
+def load_values(
+    base: Int32, stage: Int32, step: int, consumer: Int32, shape: Shape
+) -> tuple[list[Uint32], list[Uint32]]:
     """The words of a lane's eight dimensions of four of 16 tokens, and their scales in pairs."""
     g, t, wide = lanes()
     warp = consumer * (GROUP // 32) + wide
@@ -217,7 +220,9 @@ def take(
     """Takes the scores of a tile, hides what is not seen; by what their factors are multiplied."""
     for i in cutlass.range_constexpr(ROWS // 2):
         tile.x[i] = scores[i]
-    tile.highest[0] = Int32(0)  # as integers, positive numbers keep their order, and three of them go into one instruction
+    tile.highest[0] = Int32(
+        0
+    )  # as integers, positive numbers keep their order, and three of them go into one instruction
     place = number * CONSUMERS + consumer
     masks_at = base + shape.masks_at + (turn * CONSUMERS + consumer) * 8
     exist = [Uint32(word) for word in f16.load_words(masks_at, 2)]
@@ -387,9 +392,7 @@ def follow_all(
             one = arith.number(Uint32(ring.load4(base + shape.own_at + (i * ROWS + thread) * 4)))
             most = arith.select(flags[i] == number + 1, arith.maximum(most, one, Target.SM90), most)
         ring.store4(at, arith.bits(most))
-        attention_mma.store8(
-            base + shape.final_at + thread * 8, [arith.bits(most), arith.bits(exp2(before - most))]
-        )
+        attention_mma.store8(base + shape.final_at + thread * 8, [arith.bits(most), arith.bits(exp2(before - most))])
     attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
     mine = ring.load4(flags_at + warp * 4) == number + 1
     own = base + shape.own_at + warp * (ROWS * 4)
@@ -488,8 +491,6 @@ def attend(
         if turns * CONSUMERS > cutlass.max(Int32(near), 0):
             rescale(acc, arith.number(ratio_of))
     finish_totals(totals, base, consumer, shape)
-
-
 
 
 @cute.jit

@@ -1,4 +1,4 @@
-"""The producers of the decode kernel for keys that are the values: they find the tokens of a tile and copy them as they are.
+"""The producers of the decode kernel for keys that are the values: they find tokens and copy them as they are.
 
 A warp has 16 tokens of a tile, and copies a token's 256 bytes of codes by 16 lanes.
 """
@@ -10,8 +10,17 @@ from cutlass import Constexpr, Int32, Int64, Uint32, cute
 
 from megamoe.cute import arith, attention_mma, copies, ring
 from megamoe.cute.warp import WARP
-from megamoe_stages.fp4_kv_decode.mqa_shape import CODE_BYTES, CONSUMERS, PITCH, SCALE_BYTES, STAGE_BYTES, TILE, TURNS, Shape
-from megamoe_stages.fp4_kv_decode.produce import Work, find_page, find_row, find_token, store_mask
+from megamoe_stages.fp4_kv_decode.mqa_shape import (
+    CODE_BYTES,
+    CONSUMERS,
+    PITCH,
+    SCALE_BYTES,
+    STAGE_BYTES,
+    TILE,
+    TURNS,
+    Shape,
+)
+from megamoe_stages.fp4_kv_decode.tokens import Work, find_page, find_row, find_token, store_mask
 
 
 @cute.jit

@@ -6,7 +6,7 @@ A lane (g, t) has, of its warp's 64 columns, 8 g to 8 g + 7, of the rows 2 t and
 from __future__ import annotations
 
 import cutlass
-from cutlass import Constexpr, Float32, Int32, Int64, cute
+from cutlass import Constexpr, Int32, Int64, cute
 
 from megamoe.cute import arith, attention_mma, bf16, ring
 from megamoe.cute.arith import Target
@@ -14,6 +14,7 @@ from megamoe.cute.attention_mma import exp2
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows, lanes
 from megamoe_stages.fp4_kv_decode.mqa_shape import CONSUMERS, GROUP, ROWS, Shape
 from megamoe_stages.fp4_kv_decode.result import Result, finished, merge
+
 
 @cute.jit
 def join_pair(acc: cute.Tensor, base: Int32, consumer: Int32, rank: Int32, shape: Constexpr[Shape]) -> None:
@@ -29,13 +30,18 @@ def join_pair(acc: cute.Tensor, base: Int32, consumer: Int32, rank: Int32, shape
             attention_mma.store16_peer(there + i * GROUP * 16, [arith.bits(acc[4 * i + j]) for j in range(4)])
         if thread < ROWS // 2:
             mine = ring.load16(base + shape.ends_at + thread * 16)
-            attention_mma.store16_peer(
-                attention_mma.peer_address(base + shape.peer_at + thread * 16, 1 - rank), mine
-            )
+            attention_mma.store16_peer(attention_mma.peer_address(base + shape.peer_at + thread * 16, 1 - rank), mine)
     cute.arch.cluster_arrive()
     cute.arch.cluster_wait()
     if consumer == rank:
         add(acc, base, at, consumer, shape)
+
+
+def pass_pair() -> None:
+    """The barriers of `join_pair`, for the producers."""
+    for _ in range(2):
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
 
 
 @cute.jit

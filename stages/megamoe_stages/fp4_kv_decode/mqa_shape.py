@@ -19,7 +19,12 @@ STAGES = 6  # tiles; two make a turn
 TURNS = STAGES // CONSUMERS
 
 
-class Shape(NamedTuple):
+class _Kind(NamedTuple):
+    extra: bool = False
+    paired: bool = False
+
+
+class Shape(_Kind):
     """A kernel; compile-time.
 
     Attributes:
@@ -27,9 +32,8 @@ class Shape(NamedTuple):
         paired: Two CTAs of a cluster share the tokens of some rows, and each ends with half of the columns.
     """
 
-    extra: bool = False
-    paired: bool = False
-
+    __slots__ = ()
+    shared = True
     head_dim = DIM
     v_dim = DIM
     out_columns = DIM // CONSUMERS  # of a consumer
@@ -52,7 +56,10 @@ class Shape(NamedTuple):
     shared_bytes = flag_at + 16
     threads = GROUP * (1 + CONSUMERS)
 
-    @classmethod
-    def full(cls, turn: object, tile: int) -> object:
-        """The mbarrier of a tile of a turn."""
-        return cls.barriers_at + (turn * CONSUMERS + tile) * 8
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return f"decode_d{DIM}_{'extra' if self.extra else 'shared'}" + ("_paired" if self.paired else "")
+
+
+SHAPES = tuple(Shape(extra, paired) for extra in (False, True) for paired in (False, True))
