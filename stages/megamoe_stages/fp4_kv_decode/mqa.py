@@ -28,7 +28,7 @@ _LEAST_RATIO = 2.0**-60  # of the decode scales of two caches
 
 def init_barriers(base: Int32, shape: Shape) -> None:
     """Makes the mbarriers: full of each stage, empty of each turn's place, weights of two turns; a thread."""
-    full, empty, weights = GROUP + GROUP // 32, WARPS, CONSUMERS * GROUP
+    full, empty, weights = GROUP, WARPS, CONSUMERS * GROUP
     for i, arrivals in enumerate([full] * (CONSUMERS * TURNS) + [empty] * TURNS + [weights] * 2):
         ring.init(base + shape.barriers_at + i * 8, arrivals)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import cutlass
 from cutlass import Constexpr, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, copies, ring
+from megamoe.cute import arith, attention_mma, ring
 from megamoe.cute.warp import WARP
 from megamoe_stages.fp4_kv_decode.mqa_shape import (
     CODE_BYTES,
@@ -39,6 +39,13 @@ def copy_part(
     attention_mma.copy16(to, at, arith.select(row != -1, Int32(16), Int32(0)))
 
 
+def show_turn(full: Int32) -> None:
+    """Says that the tiles of a turn, the last two groups of copies, are there, each as soon as it is."""
+    for tile in range(CONSUMERS):
+        attention_mma.wait_copies(CONSUMERS - 1 - tile)
+        ring.arrive_if(full + tile * 8, Int32(1))
+
+
 @cute.jit
 def produce(base: Int32, tiles: Int32, work: Constexpr[Work], shape: Constexpr[Shape]) -> None:
     """Copies so many tiles of the CTA, an even number; its first warpgroup."""
@@ -64,13 +71,12 @@ def produce(base: Int32, tiles: Int32, work: Constexpr[Work], shape: Constexpr[S
         other = cute.arch.shuffle_sync(row, lane // 2)
         copy_part(other, lane % 2 * 16, at + scales_to, True, work, shape)
         mask = cute.arch.vote_ballot_sync(row != -1)
-        full = base + shape.barriers_at + stage * 8
-        copies.arrive_behind(full)
         if lane == 0:
             store_mask(base + shape.masks_at + stage * 8, wide, Uint32(mask), shape)
-        ring.arrive_if(full, arith.select(lane == 0, Int32(1), Int32(0)))
+        attention_mma.commit_copies()
+        if number == 1:
+            show_turn(base + shape.barriers_at + turn * (CONSUMERS * 8))
         next_turn = turn + number
         parity = arith.select(next_turn == TURNS, parity ^ 1, parity)
         turn = arith.select(next_turn == TURNS, Int32(0), next_turn)
         number = number ^ 1
-    attention_mma.wait_copies(0)
