@@ -44,7 +44,7 @@ from megamoe_stages.fp4_kv_decode.mqa_shape import (
 LOWEST = -3.0e38  # finite, so that no difference of two is NaN
 _SLACK = 15.0  # weights below 2^15 fit fp16
 _MARGIN = 5.0  # the largest weight when a number to subtract is chosen is about 2^5
-_PRODUCTS = 4  # of a group
+_PRODUCTS = 4  # side by side: a consumer's columns
 
 
 def token_of(row: Int32 | int) -> Int32 | int:
@@ -188,7 +188,8 @@ class Scores(NamedTuple):
         x: (32,) fp32: the scores, placed as `wgmma.mma`.
         weights: (16,) uint32: pairs of fp16, those of the first tokens of rows n, then of the others.
         sums: (8,) fp32: sums of weights, as `add_sums` leaves them.
-        highest: () int32: the largest distance of a score from what is subtracted, as an integer.
+        highest: (1,) int32: bits of the largest distance above what is subtracted: as integers positive numbers keep
+            their order, and three of them go into one instruction.
     """
 
     x: cute.Tensor
@@ -220,9 +221,7 @@ def take(
     """Takes the scores of a tile, hides what is not seen; by what their factors are multiplied."""
     for i in cutlass.range_constexpr(ROWS // 2):
         tile.x[i] = scores[i]
-    tile.highest[0] = Int32(
-        0
-    )  # as integers, positive numbers keep their order, and three of them go into one instruction
+    tile.highest[0] = Int32(0)
     place = number * CONSUMERS + consumer
     masks_at = base + shape.masks_at + (turn * CONSUMERS + consumer) * 8
     exist = [Uint32(word) for word in f16.load_words(masks_at, 2)]

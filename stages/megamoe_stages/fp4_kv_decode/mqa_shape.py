@@ -48,7 +48,7 @@ class Shape(_Kind):
     peer_at = ends_at + ROWS * 8  # the same of the other CTA
     last_at = peer_at + ROWS * 8  # (consumers, rows, 2): scale and place of a row of the result
     queries_at = last_at + CONSUMERS * ROWS * 8  # (rows,) int32: the query of a row
-    facts_at = queries_at + ROWS * 4  # what masks and scales of a tile follow from, see `mqa_kernel.note`
+    facts_at = queries_at + ROWS * 4  # what masks and scales of a tile follow from, see `mqa.note`
     flags_at = facts_at + 32  # (2, warps) int32: turn in which a warp subtracted something else
     masks_at = flags_at + 2 * WARPS * 4  # of the tokens that exist, 8 bytes a stage
     barriers_at = masks_at + 8 * STAGES  # full of each stage, empty of each turn, weights of two turns
