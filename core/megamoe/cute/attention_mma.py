@@ -218,6 +218,11 @@ def store_matrices(target: Int32, words: Sequence[Uint32]) -> None:
     _asm("stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", target, *words)
 
 
+def store_low(target: Int32, word: Uint32, size: int) -> None:
+    """Writes the lowest 1 or 2 bytes of a word to shared memory."""
+    _asm(f"st.shared.u{8 * size} [$0], $1;", "r,r", target, word)
+
+
 def store4_if(target: Int32, value: Float32, condition: Int32) -> None:
     """Writes a word of shared memory where the condition is not 0; no branch."""
     _asm("{.reg .pred p; setp.ne.s32 p, $2, 0; @p st.shared.f32 [$0], $1;}", "r,f,r", target, value, condition)

@@ -125,6 +125,26 @@ def store_address(at: Int32, value: Int64) -> None:
     _asm("st.shared.b64 [$0], $1;", "r,l,~{memory}", None, at, value)
 
 
+def mma_group(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64) -> list[Float32]:
+    """`wgmma.mma` of fp16: acc + a b of a warpgroup, a (64, 16) in registers, b K-major in shared memory."""
+    count = len(acc)
+    names = ", ".join(f"${i}" for i in range(count))
+    left = ", ".join(f"${2 * count + i}" for i in range(4))
+    kind = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.f16.f16"
+    text = f"{kind} {{{names}}}, {{{left}}}, ${2 * count + 4}, 1, 1, 1, 0;"
+    out = llvm.inline_asm(
+        llvm.StructType.get_literal([Float32.mlir_type] * count),
+        [operand.ir_value() for operand in (*acc, *a, b)],
+        text,
+        ",".join(["=f"] * count + [str(i) for i in range(count)] + ["r"] * 4 + ["l"]),
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    place = [ir.DenseI64ArrayAttr.get([i]) for i in range(count)]
+    return [Float32(llvm.extractvalue(Float32.mlir_type, out, p)) for p in place]
+
+
 def _asm(text: str, constraints: str, result: Any, *operands: Numeric) -> Any:
     return llvm.inline_asm(
         result,

@@ -1,9 +1,7 @@
 """The consumers of the decode kernel: scores, softmax and sums over decoded tiles.
 
-A consumer, a warpgroup, holds 64 rows, each a query and a head. Up to 256 columns of output fit its registers: then
-the consumers take turns at the tiles, and join their sums at the end. Of more columns each holds half. They still take
-turns at the scores: the weights of a tile go through shared memory to the other consumer, whose own next scores are
-multiplied meanwhile. Scores are in base 2.
+A consumer, a warpgroup, holds 64 rows, each a query and a head. The consumers take turns at the tiles, and join their
+sums at the end. Scores are in base 2.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from megamoe.cute import arith, attention_mma, bf16, ring, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe.cute.warp import WARP, sum_of_four
-from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, COLUMNS, GROUP, ROWS, TILE, Shape
+from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, COLUMNS, GROUP, TILE, Shape
 
 _STEP_BYTES = wgmma.K_STEP * 2  # along a row
 _STEP_ROWS = wgmma.K_STEP * wgmma.ROW_BYTES >> 4  # in units of descriptors
@@ -81,28 +79,6 @@ def row_masks(row: Int32, start: Int32, every: Boolean, exist: list[Uint32], row
     return [(exist[i] & below(end - 32 * i) & ~below(begin - 32 * i)) >> Uint32(2 * t) for i in range(2)]
 
 
-class Scales(NamedTuple):
-    """What the products and weights of a tile are multiplied by.
-
-    Attributes:
-        scores: Makes scores, in base 2, of the first cache's products; above 0.
-        extra_scores: The same for the second one's.
-        extra_weights: Its decode scale over the first one's, by which the output is multiplied in the end.
-    """
-
-    scores: Float32
-    extra_scores: Float32
-    extra_weights: Float32
-
-    def of(self, tile: Int32, rows: Rows, shape: Shape) -> tuple[Float32, Float32 | None]:
-        """Of a tile: for its scores and, where they may not be 1, for its weights."""
-        if not shape.extra:
-            return self.scores, None
-        near = tile < rows.near
-        scores = arith.select(near, self.scores, self.extra_scores)
-        return scores, arith.select(near, Float32(1.0), self.extra_weights)
-
-
 @cute.jit
 def attend(
     acc: cute.Tensor,  # (out columns / 2,) fp32, as `wgmma.mma`
@@ -111,36 +87,32 @@ def attend(
     consumer: Int32,
     tiles: Int32,
     first: Int32,
-    scales: Constexpr[Scales],
+    factor: Float32,
     rows: Constexpr[Rows],
     shape: Constexpr[Shape],
 ) -> None:
-    """All tiles that a consumer attends to; `first` is the first token."""
+    """All tiles that a consumer attends to.
+
+    `first` is the first token, `factor` makes scores, in base 2, of products; above 0.
+    """
     for i, zero in enumerate(wgmma.zeros(shape.out_columns // 2)):
         acc[i] = zero
     for i in cutlass.range_constexpr(2):
         stat[i], stat[2 + i] = Float32(NONE), Float32(0.0)
-    if cutlass.const_expr(shape.split_columns):
-        attend_together(acc, stat, base, consumer, tiles, first, scales, rows, shape)
-    else:
-        for turn in cutlass.range((tiles - consumer + 1) // 2, unroll=1):
-            tile = consumer + 2 * turn
-            attend_alone(acc, stat, base, consumer, tile, first, scales, rows, shape)
+    for turn in cutlass.range((tiles - consumer + 1) // 2, unroll=1):
+        attend_to(acc, stat, base, consumer + 2 * turn, first, factor, rows, shape)
     for i in cutlass.range_constexpr(2):
         stat[2 + i] = sum_of_four(stat[2 + i], Target.SM90)
-    if cutlass.const_expr(shape.split_columns):
-        join_totals(stat, base, consumer, shape)
 
 
 @cute.jit
-def attend_alone(
+def attend_to(
     acc: cute.Tensor,
     stat: cute.Tensor,
     base: Int32,
-    consumer: Int32,
     tile: Int32,
     first: Int32,
-    scales: Constexpr[Scales],
+    factor: Float32,
     rows: Constexpr[Rows],
     shape: Constexpr[Shape],
 ) -> None:
@@ -148,91 +120,13 @@ def attend_alone(
     count = shape.out_columns // 2
     scores = start_scores(base, tile, shape)
     masks = masks_of(base, tile, first, rows, shape)
-    factors = scales.of(tile, rows, shape)
-    weights, scale = softmax(attention_mma.wait(scores), masks, stat, factors, rows)
-    if cutlass.const_expr(shape.split_columns):
-        publish(weights, stat, base, tile, shape)
+    weights, scale = softmax(attention_mma.wait(scores), masks, stat, factor, rows)
     shrink(acc, scale)
     ready = attention_mma.fence([acc[i] for i in range(count)] + weights)
-    sums = start_sums(ready[:count], ready[count:], base, consumer, tile, shape)
+    sums = start_sums(ready[:count], ready[count:], base, tile, shape)
     for i, value in enumerate(attention_mma.wait(sums)):
         acc[i] = value
     release(base, tile, shape)
-
-
-@cute.jit
-def attend_together(
-    acc: cute.Tensor,
-    stat: cute.Tensor,
-    base: Int32,
-    consumer: Int32,
-    tiles: Int32,
-    first: Int32,
-    scales: Constexpr[Scales],
-    rows: Constexpr[Rows],
-    shape: Constexpr[Shape],
-) -> None:
-    """All tiles, each consumer half of the columns and the scores of every other tile.
-
-    Two decoded tiles are all that there is room for, so a pair of tiles is worked off as a whole. The second consumer
-    starts its scores before it adds the first one's tile, whose place is then decoded anew while the second tile is
-    added; the first one, whose next scores need that place, starts them only after both.
-    """
-    if consumer == 0:
-        for turn in cutlass.range((tiles + 1) // 2, unroll=1):
-            attend_alone(acc, stat, base, consumer, 2 * turn, first, scales, rows, shape)
-            if 2 * turn + 1 < tiles:
-                attend_other(acc, stat, base, consumer, 2 * turn + 1, shape)
-    else:
-        for turn in cutlass.range(tiles // 2, unroll=1):
-            attend_both(acc, stat, base, consumer, 2 * turn, first, scales, rows, shape)
-        if tiles % 2 != 0:
-            attend_other(acc, stat, base, consumer, tiles - 1, shape)
-
-
-@cute.jit
-def attend_other(
-    acc: cute.Tensor, stat: cute.Tensor, base: Int32, consumer: Int32, tile: Int32, shape: Constexpr[Shape]
-) -> None:
-    """The sums of the other consumer's tile."""
-    shrink(acc, follow(stat, base, tile, shape))
-    sums = attention_mma.fence([acc[i] for i in range(shape.out_columns // 2)])
-    for i, value in enumerate(attention_mma.wait(start_other_sums(sums, base, consumer, tile, shape))):
-        acc[i] = value
-    release(base, tile, shape)
-
-
-@cute.jit
-def attend_both(
-    acc: cute.Tensor,
-    stat: cute.Tensor,
-    base: Int32,
-    consumer: Int32,
-    other: Int32,
-    first: Int32,
-    scales: Constexpr[Scales],
-    rows: Constexpr[Rows],
-    shape: Constexpr[Shape],
-) -> None:
-    """The sums of the other consumer's tile, and scores and sums of the next one."""
-    count, own = shape.out_columns // 2, other + 1
-    scores = start_scores(base, own, shape)
-    shrink(acc, follow(stat, base, other, shape))
-    sums = attention_mma.fence([acc[i] for i in range(count)])
-    sums = start_other_sums(sums, base, consumer, other, shape)
-    masks = masks_of(base, own, first, rows, shape)
-    factors = scales.of(own, rows, shape)
-    weights, scale = softmax(attention_mma.wait(scores, 1), masks, stat, factors, rows)  # while the sums are made
-    publish(weights, stat, base, own, shape)
-    for i, value in enumerate(attention_mma.wait(sums)):
-        acc[i] = value
-    release(base, other, shape)
-    shrink(acc, scale)
-    ready = attention_mma.fence([acc[i] for i in range(count)] + weights)
-    sums = start_sums(ready[:count], ready[count:], base, consumer, own, shape)
-    for i, value in enumerate(attention_mma.wait(sums)):
-        acc[i] = value
-    release(base, own, shape)
 
 
 @cute.jit
@@ -248,8 +142,7 @@ def start_scores(base: Int32, tile: Int32, shape: Shape) -> list[Float32]:
     buffer = tile % shape.buffers
     ring.wait(base + shape.barriers_at + buffer * 16, tile // shape.buffers % 2)
     scores = attention_mma.fence(wgmma.zeros(TILE // 2))
-    at = within(base)
-    queries, keys = wgmma.descriptor(at), wgmma.descriptor(at + shape.tiles_at + buffer * shape.tile_bytes)
+    queries, keys = wgmma.descriptor(base), wgmma.descriptor(base + shape.tiles_at + buffer * shape.tile_bytes)
     for k in range(shape.head_dim // wgmma.K_STEP):
         ahead = (k // 4 * BLOCK_BYTES + k % 4 * _STEP_BYTES) >> 4
         scores = attention_mma.mma_shared(scores, queries + ahead, keys + ahead)
@@ -257,27 +150,13 @@ def start_scores(base: Int32, tile: Int32, shape: Shape) -> list[Float32]:
     return scores
 
 
-def start_sums(
-    sums: list[Float32], weights: list[Uint32], base: Int32, consumer: Int32, tile: Int32, shape: Shape
-) -> list[Float32]:
+def start_sums(sums: list[Float32], weights: list[Uint32], base: Int32, tile: Int32, shape: Shape) -> list[Float32]:
     """Starts adding the values of a tile by weights in registers; a group of its own."""
-    values, parts = _values(base, consumer, tile, shape), _products(sums, shape)
+    values, parts = _values(base, tile, shape), _products(sums, shape)
     for k in range(TILE // wgmma.K_STEP):
         for i, part in enumerate(parts):
             at = values + (k * _STEP_ROWS + i * _PRODUCT_STEP)
             parts[i] = attention_mma.mma_transposed(part, weights[4 * k : 4 * k + 4], at)
-    wgmma.commit()
-    return [value for part in parts for value in part]
-
-
-def start_other_sums(sums: list[Float32], base: Int32, consumer: Int32, tile: Int32, shape: Shape) -> list[Float32]:
-    """The same by the weights of the other consumer."""
-    values, parts = _values(base, consumer, tile, shape), _products(sums, shape)
-    weights = wgmma.descriptor(within(base) + shape.weights_at + tile % 2 * BLOCK_BYTES)
-    for k in range(TILE // wgmma.K_STEP):
-        for i, part in enumerate(parts):
-            at = values + (k * _STEP_ROWS + i * _PRODUCT_STEP)
-            parts[i] = attention_mma.mma_shared_transposed(part, weights + (k * _STEP_BYTES >> 4), at)
     wgmma.commit()
     return [value for part in parts for value in part]
 
@@ -288,16 +167,9 @@ def _products(sums: list[Float32], shape: Shape) -> list[list[Float32]]:
     return [sums[i : i + each] for i in range(0, len(sums), each)]
 
 
-def _values(base: Int32, consumer: Int32, tile: Int32, shape: Shape) -> Int64:
-    at = within(base) + shape.tiles_at + tile % shape.buffers * shape.tile_bytes + shape.values_block * BLOCK_BYTES
-    if shape.split_columns:
-        at = at + consumer * (shape.out_columns // COLUMNS * BLOCK_BYTES)
+def _values(base: Int32, tile: Int32, shape: Shape) -> Int64:
+    at = base + shape.tiles_at + tile % shape.buffers * shape.tile_bytes + shape.key_blocks * BLOCK_BYTES
     return attention_mma.transposed(at, BLOCK_BYTES)
-
-
-def within(address: Int32) -> Int32:
-    """An address for descriptors, which hold 18 bits: in a cluster the upper ones of an address say which CTA."""
-    return address & 0x3FFFF
 
 
 def release(base: Int32, tile: Int32, shape: Shape) -> None:
@@ -312,58 +184,7 @@ def masks_of(base: Int32, tile: Int32, first: Int32, rows: Rows, shape: Shape) -
     at = base + shape.masks_at + tile % shape.buffers * 8
     exist = [Uint32(ring.load4(at + 4 * i)) for i in range(2)]
     every = rows.indexed != 0
-    if shape.extra:
-        every = every | (tile >= rows.near)
     return [row_masks(wide * 16 + g + 8 * i, first + tile * TILE, every, exist, rows) for i in range(2)]
-
-
-@cute.jit
-def publish(
-    weights: Constexpr[list[Uint32]], stat: cute.Tensor, base: Int32, tile: Int32, shape: Constexpr[Shape]
-) -> None:
-    """Shows the weights of a tile and the largest scores so far to the other consumer.
-
-    It has read what was here, of the tile before the last: else this one would not have had a place to be decoded to.
-    """
-    g, t, wide = lanes()
-    lane = cute.arch.lane_idx()
-    row, block = wide * 16 + lane % 16, lane // 16  # that this lane gives the address of
-    at = base + shape.weights_at + tile % 2 * BLOCK_BYTES + row * wgmma.ROW_BYTES
-    for i in cutlass.range_constexpr(TILE // 16):
-        attention_mma.store_matrices(at + (((2 * i + block) ^ row) % 8) * 16, [weights[4 * i + j] for j in range(4)])
-    for half in cutlass.range_constexpr(2):
-        place = base + shape.tops_at + (tile % 2 * ROWS + wide * 16 + g + 8 * half) * 4
-        attention_mma.store4_if(place, stat[half], arith.select(t == 0, Int32(1), Int32(0)))
-    attention_mma.proxy_fence()
-    ring.arrive_if(base + shape.ready_at + tile % 2 * 8, Int32(1))
-
-
-def follow(stat: cute.Tensor, base: Int32, tile: Int32, shape: Shape) -> list[Float32]:
-    """Waits for the weights of the other consumer's tile and follows its largest scores; by what the sums shrink."""
-    g, _, wide = lanes()
-    ring.wait(base + shape.ready_at + tile % 2 * 8, tile // 2 % 2)
-    scale = []
-    for half in range(2):
-        at = base + shape.tops_at + (tile % 2 * ROWS + wide * 16 + g + 8 * half) * 4
-        top = arith.number(Uint32(ring.load4(at)))
-        scale.append(exp2(stat[half] - finite(top)))
-        stat[half], stat[2 + half] = top, stat[2 + half] * scale[half]
-    return scale
-
-
-@cute.jit
-def join_totals(stat: cute.Tensor, base: Int32, consumer: Int32, shape: Constexpr[Shape]) -> None:
-    """Adds the sums of both consumers, whose largest scores are the same by now."""
-    g, t, wide = lanes()
-    at = base + shape.tops_at + (wide * 16 + g) * 4
-    attention_mma.named_barrier(CONSUMERS_BARRIER, 2 * GROUP)
-    one = arith.select(t == 0, Int32(1), Int32(0))
-    for half in cutlass.range_constexpr(2):
-        attention_mma.store4_if(at + (consumer * ROWS + 8 * half) * 4, stat[2 + half], one)
-    attention_mma.named_barrier(CONSUMERS_BARRIER, 2 * GROUP)
-    for half in cutlass.range_constexpr(2):
-        other = arith.number(Uint32(ring.load4(at + ((1 - consumer) * ROWS + 8 * half) * 4)))
-        stat[2 + half] = stat[2 + half] + other
 
 
 def finite(top: Float32) -> Float32:
@@ -375,14 +196,14 @@ def softmax(
     scores: list[Float32],
     masks: list[list[Uint32]],
     stat: cute.Tensor,
-    factors: tuple[Float32, Float32 | None],
+    factor: Float32,
     rows: Rows,
 ) -> tuple[list[Uint32], list[Float32]]:
     """Weights of a tile as left operands of four products, and by what the sums so far shrink; updates `stat`."""
     weights = cute.make_rmem_tensor((TILE // 4,), Uint32)
     scale = cute.make_rmem_tensor((2,), Float32)
     _, _, wide = lanes()
-    softmax_of_rows(weights, scale, stat, scores, masks, factors, rows.count - rows.first > wide * 16)
+    softmax_of_rows(weights, scale, stat, scores, masks, factor, rows.count - rows.first > wide * 16)
     return [weights[i] for i in range(TILE // 4)], [scale[i] for i in range(2)]
 
 
@@ -393,7 +214,7 @@ def softmax_of_rows(
     stat: cute.Tensor,
     scores: Constexpr[list[Float32]],
     masks: Constexpr[list[list[Uint32]]],
-    factors: Constexpr[tuple[Float32, Float32 | None]],
+    factor: Float32,
     some: Boolean,
 ) -> None:
     """The same of a lane's two rows side by side; nothing where no row of the warp is `some`."""
@@ -412,7 +233,7 @@ def softmax_of_rows(
                 x.append(value)
             tops.append(top)
         for half in cutlass.range_constexpr(2):
-            top = attention_mma.max_of_four(tops[half]) * factors[0]
+            top = attention_mma.max_of_four(tops[half]) * factor
             tops[half] = arith.maximum(stat[half], top, target)
             zeros.append(finite(tops[half]))
         for half in cutlass.range_constexpr(2):
@@ -420,10 +241,8 @@ def softmax_of_rows(
             total = stat[2 + half] * scale[half]
             for i in cutlass.range_constexpr(TILE // 4):
                 at = half * (TILE // 4) + i
-                x[at] = exp2(arith.ptx(Float32, "fma.rn.f32 $0, $1, $2, $3;", x[at], factors[0], -zeros[half]))
+                x[at] = exp2(arith.ptx(Float32, "fma.rn.f32 $0, $1, $2, $3;", x[at], factor, -zeros[half]))
                 total = total + x[at]
-                if cutlass.const_expr(factors[1] is not None):
-                    x[at] = arith.mul(x[at], factors[1], target)
             for i in cutlass.range_constexpr(TILE // 8):
                 at = half * (TILE // 4) + 2 * i
                 weights[2 * i + half] = bf16.pack(x[at], x[at + 1], target)

@@ -1,7 +1,8 @@
-"""The decode kernel for sm_90a: FP4 tiles decoded once to bf16 in shared memory, attended to with wgmma.
+"""The decode kernels for sm_90a that attend with wgmma.
 
 A CTA takes up to 64 rows (queries times heads of one kv head) and a share of the tokens that they see, found from the
-lengths on the device. One or two warpgroups copy and decode tiles of 64 tokens, two attend.
+lengths on the device. Where values are apart from keys, one or two warpgroups copy tiles of 64 tokens and decode them
+to bf16 in shared memory, and two attend. Where the keys are the values, see `mqa`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, attention_mma, ring
+from megamoe.cute import arith, attention_mma, convert, f16, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.convert import DECODED_UNIT
-from megamoe_stages.fp4_kv_decode import attend, produce
-from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows, Scales
-from megamoe_stages.fp4_kv_decode.produce import Tokens, Work
-from megamoe_stages.fp4_kv_decode.result import Result, finish, join_consumers, join_pair, pass_pair, store
+from megamoe_stages.fp4_kv_decode import attend, mqa, mqa_shape, produce
+from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows
+from megamoe_stages.fp4_kv_decode.result import Result, finish, join_consumers
 from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, CONSUMERS, GROUP, ROWS, TILE, Shape
+from megamoe_stages.fp4_kv_decode.tokens import Tokens, Work
 
 PRODUCER_REGISTERS = {1: 72, 2: 48}  # by their number
 CONSUMER_REGISTERS = {1: 216, 2: 208}  # what is left of 64 K
@@ -67,7 +67,7 @@ def launch(
     has_sink: Int32,
     splits: Int32,
     stream: CUstream,
-    shape: Constexpr[Shape],
+    shape: Constexpr[Shape | mqa_shape.Shape],
 ) -> None:
     """Launches a CTA for each share of the tokens of 64 rows."""
     group = heads // kv_heads
@@ -75,7 +75,8 @@ def launch(
     apart = (indexed != 0) | (extra_indexed != 0)  # each query sees tokens of its own
     rows = group if apart else group * queries
     problems = batch * queries if apart else batch
-    scores = softmax_scale * Float32(DECODED_UNIT / math.log(2))
+    unit = f16.DECODED_UNIT if shape.shared else convert.DECODED_UNIT
+    scores = softmax_scale * Float32(unit / math.log(2))
     by_page, by_extra_page = cute.FastDivmodDivisorV2(page), cute.FastDivmodDivisorV2(extra_page)
     kernel(
         q,
@@ -166,19 +167,17 @@ def kernel(
     extra_indexed: Int32,
     has_sink: Int32,
     splits: Int32,
-    shape: Constexpr[Shape],
+    shape: Constexpr[Shape | mqa_shape.Shape],
 ) -> None:
     """The kernel; see the module."""
     thread, _, _ = cute.arch.thread_idx()
     problem, part, split = cute.arch.block_idx()
     base = ring.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
     if thread == 0:
-        for buffer in cutlass.range_constexpr(shape.buffers):
-            ring.init(base + shape.barriers_at + buffer * 16, shape.producer_threads)
-            readers = 2 if shape.split_columns else 1
-            ring.init(base + shape.barriers_at + buffer * 16 + 8, readers * GROUP // 32)
-        for i in cutlass.range_constexpr(2 if shape.split_columns else 0):
-            ring.init(base + shape.ready_at + i * 8, GROUP)
+        if cutlass.const_expr(shape.shared):
+            mqa.init_barriers(base, shape)
+        else:
+            init_barriers(base, shape)
         ring.init_fence()
     cute.arch.griddepcontrol_wait()  # for what earlier launches write: so far this one has looked at nothing
 
@@ -205,6 +204,8 @@ def kernel(
         block_table, indices, indexed, sequence, problem, held, start, end, by_page, page, pages, kv_heads, kv_head
     )
     near = (cutlass.max(end - start, 0) + (TILE - 1)) // TILE
+    if cutlass.const_expr(shape.extra):
+        near = near + near % mqa_shape.CONSUMERS  # a turn is of one cache
     tiles, entries = near, tokens
     if cutlass.const_expr(shape.extra):
         held = cutlass.min(extra_lengths[sequence], cute.size(extra_table, mode=[1]) * extra_page)
@@ -226,6 +227,8 @@ def kernel(
             kv_head,
         )
     share = (tiles + splits - 1) // splits
+    if cutlass.const_expr(shape.extra):
+        share = arith.select(share < near, share + share % mqa_shape.CONSUMERS, share)
     skipped = split * share  # tiles of other CTAs
     own = cutlass.max(cutlass.min(tiles - skipped, share), 0)
     rows = rows._replace(near=near - skipped)
@@ -240,38 +243,50 @@ def kernel(
         extra=tokens.store(extra_codes, extra_scales, shape.head_dim),
     )
     number = problem * cute.arch.grid_dim()[1] + part
-    result = Result(out, lse, sink, has_sink, Float32(1.0), parts, stats, arrived, splits, split, number, Int32(0))
+    unit = v_scale[()] * Float32(f16.DECODED_UNIT if shape.shared else convert.DECODED_UNIT)
+    result = Result(out, lse, sink, has_sink, unit, parts, stats, arrived, splits, split, number, Int32(0))
 
     cute.arch.sync_threads()
+    if cutlass.const_expr(shape.shared):
+        mqa.run(base, q, scores, (k_scale, extra_scale), own, first, work, rows, result, shape)
+    else:
+        run(base, q, scores * k_scale[()], own, first, work, rows, result, shape)
+
+
+def init_barriers(base: Int32, shape: Shape) -> None:
+    """Makes the mbarriers of decoded tiles; a thread."""
+    for buffer in range(shape.buffers):
+        ring.init(base + shape.barriers_at + buffer * 16, shape.producer_threads)
+        ring.init(base + shape.barriers_at + buffer * 16 + 8, GROUP // 32)
+
+
+@cute.jit
+def run(
+    base: Int32,
+    q: cute.Tensor,
+    scores: Float32,
+    own: Int32,
+    first: Int32,
+    work: Constexpr[Work],
+    rows: Constexpr[Rows],
+    result: Constexpr[Result],
+    shape: Constexpr[Shape],
+) -> None:
+    """What the threads of a CTA do, whose `own` tiles start at token `first`; products times `scores` are scores."""
+    thread, _, _ = cute.arch.thread_idx()
     if thread < shape.producer_threads:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS[shape.producers])
         produce.produce(base, work, shape)
-        if cutlass.const_expr(shape.paired):
-            pass_pair()
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[shape.producers])
         consumer = thread // GROUP - shape.producers
         acc = cute.make_rmem_tensor((shape.out_columns // 2,), Float32)
         stat = cute.make_rmem_tensor((4,), Float32)
-        scale, extra = k_scale[()], extra_scale[()]  # these and the queries come at once
-        result = result._replace(v_scale=v_scale[()])
-        negative = arith.select(scores < Float32(0.0), Uint32(0x80008000), Uint32(0))
-        load_queries(thread - shape.producer_threads, q, negative, base, rows, shape)
-        scales = Scales(factor(scores * scale), factor(scores * extra), extra / scale)
-        attend.attend(acc, stat, base, consumer, own, first, scales, rows, shape)
-        if cutlass.const_expr(shape.paired):
-            rank = split % 2
-            join_pair(acc, stat, base, consumer, rank, shape)
-            column, problem = rank * shape.out_columns, number * 2 + rank
-            half = result._replace(splits=splits // 2, split=split // 2, problem=problem, column=column)
-            if consumer == rank:
-                finish(acc, stat, base, rows, half, shape)
-        elif cutlass.const_expr(shape.split_columns):  # all tokens
-            store(acc, stat, rows, result._replace(column=consumer * shape.out_columns), shape)
-        else:
-            join_consumers(acc, stat, base, consumer, shape)
-            if consumer == 0:
-                finish(acc, stat, base, rows, result, shape)
+        load_queries(thread - shape.producer_threads, q, sign(scores), base, rows, shape)
+        attend.attend(acc, stat, base, consumer, own, first, factor(scores), rows, shape)
+        join_consumers(acc, stat, base, consumer, shape)
+        if consumer == 0:
+            finish(acc, stat, base, rows, result, shape)
 
 
 def seen(rows: Rows, held: Int32, picked: Int32) -> tuple[Int32, Int32]:
@@ -287,6 +302,11 @@ def seen(rows: Rows, held: Int32, picked: Int32) -> tuple[Int32, Int32]:
 def factor(scores: Float32) -> Float32:
     """The size of a factor of scores, above 0, so that a product that stands for nothing visible stays -inf."""
     return arith.maximum(arith.magnitude(scores, Target.SM90), Float32(_LEAST_FACTOR), Target.SM90)
+
+
+def sign(scores: Float32) -> Uint32:
+    """What flips the signs of a pair of queries where a factor of scores is below 0: `factor` has none."""
+    return Uint32(arith.select(scores < Float32(0.0), Uint32(0x80008000), Uint32(0)))
 
 
 def load_queries(thread: Int32, q: cute.Tensor, negative: Uint32, base: Int32, rows: Rows, shape: Shape) -> None:
@@ -312,7 +332,7 @@ def load_queries(thread: Int32, q: cute.Tensor, negative: Uint32, base: Int32, r
     attention_mma.named_barrier(CONSUMERS_BARRIER, threads)
 
 
-def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
+def spec(shape: Shape | mqa_shape.Shape, target: Target = Target.SM90) -> KernelSpec:
     """The kernel for any sizes."""
 
     def arguments() -> tuple[object, ...]:
@@ -350,6 +370,4 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
             shape,
         )
 
-    kind = ("extra" if shape.extra else "shared") if shape.shared else f"v{shape.v_dim}"
-    kind += "_paired" if shape.paired else ""
-    return KernelSpec(f"decode_d{shape.head_dim}_{kind}", target.value, launch, arguments, tuple(shape))
+    return KernelSpec(shape.name, target.value, launch, arguments, tuple(shape))

@@ -11,7 +11,7 @@ from torch import Tensor
 from megamoe.cute import compiler
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.strips import DTYPES
-from megamoe_stages.fp4_kv_decode import append, kernel
+from megamoe_stages.fp4_kv_decode import append, kernel, mqa_shape
 from megamoe_stages.fp4_kv_decode.contract import DecodeOutput, Extra
 from megamoe_stages.fp4_kv_decode.shape import ROWS, SHAPES, TILE, Shape
 
@@ -70,7 +70,7 @@ def attend(
     kv_heads: int,
     page: int,
     sms: int,
-) -> tuple[Shape, tuple[object, ...]]:
+) -> tuple[Shape | mqa_shape.Shape, tuple[object, ...]]:
     """The decode kernel to launch and its arguments; nothing is empty, unless there is a second cache."""
     batch, queries, heads, dim = q.shape
     v_dim = out.out.shape[3]
@@ -87,11 +87,12 @@ def attend(
         picks = extra.table if extra.indices is None else extra.indices.flatten(0, 1)
         second = Side(extra.codes, extra.scales, extra.scale), extra.table, extra.lengths, picks, extra.codes.shape[2]
     more, *places, extra_page = second
-    shape = Shape(dim, v_dim, shared=values is keys, extra=extra is not None)
-    splits = min(splits, -(-tokens // TILE)) or choose_splits(problems, tokens, sms, pairs=shape.split_columns)
+    shape: Shape | mqa_shape.Shape
+    shape = mqa_shape.Shape(extra is not None) if values is keys else Shape(dim, v_dim)
+    splits = min(splits, -(-tokens // TILE)) or choose_splits(problems, tokens, sms, pairs=shape.shared)
     parts = splits
-    if shape.split_columns and splits > 1:
-        shape, splits = shape._replace(paired=True), splits + splits % 2
+    if shape.shared and splits > 1:
+        shape, splits = mqa_shape.Shape(shape.extra, paired=True), splits + splits % 2
         problems, parts = problems * 2, splits // 2
     merged = problems if parts > 1 else 0
     return shape, (
@@ -155,11 +156,15 @@ def append_kernel(dtype: torch.dtype) -> Callable[..., None]:
 
 
 @functools.cache
-def decode_kernel(shape: Shape) -> Callable[..., None]:
+def decode_kernel(shape: Shape | mqa_shape.Shape) -> Callable[..., None]:
     """The compiled decode kernel."""
     return compiler.load(kernel.spec(shape))
 
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return [append.spec(dtype) for dtype in DTYPES] + [kernel.spec(shape) for shape in SHAPES]
+    return (
+        [append.spec(dtype) for dtype in DTYPES]
+        + [kernel.spec(shape) for shape in mqa_shape.SHAPES]
+        + [kernel.spec(shape) for shape in SHAPES]
+    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megamoe_stages.fp4_kv_decode.shape import SHAPES, Shape
+from megamoe_stages.fp4_kv_decode import mqa_shape
+from megamoe_stages.fp4_kv_decode.shape import SHAPES
 
 
 def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
@@ -15,8 +16,8 @@ def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
     if "head_dim" in facts:
         shared = bool(facts.get("shared"))
         dims = int(facts["head_dim"] or 0), int(facts.get("v_dim") or facts["head_dim"] or 0)
-        wanted = Shape(*dims, shared, bool(facts.get("extra")))
-        if wanted not in SHAPES:
-            kind = "that are the values" if shared else f"with values of {wanted.v_dim}"
-            reasons.append(f"keys of {wanted.head_dim} {kind}: no kernel is compiled for them")
+        known = dims == (mqa_shape.DIM,) * 2 if shared else dims in SHAPES and not facts.get("extra")
+        if not known:
+            kind = "that are the values" if shared else f"with values of {dims[1]}"
+            reasons.append(f"keys of {dims[0]} {kind}: no kernel is compiled for them")
     return reasons

@@ -1,14 +1,14 @@
 """The producers of the decode kernel: they find the tokens of a tile, copy them and decode them to bf16.
 
-A thread owns some 64-column blocks of one token of each tile. It copies 32 bytes of codes and 4 of scales a
-block into a ring that only it reads, so nothing but its own groups of copies has to be waited for, and any token may
-lie anywhere. Eight values come out in the order 0, 4, 1, 5, 2, 6, 3, 7, which the queries and the output follow.
+A thread owns some 64-column blocks of one token of each tile, a warp whole tokens. It copies 32 bytes of codes and 4 of
+scales a block into a ring that only it reads, so nothing but its own groups of copies has to be waited for, and any
+token may lie anywhere. Eight values come out in the order 0, 4, 1, 5, 2, 6, 3, 7, which the queries and the output
+follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import cutlass
 from cutlass import Constexpr, Int32, Int64, Uint32, cute
@@ -16,142 +16,16 @@ from cutlass import Constexpr, Int32, Int64, Uint32, cute
 from megamoe.cute import arith, attention_mma, convert, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
-from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, TILE, Shape
+from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, Shape
+from megamoe_stages.fp4_kv_decode.tokens import Work, find_page, find_row, find_token, own_token, store_mask
 
 _CHUNKS = 8  # of a row of 64 values
 
 
-class Store(NamedTuple):
-    """One side of the cache: addresses of codes and scales, and bytes a row of each."""
-
-    codes: Int64
-    scales: Int64
-    code_bytes: int
-    scale_bytes: int
-
-
-class Tokens(NamedTuple):
-    """The tokens of a cache that a CTA goes through.
-
-    Attributes:
-        block_table: (batch, max_pages) int32.
-        indices: (rows, picked) int32; not read unless indexed.
-        indexed: Whether the tokens are picked ones.
-        sequence: Row of `block_table`.
-        row: Of `indices`.
-        length: Tokens that exist, unless on a page that does not.
-        first: Where tile 0 of the CTA would start.
-        end: Where the last tile ends.
-        by_page: Divides by the tokens of a page.
-        page: Tokens of a page.
-        pages: Of the cache.
-        kv_heads: Of the cache.
-        kv_head: The CTA's.
-    """
-
-    block_table: cute.Tensor
-    indices: cute.Tensor
-    indexed: Int32
-    sequence: Int32
-    row: Int32
-    length: Int32
-    first: Int32
-    end: Int32
-    by_page: cute.FastDivmodDivisorV2
-    page: Int32
-    pages: Int32
-    kv_heads: Int32
-    kv_head: Int32
-
-    def store(self, codes: cute.Tensor, scales: cute.Tensor, dim: int) -> Store:
-        """A side of the cache by its addresses."""
-        return Store(ring.address(codes.iterator), ring.address(scales.iterator), dim // 2, dim // 16)
-
-
-class Work(NamedTuple):
-    """The tiles of a CTA: some of the first cache, then some of the second.
-
-    Attributes:
-        tiles: How many there are.
-        near: How many are of the first cache; not what is left of them for this CTA where that is less than 0.
-        tokens: The first cache.
-        entries: The second one; the first one again where there is no second.
-        keys: The keys of the first one.
-        values: Its values.
-        extra: The keys of the second one, which are its values.
-    """
-
-    tiles: Int32
-    near: Int32
-    tokens: Tokens
-    entries: Tokens
-    keys: Store
-    values: Store
-    extra: Store
-
-
-@cute.jit
-def find_token(tile: Int32, work: Constexpr[Work], shape: Constexpr[Shape]) -> Int32:
-    """This thread's token of a tile, -1 for none; may still be on its way when this returns."""
-    token = Int32(-1)
-    if cutlass.const_expr(shape.extra):
-        if tile < work.near:
-            token = token_of(tile, work.tiles, work.tokens)
-        else:
-            token = token_of(tile, work.tiles, work.entries)
-    else:
-        token = token_of(tile, work.tiles, work.tokens)
-    return token
-
-
-@cute.jit
-def token_of(tile: Int32, tiles: Int32, tokens: Constexpr[Tokens]) -> Int32:
-    """The same in one cache."""
+def own_block(unit: int, shape: Shape) -> Int32:
+    """This thread's block of its token by the unit's number."""
     thread, _, _ = cute.arch.thread_idx()
-    place = tokens.first + tile * TILE + thread % TILE
-    token = arith.select((tile < tiles) & (place < tokens.end), place, Int32(-1))
-    if (tokens.indexed != 0) & (token >= 0):
-        token = tokens.indices[tokens.row, token]
-    return token
-
-
-@cute.jit
-def find_page(token: Int32, tile: Int32, work: Constexpr[Work], shape: Constexpr[Shape]) -> tuple[Int32, Int32]:
-    """Page of a tile's token, -1 for none, and where in it; the page may still be on its way."""
-    home, within = Int32(-1), Int32(0)
-    if cutlass.const_expr(shape.extra):
-        if tile < work.near:
-            home, within = page_of(token, work.tokens)
-        else:
-            home, within = page_of(token, work.entries)
-    else:
-        home, within = page_of(token, work.tokens)
-    return home, within
-
-
-@cute.jit
-def page_of(token: Int32, tokens: Constexpr[Tokens]) -> tuple[Int32, Int32]:
-    """The same in one cache."""
-    home, within = Int32(-1), Int32(0)
-    if (token >= 0) & (token < tokens.length):
-        number, within = divmod(token, tokens.by_page)
-        home = tokens.block_table[tokens.sequence, number]
-    return home, within
-
-
-def find_row(home: Int32, within: Int32, tile: Int32, work: Work, shape: Shape) -> Int32:
-    """The row of the cache of a tile's token: -1 for none, -2 - row for one of the second cache."""
-    row = row_of(home, within, work.tokens)
-    if shape.extra:
-        far = row_of(home, within, work.entries)
-        row = arith.select(tile < work.near, row, arith.select(far >= 0, -2 - far, far))
-    return row
-
-
-def row_of(home: Int32, within: Int32, tokens: Tokens) -> Int32:
-    """The same in one cache."""
-    row = (home * tokens.kv_heads + tokens.kv_head) * tokens.page + within
-    return arith.select((home >= 0) & (home < tokens.pages), row, Int32(-1))
+    return thread % WARP // shape.tokens_a_warp + shape.threads_a_token * unit
 
 
 def codes_at(unit: int, shape: Shape) -> int:
@@ -169,22 +43,14 @@ def copy_unit(
 ) -> None:
     """Starts the copies of one of this thread's units to its place in a slot of the ring."""
     thread, _, _ = cute.arch.thread_idx()
-    block = thread // TILE + shape.threads_a_token * unit
+    block = own_block(unit, shape)
     if block < shape.blocks:
-        column = block
         keys, values = work.keys, work.values
-        codes, scales = keys.codes, keys.scales
-        code_bytes, scale_bytes = Int32(keys.code_bytes), Int32(keys.scale_bytes)
-        if cutlass.const_expr(not shape.shared):
-            of_values = block >= shape.key_blocks
-            codes, scales = (arith.select(of_values, values[i], keys[i]) for i in range(2))
-            code_bytes, scale_bytes = (arith.select(of_values, Int32(values[i]), Int32(keys[i])) for i in (2, 3))
-            column = arith.select(of_values, block - shape.key_blocks, block)
+        of_values = block >= shape.key_blocks
+        codes, scales = (arith.select(of_values, values[i], keys[i]) for i in range(2))
+        code_bytes, scale_bytes = (arith.select(of_values, Int32(values[i]), Int32(keys[i])) for i in (2, 3))
+        column = arith.select(of_values, block - shape.key_blocks, block)
         there = arith.select(row >= 0, row, Int32(0))
-        if cutlass.const_expr(shape.extra):
-            far = row < -1
-            codes, scales = (arith.select(far, work.extra[i], keys[i]) for i in range(2))
-            there = arith.select(far, -2 - row, there)
         source = codes + Int64(there) * code_bytes + column * 32
         size = arith.select(row != -1, Int32(16), Int32(0))
         at = slot + codes_at(unit, shape) + thread * 16
@@ -199,7 +65,7 @@ def load_unit(unit: int, slot: Int32, shape: Shape) -> list[Uint32]:
     thread, _, _ = cute.arch.thread_idx()
     codes, scales = codes_at(unit, shape), codes_at(shape.units, shape) + unit * shape.producer_threads * 4
     if shape.blocks % shape.threads_a_token and unit == shape.units - 1:  # not all threads have this one
-        some = thread // TILE + shape.threads_a_token * unit < shape.blocks
+        some = own_block(unit, shape) < shape.blocks
         codes = arith.select(some, Int32(codes), Int32(codes_at(0, shape)))
         scales = arith.select(some, Int32(scales), Int32(codes_at(shape.units, shape)))
     at = slot + codes + thread * 16
@@ -210,8 +76,7 @@ def load_unit(unit: int, slot: Int32, shape: Shape) -> list[Uint32]:
 @cute.jit
 def decode_unit(words: Constexpr[list[Uint32]], unit: Constexpr[int], tile: Int32, shape: Constexpr[Shape]) -> None:
     """Decodes what `load_unit` loaded to a tile in shared memory."""
-    thread, _, _ = cute.arch.thread_idx()
-    block, token = thread // TILE + shape.threads_a_token * unit, thread % TILE
+    block, token = own_block(unit, shape), own_token(shape)
     if block < shape.blocks:
         row = tile + block * BLOCK_BYTES + token * 128
         for i in cutlass.range_constexpr(_CHUNKS // 2):
@@ -269,8 +134,8 @@ def produce(
         full = base + shape.barriers_at + buffer * 16
         ring.wait(full + 8, parity)
         mask = cute.arch.vote_ballot_sync((exist >> (shape.stages - 1) & 1) != 0)
-        if (lane == 0) & (wide < TILE // WARP):
-            ring.store4(base + shape.masks_at + buffer * 8 + wide * 4, Uint32(mask))
+        if lane == 0:
+            store_mask(base + shape.masks_at + buffer * 8, wide, Uint32(mask), shape)
         attention_mma.wait_copies(shape.stages * shape.units - 1)
         words = load_unit(0, slot, shape)
         for unit in cutlass.range_constexpr(shape.units):

@@ -1,8 +1,7 @@
 """What becomes of the sums of the decode kernel.
 
-Two CTAs of a cluster exchange sums, so that each has some columns of all tokens of both. Whoever has all tokens of its
-rows and columns writes the result; else it writes its part, and the last one to arrive merges the parts in their order,
-so that the result does not depend on who that is.
+Whoever has all tokens of its rows and columns writes the result; else it writes its part, and the last one to arrive
+merges the parts in their order, so that the result does not depend on who that is.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 from megamoe.cute import arith, attention_mma, bf16, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
-from megamoe.cute.convert import DECODED_UNIT
 from megamoe.cute.warp import from_lane
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, NONE, Rows, finite, lanes
 from megamoe_stages.fp4_kv_decode.shape import GROUP, ROWS, Shape
@@ -34,7 +32,7 @@ class Result(NamedTuple):
         lse: (batch * queries * heads,) fp32.
         sink: (heads,) fp32; not read unless has_sink.
         has_sink: Whether there is one.
-        v_scale: What the values are multiplied by.
+        v_scale: What the decoded values are multiplied by.
         parts: (problems * splits * ROWS, columns) fp32, columns in the order of decoded values.
         stats: (problems * splits * ROWS, 2) fp32: the largest score and the sum.
         arrived: (problems,) int32, zeros.
@@ -75,37 +73,6 @@ def join_consumers(acc: cute.Tensor, stat: cute.Tensor, base: Int32, consumer: I
 
 
 @cute.jit
-def join_pair(
-    acc: cute.Tensor, stat: cute.Tensor, base: Int32, consumer: Int32, rank: Int32, shape: Constexpr[Shape]
-) -> None:
-    """Adds what the other CTA of the cluster has of the half of the columns that this one keeps, its rank's.
-
-    The consumer of the half that this CTA does not keep sends it to where the other one's tiles were.
-    """
-    thread = cute.arch.thread_idx()[0] % GROUP
-    count = shape.out_columns // 2
-    at = base + shape.tiles_at + thread * 16
-    cute.arch.cluster_arrive()
-    cute.arch.cluster_wait()  # nobody needs a tile any more
-    if consumer != rank:
-        there = attention_mma.peer_address(at, 1 - rank)
-        for i in cutlass.range_constexpr(count // 4):
-            attention_mma.store16_peer(there + i * GROUP * 16, [arith.bits(acc[4 * i + j]) for j in range(4)])
-        attention_mma.store16_peer(there + count // 4 * GROUP * 16, [arith.bits(stat[j]) for j in range(4)])
-    cute.arch.cluster_arrive()
-    cute.arch.cluster_wait()
-    if consumer == rank:
-        add(acc, stat, at, count)
-
-
-def pass_pair() -> None:
-    """The barriers of `join_pair`, for the producers."""
-    for _ in range(2):
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
-
-
-@cute.jit
 def add(acc: cute.Tensor, stat: cute.Tensor, at: Int32, count: Constexpr[int]) -> None:
     """Adds sums of other tokens that somebody has left in shared memory for this thread."""
     other = [arith.number(word) for word in ring.load16(at + count // 4 * GROUP * 16)]
@@ -129,7 +96,7 @@ def finished(top: Float32, total: Float32, row: Int32, rows: Rows, result: Resul
     head = arith.select(result.has_sink != 0, head, Int32(0))
     sink = exp2(result.sink[head] * Float32(_LOG2E) - zero)
     whole = total + arith.select(result.has_sink != 0, sink, Float32(0.0))
-    scale = result.v_scale * Float32(DECODED_UNIT) / whole
+    scale = result.v_scale / whole
     lse = (top + attention_mma.log2(total)) * Float32(_LN2)
     some = total > Float32(0.0)
     return arith.select(some, scale, Float32(0.0)), arith.select(some, lse, Float32(NONE))

@@ -1,4 +1,4 @@
-"""How the decode kernel cuts its work and its shared memory: numbers only."""
+"""How the decode kernel for values apart from the keys cuts its work and its shared memory: numbers only."""
 
 from __future__ import annotations
 
@@ -20,18 +20,32 @@ class Shape(NamedTuple):
     """A kernel; compile-time.
 
     Attributes:
-        head_dim: D, a multiple of 64 up to 512.
-        v_dim: Dv, likewise; up to 256 unless shared.
-        shared: The keys are the values.
-        extra: There is a second cache.
-        paired: Two CTAs of a cluster share the tokens of some rows, and each ends with half of the columns.
+        head_dim: D, a multiple of 64 up to 256.
+        v_dim: Dv, likewise.
     """
 
     head_dim: int
     v_dim: int
-    shared: bool
-    extra: bool = False
-    paired: bool = False
+
+    @property
+    def shared(self) -> bool:
+        """Whether the keys are the values; as `mqa_shape.Shape` has it."""
+        return False
+
+    @property
+    def extra(self) -> bool:
+        """Whether there is a second cache."""
+        return False
+
+    @property
+    def paired(self) -> bool:
+        """Whether CTAs work in pairs."""
+        return False
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return f"decode_d{self.head_dim}_v{self.v_dim}"
 
     @property
     def key_blocks(self) -> int:
@@ -41,22 +55,12 @@ class Shape(NamedTuple):
     @property
     def blocks(self) -> int:
         """Of keys and values."""
-        return self.key_blocks + (0 if self.shared else self.v_dim // COLUMNS)
-
-    @property
-    def values_block(self) -> int:
-        """The first block of the values."""
-        return 0 if self.shared else self.key_blocks
-
-    @property
-    def split_columns(self) -> bool:
-        """Both consumers see all tokens, each with half of the columns of the output; else they take turns."""
-        return self.v_dim > 256
+        return self.key_blocks + self.v_dim // COLUMNS
 
     @property
     def out_columns(self) -> int:
         """Columns of the output that a consumer holds."""
-        return self.v_dim // 2 if self.split_columns else self.v_dim
+        return self.v_dim
 
     @property
     def producers(self) -> int:
@@ -64,7 +68,7 @@ class Shape(NamedTuple):
 
         One for head_dim 256: its consumers do not fit beside two.
         """
-        return 2 if self.split_columns or (self.blocks > 2 and self.out_columns <= 128) else 1
+        return 2 if self.blocks > 2 and self.v_dim <= 128 else 1
 
     @property
     def producer_threads(self) -> int:
@@ -82,6 +86,11 @@ class Shape(NamedTuple):
         return self.producer_threads // TILE
 
     @property
+    def tokens_a_warp(self) -> int:
+        """Of a tile, that a producer warp has."""
+        return 32 // self.threads_a_token
+
+    @property
     def units(self) -> int:
         """Blocks that a producer thread decodes; some have one less."""
         return -(-self.blocks // self.threads_a_token)
@@ -97,13 +106,8 @@ class Shape(NamedTuple):
         return self.units * self.producer_threads * UNIT_BYTES
 
     @property
-    def weights_bytes(self) -> int:
-        """Of the weights that consumers pass to each other, of two tiles."""
-        return 2 * BLOCK_BYTES if self.split_columns else 0
-
-    @property
     def buffers(self) -> int:
-        """Decoded tiles; two, as of the weights, where consumers share them."""
+        """Decoded tiles."""
         room = SHARED_BYTES - _SMALL - self.tiles_at - self.stage_bytes
         return 4 if room >= 4 * self.tile_bytes else 2
 
@@ -118,14 +122,9 @@ class Shape(NamedTuple):
         return self.key_blocks * BLOCK_BYTES
 
     @property
-    def weights_at(self) -> int:
-        """Where the weights start."""
-        return self.tiles_at + self.buffers * self.tile_bytes
-
-    @property
     def ring_at(self) -> int:
         """Where the tiles on their way start."""
-        return self.weights_at + self.weights_bytes
+        return self.tiles_at + self.buffers * self.tile_bytes
 
     @property
     def masks_at(self) -> int:
@@ -138,19 +137,9 @@ class Shape(NamedTuple):
         return self.masks_at + 8 * self.buffers
 
     @property
-    def ready_at(self) -> int:
-        """The mbarriers of the weights of two tiles."""
-        return self.barriers_at + 16 * self.buffers
-
-    @property
-    def tops_at(self) -> int:
-        """Where the largest scores start, of two tiles."""
-        return self.ready_at + 16
-
-    @property
     def flag_at(self) -> int:
         """Where it is said whether this CTA merges."""
-        return self.tops_at + (2 * ROWS * 4 if self.split_columns else 0)
+        return self.barriers_at + 16 * self.buffers
 
     @property
     def shared_bytes(self) -> int:
@@ -158,13 +147,4 @@ class Shape(NamedTuple):
         return self.flag_at + 16
 
 
-SHAPES = (
-    Shape(512, 512, shared=True),
-    Shape(512, 512, shared=True, paired=True),
-    Shape(512, 512, shared=True, extra=True),
-    Shape(512, 512, shared=True, extra=True, paired=True),
-    Shape(64, 64, shared=False),
-    Shape(128, 128, shared=False),
-    Shape(192, 128, shared=False),
-    Shape(256, 256, shared=False),
-)
+SHAPES = (Shape(64, 64), Shape(128, 128), Shape(192, 128), Shape(256, 256))

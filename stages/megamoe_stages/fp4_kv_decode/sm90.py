@@ -12,7 +12,6 @@ from megamoe.errors import ArgumentError
 from megamoe_stages.fp4_kv_decode import contract, gqa_launch, launch, limits
 from megamoe_stages.fp4_kv_decode.contract import DecodeOutput, Extra
 from megamoe_stages.fp4_kv_decode.gqa_shape import shape_of
-from megamoe_stages.fp4_kv_decode.shape import Shape
 
 
 def fp4_kv_decode(
@@ -75,8 +74,9 @@ def fp4_kv_decode(
     extra = Extra.of(extra_codes, extra_scales, extra_table, extra_lengths, extra_scale, extra_indices)
     if extra is not None and extra.seen == 0:
         extra = None
-    shape = Shape(q.shape[3], values.codes.shape[1] * 2, shared=v_codes is None, extra=extra is not None)
-    facts = {"dtype": str(q.dtype).removeprefix("torch."), **shape._asdict()}
+    dims = {"head_dim": q.shape[3], "v_dim": values.codes.shape[1] * 2, "shared": v_codes is None}
+    facts: dict[str, str | int | float | bool | None]
+    facts = {"dtype": str(q.dtype).removeprefix("torch."), **dims, "extra": extra is not None}
     if reasons := limits.supports(facts):
         raise ArgumentError("fp4_kv_decode", "; ".join(reasons), "what this kernel supports")
     caches = {"k_codes": k_codes, "k_scales": k_scales, "v_codes": v_codes, "v_scales": v_scales}
@@ -98,7 +98,7 @@ def fp4_kv_decode(
         return out
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count
     grouped = None
-    if indices is None and not shape.shared and gqa_launch.fits(k_codes):
+    if indices is None and v_codes is not None and gqa_launch.fits(k_codes):
         grouped = shape_of(q.shape[3], out.out.shape[3], q.shape[1] * q.shape[2] // kv_heads, page)
     if grouped is not None:
         arguments = gqa_launch.attend(
