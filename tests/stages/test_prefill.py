@@ -23,6 +23,7 @@ from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe.testing import guards
 from megamoe_stages.grouped_gemm import prefill, prefill_kernel
 from megamoe_stages.grouped_gemm.cases import make
+from megamoe_stages.grouped_gemm.prefill import Cut
 from megamoe_stages.grouped_gemm.reference import grouped_gemm
 from megamoe_stages.swiglu_quant import prefill as swiglu_prefill
 from megamoe_stages.swiglu_quant import prefill_kernel as swiglu_prefill_kernel
@@ -50,7 +51,6 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Report]]:
 
     monkeypatch.setattr(compiler, "load", emulated)
     monkeypatch.setattr(prefill, "processors", lambda _: CTAS)
-    monkeypatch.setattr(prefill, "clusters", lambda _: {})
     forget_launchers()
     yield seen
     forget_launchers()
@@ -105,37 +105,39 @@ def test_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, 
     assert guards.same_bytes(out, expected)
 
 
-@pytest.mark.parametrize(("rows", "n", "k", "sms"), [(11, 320, 400, 8), (70, 48, 512, 6), (100, 272, 304, 16)])
-def test_a_cluster_shares_the_k_of_one_expert(
-    reports: list[Report], monkeypatch: pytest.MonkeyPatch, rows: int, n: int, k: int, sms: int
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "shape", "sharing"),
+    [(11, 320, 400, 0, 3), (40, 80, 512, 0, 4), (100, 272, 304, 1, 3), (200, 144, 256, 2, 2), (270, 100, 256, 2, 1)],
+)
+def test_ctas_share_the_k_of_one_expert(
+    reports: list[Report], monkeypatch: pytest.MonkeyPatch, rows: int, n: int, k: int, shape: int, sharing: int
 ) -> None:
-    monkeypatch.setattr(prefill, "processors", lambda _: sms)
-    monkeypatch.setattr(prefill, "clusters", lambda _: {c: sms // c for c in prefill.CLUSTERS})
-    monkeypatch.setattr(prefill, "EXCHANGE_CLOCKS", 0)  # else k is too short here
+    def cut(rows: int, weights: NVFP4Tensor, sms: int) -> Cut:
+        dense = prefill_kernel.DENSE[shape]
+        pieces = -(-weights.codes.shape[1] // dense.rows) * -(-rows // dense.tokens)
+        return Cut(dense, pieces * sharing, sharing, pieces)
+
+    monkeypatch.setattr(prefill, "cut", cut)
     given = make(Generator().manual_seed(2), rows=(rows,), n=n, k=k, values="integers")
     expected = grouped_gemm(**given)
     out = torch.full_like(expected, math.nan)
     prefill.run(given["a"], given["weights"].with_layout("hopper"), given["offsets"], None, out)
-    assert reports[1].launches[0].cluster[0] > 1
     for report in reports:
         report.raise_for_findings()
     assert guards.same_bytes(out, expected)
 
 
-def test_how_one_expert_is_cut() -> None:
-    def cut(rows: int, n: int, k: int) -> tuple[int, int]:
-        codes = torch.empty(1, n, k // 2, dtype=torch.uint8, device="meta")
-        most = {2: 66, 4: 32, 8: 16}
-        shape, ctas, cluster = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132, most)
-        assert cluster == 1 or shape.shared
-        assert cluster == 1 or ctas == cluster * -(-n // 256) * -(-rows // shape.tokens)
-        return shape.tokens, cluster
-
-    assert cut(16, 8192, 8192) == (64, 4)
-    assert cut(128, 8192, 8192) == (128, 4)
-    assert cut(256, 8192, 8192) == (128, 2)
-    assert cut(128, 1536, 4096) == (64, 8)
-    assert cut(8192, 8192, 8192) == (128, 1)
+@pytest.mark.parametrize("rows", [1, 9, 16, 64, 100, 128, 256, 512, 1000, 8192])
+@pytest.mark.parametrize(("n", "k"), [(8192, 8192), (4096, 8192), (1536, 4096), (64, 128), (7168, 3072)])
+def test_how_one_expert_is_cut(rows: int, n: int, k: int) -> None:
+    codes = torch.empty(1, n, k // 2, dtype=torch.uint8, device="meta")
+    cut = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132)
+    pieces = -(-n // cut.shape.rows) * -(-rows // cut.shape.tokens)
+    assert cut.ctas <= 132
+    assert cut.ctas == min(132, pieces * cut.sharing)
+    assert cut.sharing == 1 or cut.pieces == pieces
+    assert cut.sharing <= k // weight_gemm.STAGE_K
+    assert cut.ctas >= min(96, n // 256 * (k // weight_gemm.STAGE_K))  # most SMs have work
 
 
 @pytest.mark.parametrize("params", [{"a": "nvfp4", "scale_layout": "128x4"}], ids=["nvfp4-128x4"])

@@ -1,21 +1,24 @@
 """Main loop of a grouped GEMM with prepared NVFP4 weights on sm_90a: weights decoded in registers, many rows an expert.
 
 Swapped: the weights are wgmma's left operand, tokens its columns. A CTA has four producer warps and two consumer
-warpgroups, and walks over pieces of work: 256 weight rows of an expert times up to `Shape.tokens` of its tokens. A
-consumer warp owns 32 neighbouring weight rows of a piece, two tiles of 16. The producers fill a ring of stages, 128 of
-k each, with bulk copies of prepared weights (`numerics.fragments`) and of packed activations (`pack`); a consumer
-decodes 32 of k while the tensor cores multiply the 32 before.
+warpgroups, and walks over pieces of work: 128 or 256 weight rows of an expert times up to `Shape.tokens` of its tokens.
+A consumer warp owns 16 or 32 neighbouring weight rows of a piece, a tile of 16 or two. The producers fill a ring of
+stages, 128 of k each, with bulk copies of prepared weights (`numerics.fragments`) and of packed activations (`pack`); a
+consumer decodes 32 of k of a tile while the tensor cores multiply what it decoded before.
+
+Where there are fewer pieces than SMs, several CTAs share the k of each (`Shape.split`): a warp leaves its sums in
+global memory, and the last one to do so of those with the same rows adds them all up, in the order of k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
+from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Numeric, Uint8, Uint32, cute
 
-from megamoe.cute import arith, fragments, ring, wgmma
+from megamoe.cute import arith, exchange, fragments, ring, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
 
@@ -24,16 +27,15 @@ CONSUMERS = 2  # warpgroups
 THREADS = GROUP * (1 + CONSUMERS)
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 TILE_ROWS = 16  # weight rows of a prepared tile
-TILES = 2  # of a consumer warp
-ROWS = CONSUMERS * GROUP // WARP * TILES * TILE_ROWS  # weight rows of a piece
+CONSUMER_WARPS = CONSUMERS * GROUP // WARP
 SLAB_ROWS = 64  # rows that are prepared together
-SLABS = ROWS // SLAB_ROWS
 STAGE_K = 128
 SLAB_CODES, SLAB_SCALES = SLAB_ROWS * STAGE_K // 2, SLAB_ROWS * STAGE_K // 16  # bytes
 SLAB_TILES = SLAB_ROWS // TILE_ROWS
 TILE_CODES, TILE_SCALES = SLAB_CODES // SLAB_TILES, SLAB_SCALES // SLAB_TILES
 BLOCK_K = 64  # k of a swizzled row of activations
 STEPS = 4  # of a stage, 32 of k each
+SUMS_ASKED = 16  # times 16 bytes of others' sums that a thread asks for before it waits
 ALIGNMENT = 8  # packed rows of an expert start at its multiples, or the swizzle would not fit
 MAX_EXPERTS = 2 * THREADS
 DECODED_UNIT = 2.0**7  # what one in the product of decoded weights stands for
@@ -47,13 +49,29 @@ class Shape(NamedTuple):
             three up to 128 ptxas sees too few registers and lets no product overlap the next decode.
         stages: Of the ring.
         staging: Bytes of shared memory that the epilogue gets.
-        shared: The CTAs of a cluster share the k of a piece, and its results.
+        tiles: Of 16 weight rows, of a consumer warp.
+        experts: Most there may be.
+        split: CTAs may share the k of a piece.
+        in_flight: Groups of products that may run while an operand is decoded; with two tiles ptxas lets only one.
     """
 
     widths: tuple[int, ...]
     stages: int
     staging: int
-    shared: bool = False
+    tiles: int = 2
+    experts: int = MAX_EXPERTS
+    split: bool = False
+    in_flight: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Weight rows of a piece."""
+        return CONSUMER_WARPS * self.tiles * TILE_ROWS
+
+    @property
+    def slabs(self) -> int:
+        """Of a piece."""
+        return self.rows // SLAB_ROWS
 
     @property
     def tokens(self) -> int:
@@ -68,7 +86,7 @@ class Shape(NamedTuple):
     @property
     def stage_bytes(self) -> int:
         """Shared memory of a stage."""
-        return self.weights_at + SLABS * (SLAB_CODES + SLAB_SCALES)
+        return self.weights_at + self.slabs * (SLAB_CODES + SLAB_SCALES)
 
     @property
     def staging_at(self) -> int:
@@ -88,7 +106,7 @@ class Shape(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Of a CTA."""
-        return self.counts_at + 8 * (MAX_EXPERTS + 1)
+        return self.counts_at + 8 * (self.experts + 1)
 
 
 class Operands(NamedTuple):
@@ -99,12 +117,18 @@ class Operands(NamedTuple):
         scales: (experts, padded rows, padded k / 16) uint8, prepared.
         packed: (padded k / 64, capacity, 64) bf16: see `pack`.
         offsets: (experts + 1,) int32.
+        sums: fp32, room for `sums_of` each piece's parts; not touched unless `Shape.split`.
+        arrived: (pieces * CONSUMER_WARPS,) int32, zeros.
+        parts: CTAs that share a piece.
     """
 
     codes: cute.Tensor
     scales: cute.Tensor
     packed: cute.Tensor
     offsets: cute.Tensor
+    sums: cute.Tensor
+    arrived: cute.Tensor
+    parts: Int32
 
     @property
     def experts(self) -> Int32:
@@ -116,10 +140,9 @@ class Operands(NamedTuple):
         """Of 64 rows, of an expert."""
         return cute.size(self.codes, mode=[1]) // SLAB_ROWS
 
-    @property
-    def row_pieces(self) -> Int32:
+    def row_pieces(self, shape: Shape) -> Int32:
         """Pieces side by side that cover the weight rows of an expert."""
-        return (cute.size(self.codes, mode=[1]) + (ROWS - 1)) // ROWS
+        return (cute.size(self.codes, mode=[1]) + (shape.rows - 1)) // shape.rows
 
     @property
     def k_stages(self) -> Int32:
@@ -152,32 +175,19 @@ class Piece(NamedTuple):
     start: Int32
 
 
-class Share(NamedTuple):
-    """What a CTA of a cluster has of a piece: of its k, and of its groups of 8 tokens those of its rank modulo `ctas`.
-
-    Attributes:
-        rank: In the cluster.
-        ctas: Of the cluster.
-    """
-
-    rank: Int32 | int
-    ctas: Int32 | int
-
-    def holds(self, group: int) -> Boolean | bool:
-        """Whether the CTA has the results of a group."""
-        return True if isinstance(self.rank, int) else group % self.ctas == self.rank
+def share_of(shape: Shape, operands: Operands) -> tuple[Int32, Int32 | int]:
+    """Which part of the k of its pieces this CTA has, and of how many."""
+    if not shape.split:
+        return Int32(0), 1
+    return cute.arch.block_idx()[0] % operands.parts, operands.parts
 
 
-def share(shape: Shape) -> Share:
-    """This CTA's."""
-    return Share(cute.arch.block_idx_in_cluster(), cute.arch.cluster_size()) if shape.shared else Share(0, 1)
-
-
-def stages_of(part: Share, operands: Operands) -> tuple[Int32, Int32]:
-    """The first stage of a CTA's share of k, and how many there are."""
-    if isinstance(part.rank, int):
+def stages_of(shape: Shape, operands: Operands) -> tuple[Int32, Int32]:
+    """The first stage of this CTA's share of k, and how many there are."""
+    part, parts = share_of(shape, operands)
+    if not shape.split:
         return Int32(0), operands.k_stages
-    first, end = (operands.k_stages * (part.rank + i) // part.ctas for i in range(2))
+    first, end = (operands.k_stages * (part + i) // parts for i in range(2))
     return first, end - first
 
 
@@ -196,7 +206,7 @@ def count_tiles(base: Int32, thread: Int32, operands: Constexpr[Operands], shape
     """Fills the numbers of token tiles before each expert and their first rows; all threads, two barriers."""
     lane, wide, experts = thread % WARP, thread // WARP, operands.experts
     counts = base + shape.counts_at
-    starts = counts + 4 * (MAX_EXPERTS + 1)
+    starts = counts + 4 * (shape.experts + 1)
     rows = [operands.offsets[cutlass.min(2 * thread + i, experts)] for i in range(3)]
     tiles = [(rows[i + 1] - rows[i] + (shape.tokens - 1)) // shape.tokens for i in range(2)]
     total = tiles[0] + tiles[1]
@@ -220,7 +230,7 @@ def count_tiles(base: Int32, thread: Int32, operands: Constexpr[Operands], shape
 
 def pieces(base: Int32, operands: Operands, shape: Shape) -> Int32:
     """How many there are in all."""
-    return ring.load4(base + shape.counts_at + operands.experts * 4) * operands.row_pieces
+    return ring.load4(base + shape.counts_at + operands.experts * 4) * operands.row_pieces(shape)
 
 
 @cute.jit
@@ -233,7 +243,7 @@ def expert_of(
     passed = Int32(WARP)
     while passed == WARP:
         ahead = cutlass.min(here + 1 + lane, operands.experts)
-        before = ring.load4(base + shape.counts_at + ahead * 4) * operands.row_pieces
+        before = ring.load4(base + shape.counts_at + ahead * 4) * operands.row_pieces(shape)
         passed = cute.arch.popc(cute.arch.vote_ballot_sync((before <= piece) & (here + 1 + lane <= operands.experts)))
         here = here + passed
     return here
@@ -242,10 +252,10 @@ def expert_of(
 def piece_of(number: Int32, expert: Int32, base: Int32, operands: Operands, shape: Shape) -> Piece:
     """A piece of an expert: token tiles of the same weights are neighbours."""
     counts = base + shape.counts_at
-    starts = counts + 4 * (MAX_EXPERTS + 1)
+    starts = counts + 4 * (shape.experts + 1)
     before, after = (ring.load4(counts + (expert + i) * 4) for i in range(2))
     start, end = (ring.load4(starts + (expert + i) * 4) for i in range(2))
-    tiles, local = after - before, number - before * operands.row_pieces
+    tiles, local = after - before, number - before * operands.row_pieces(shape)
     row_piece = local // tiles
     width = _width_of((end - start + tiles - 1) // tiles, shape)
     first = (local - row_piece * tiles) * width
@@ -262,19 +272,21 @@ def _width_of(tokens: Int32, shape: Shape) -> Int32:
 
 @cute.jit
 def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape]) -> None:
-    """A producer warp fills the ring for all pieces of this CTA with a slab of weights; the first two with tokens."""
+    """A producer warp fills the ring for all pieces of this CTA: the first two with tokens, the last with weights."""
     total = pieces(base, operands, shape)
     lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
-    part = share(shape)
-    number, ctas = _turn(part)
-    first_stage, k_stages = stages_of(part, operands)
+    mine = warp - (GROUP // WARP - shape.slabs)  # which slab
+    number, turns = turn(shape, operands)
+    first_stage, k_stages = stages_of(shape, operands)
     expert, stage, parity = Int32(0), Int32(0), Int32(1)
+    if warp < 2:
+        cute.arch.griddepcontrol_wait()  # the tokens are packed; all else was there before `pack` let this grid start
     while number < total:
         expert = expert_of(number, expert, base, operands, shape)
         piece = piece_of(number, expert, base, operands, shape)
         if lane == 0:
-            slab = piece.row_piece * SLABS
-            place = Int64(expert * operands.slabs + slab + warp) * operands.k_stages + first_stage
+            place = Int64(expert * operands.slabs + piece.row_piece * shape.slabs + mine) * operands.k_stages
+            place = place + first_stage
             codes = ring.address(operands.codes.iterator) + place * SLAB_CODES
             scales = ring.address(operands.scales.iterator) + place * SLAB_SCALES
             rows = piece.width * wgmma.ROW_BYTES
@@ -282,9 +294,9 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
             tokens = ring.address(operands.packed.iterator)
             tokens = tokens + Int64(packed_start(piece.start, expert) + piece.first) * wgmma.ROW_BYTES
             tokens = tokens + (2 * first_stage + warp) * block
-            slabs = slabs_of(piece, operands)
+            weights = (mine >= 0) & (mine < slabs_of(piece, operands, shape))
             size = arith.select(warp < 2, rows, Int32(0))
-            size = size + arith.select(warp < slabs, Int32(SLAB_CODES + SLAB_SCALES), Int32(0))
+            size = size + arith.select(weights, Int32(SLAB_CODES + SLAB_SCALES), Int32(0))
             for _ in cutlass.range(k_stages, unroll=1):
                 full = base + shape.barriers_at + stage * 16
                 at = base + stage * shape.stage_bytes
@@ -292,35 +304,26 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
                 ring.expect(full, size)  # all warps, or one with nothing to copy might fall a phase behind
                 if warp < 2:
                     ring.copy(tokens, at + warp * (shape.weights_at // 2), rows, full)
-                if warp < slabs:
-                    there = at + shape.weights_at + warp * SLAB_CODES
+                if weights:
+                    there = at + shape.weights_at + mine * SLAB_CODES
                     ring.copy(codes, there, Int32(SLAB_CODES), full)
-                    there = at + (shape.weights_at + SLABS * SLAB_CODES) + warp * SLAB_SCALES
+                    there = at + (shape.weights_at + shape.slabs * SLAB_CODES) + mine * SLAB_SCALES
                     ring.copy(scales, there, Int32(SLAB_SCALES), full)
                 tokens, codes, scales = tokens + 2 * block, codes + SLAB_CODES, scales + SLAB_SCALES
                 stage, parity = _next(stage, parity, shape)
         stage, parity = cute.arch.shuffle_sync(stage, 0), cute.arch.shuffle_sync(parity, 0)
-        number = number + ctas
-        if cutlass.const_expr(shape.shared):
-            for _ in cutlass.range_constexpr(2):
-                _meet()
-            cute.arch.sync_threads()  # the sums that were exchanged lay where the stages are
+        number = number + turns
 
 
-def _turn(part: Share) -> tuple[Int32, Int32]:
-    """This CTA's first piece, and how many CTAs, or clusters, take turns."""
-    return cute.arch.block_idx()[0] // part.ctas, cute.arch.grid_dim()[0] // part.ctas
+def turn(shape: Shape, operands: Operands) -> tuple[Int32, Int32]:
+    """This CTA's first piece, and how many CTAs, or groups of them, take turns."""
+    _, parts = share_of(shape, operands)
+    return cute.arch.block_idx()[0] // parts, cute.arch.grid_dim()[0] // parts
 
 
-def _meet() -> None:
-    """Waits for all threads of the cluster."""
-    cute.arch.cluster_arrive()
-    cute.arch.cluster_wait()
-
-
-def slabs_of(piece: Piece, operands: Operands) -> Int32:
+def slabs_of(piece: Piece, operands: Operands, shape: Shape) -> Int32:
     """Of the slabs of a piece those that exist."""
-    return cutlass.min(operands.slabs - piece.row_piece * SLABS, SLABS)
+    return cutlass.min(operands.slabs - piece.row_piece * shape.slabs, shape.slabs)
 
 
 def _next(stage: Int32, parity: Int32, shape: Shape) -> tuple[Int32, Int32]:
@@ -337,57 +340,59 @@ def accumulate(
     stage: Int32,
     parity: Int32,
     width: Constexpr[int],
-    operands: Constexpr[Operands],
     shape: Constexpr[Shape],
 ) -> tuple[Int32, Int32]:
     """Sums so many stages of a piece with so many slabs: acc[tile, i], i as `wgmma.mma`; returns the next stage.
 
-    While the products of a step run, the operands of the next are decoded. At the end of a piece that is a step nobody
-    needs, of the last stage again.
+    The products of a tile and a step, 32 of k, are a group; while groups run, the operand of the next one is decoded.
+    At the end of a piece that is an operand nobody needs, of the last stage again.
     """
-    count = width // 2
-    for t in cutlass.range_constexpr(TILES):
-        for i, zero in enumerate(wgmma.zeros(count)):
-            acc[t, i] = zero
+    count, tiles = width // 2, shape.tiles
+    for t in cutlass.range_constexpr(tiles):
+        _keep(acc, t, wgmma.zeros(count))
     masks = fragments.masks(Target.SM90)
     lane = cute.arch.lane_idx()
-    tile = cutlass.min(warp_of_consumers(), slabs * (SLAB_TILES // TILES) - 1) * TILES  # one that exists, in any case
+    tile = cutlass.min(warp_of_consumers(), slabs * (SLAB_TILES // tiles) - 1) * tiles  # one that exists, in any case
     codes = base + (shape.weights_at + lane * 16) + tile * TILE_CODES
-    scales = base + (shape.weights_at + SLABS * SLAB_CODES + lane // 4 * 16) + tile * TILE_SCALES
-    ready = cute.make_rmem_tensor((TILES, 8), Uint32)  # decoded for the first step
-    words = cute.make_rmem_tensor((TILES, 8), Uint32)  # codes of half a stage, then scales
+    scales = base + (shape.weights_at + shape.slabs * SLAB_CODES + lane // 4 * 16) + tile * TILE_SCALES
+    ready = cute.make_rmem_tensor(8, Uint32)  # decoded for the first group
+    words = cute.make_rmem_tensor((tiles, 8), Uint32)  # codes of half a stage, then scales
     ring.wait(base + shape.barriers_at + stage * 16, parity)
-    _begin(ready, words, codes + stage * shape.stage_bytes, scales + stage * shape.stage_bytes, masks)
+    for t in cutlass.range_constexpr(tiles):
+        _keep(words, t, _first_words(t, codes + stage * shape.stage_bytes, scales + stage * shape.stage_bytes))
+    _keep(ready, None, decode([words[0, i] for i in range(8)], 0, masks))
     before, started = stage, Int32(0)
     for k in cutlass.range(k_stages, unroll=1):
-        sums = [[acc[t, i] for i in range(count)] for t in range(TILES)]
-        left = [[ready[t, i] for i in range(8)] for t in range(TILES)]
-        raw = [[words[t, i] for i in range(8)] for t in range(TILES)]
+        sums = [[acc[t, i] for i in range(count)] for t in range(tiles)]
+        raw = [[words[t, i] for i in range(8)] for t in range(tiles)]
+        left = [ready[i] for i in range(8)]
         tokens = wgmma.descriptor(base + stage * shape.stage_bytes)
         next_stage, next_parity = _next(stage, parity, shape)
-        for step in cutlass.range_constexpr(STEPS):
+        more = arith.select(k + 1 < k_stages, Int32(1), Int32(0))
+        there = arith.select(more == 1, next_stage, stage) * shape.stage_bytes
+        for group in cutlass.range_constexpr(STEPS * tiles):
+            step, t = group // tiles, group % tiles
             wgmma.fence()
             for i in cutlass.range_constexpr(2):
                 b = tokens + (step // 2 * (shape.weights_at // 2 >> 4) + (step % 2 * 2 + i) * 2)
-                for t in cutlass.range_constexpr(TILES):
-                    sums[t] = wgmma.mma(sums[t], left[t][4 * i : 4 * i + 4], b)
+                sums[t] = wgmma.mma(sums[t], left[4 * i : 4 * i + 4], b)
             wgmma.commit()
-            wgmma.wait(1)
-            if cutlass.const_expr(step == 0):
-                _release(base, before, started, shape)
-            if cutlass.const_expr(step == 1):
-                second = codes + (stage * shape.stage_bytes + TILE_CODES // 2)
-                for t in cutlass.range_constexpr(TILES):
-                    raw[t] = ring.load16(second + t * TILE_CODES) + raw[t][4:]
-            if cutlass.const_expr(step < STEPS - 1):
-                left = [decode(raw[t], step + 1, masks) for t in range(TILES)]
-        more = k + 1 < k_stages
-        ring.wait_if(base + shape.barriers_at + next_stage * 16, next_parity, arith.select(more, Int32(1), Int32(0)))
-        there = arith.select(more, next_stage, stage) * shape.stage_bytes
-        _begin(ready, words, codes + there, scales + there, masks)
-        for t in cutlass.range_constexpr(TILES):
-            for i in cutlass.range_constexpr(count):
-                acc[t, i] = sums[t][i]
+            wgmma.wait(shape.in_flight)
+            if cutlass.const_expr(group == shape.in_flight - 1):
+                _release(base, before, started, shape)  # its last group is done
+            if cutlass.const_expr(step == STEPS - 1):
+                if cutlass.const_expr(t == 0):
+                    ring.wait_if(base + shape.barriers_at + next_stage * 16, next_parity, more)
+                raw[t] = _first_words(t, codes + there, scales + there)
+            after, other = (group + 1) // tiles % STEPS, (group + 1) % tiles
+            left = decode(raw[other], after, masks)
+            if cutlass.const_expr(after == 1):
+                half = ring.load16(codes + (stage * shape.stage_bytes + other * TILE_CODES + TILE_CODES // 2))
+                raw[other] = half + raw[other][4:]
+        for t in cutlass.range_constexpr(tiles):
+            _keep(words, t, raw[t])
+            _keep(acc, t, sums[t])
+        _keep(ready, None, left)
         before, started = stage, Int32(1)
         stage, parity = next_stage, next_parity
     wgmma.wait(0)
@@ -395,53 +400,94 @@ def accumulate(
     return stage, parity
 
 
+def _keep(kept: cute.Tensor, row: int | None, words: Sequence[Numeric]) -> None:
+    """Writes registers that are carried through a loop."""
+    for i, word in enumerate(words):
+        if row is None:
+            kept[i] = word
+        else:
+            kept[row, i] = word
+
+
+def _first_words(tile: int, codes: Int32, scales: Int32) -> list[Uint32]:
+    """Codes of the first half of a stage, and scales of all of it."""
+    return ring.load16(codes + tile * TILE_CODES) + ring.load16(scales + tile * TILE_SCALES)
+
+
+def sums_bytes(width: int, shape: Shape) -> int:
+    """Of one CTA's sums of a piece."""
+    return CONSUMER_WARPS * WARP * shape.tiles * width * 2
+
+
 @cute.jit
-def exchange(
+def gather(
     acc: cute.Tensor,
-    base: Int32,
+    number: Int32,
     valid: Int32,
     width: Constexpr[int],
-    part: Constexpr[Share],
-) -> None:
-    """Adds up the sums of all CTAs of the cluster, in the order of their ranks, for the groups that this one holds."""
-    groups, size = width // 8, CONSUMERS * GROUP * 16  # bytes of four sums of each thread
-    slots = (groups + part.ctas - 1) // part.ctas * TILES  # from one sender's sums to the next one's
-    mine = base + (warp_of_consumers() * WARP + cute.arch.lane_idx()) * 16
-    _meet()  # nobody needs the stages any more: the sums go there
-    for group in cutlass.range_constexpr(groups):
-        if group * 8 < valid:
-            for t in cutlass.range_constexpr(TILES):
-                at = mine + (part.rank * slots + group // part.ctas * TILES + t) * size
-                ring.store16_of(at, [acc[t, group * 4 + i] for i in range(4)], group % part.ctas)
-    _meet()
-    for group in cutlass.range_constexpr(groups):
-        if part.holds(group) & (group * 8 < valid):
-            for t in cutlass.range_constexpr(TILES):
-                first = mine + (group // part.ctas * TILES + t) * size
-                total = cute.make_rmem_tensor(4, Float32)
-                for i, word in enumerate(ring.load16(first)):
-                    total[i] = arith.number(word)
-                for rank in cutlass.range(1, part.ctas, unroll=1):
-                    for i, word in enumerate(ring.load16(first + rank * slots * size)):
-                        total[i] = arith.add(total[i], arith.number(word), Target.SM90)
+    operands: Constexpr[Operands],
+    shape: Constexpr[Shape],
+) -> Boolean:
+    """Leaves a warp's sums in global memory; if those of all parts are there, adds them up in the order of k.
+
+    Returns:
+        Whether acc holds the sums of all k now.
+    """
+    lane, warp = cute.arch.lane_idx(), warp_of_consumers()
+    part, parts = share_of(shape, operands)
+    groups, run = width // 8, CONSUMER_WARPS * WARP * 16  # bytes of four sums of each thread
+    size = Int64(groups * shape.tiles * run)
+    first = ring.address(operands.sums.iterator) + Int64(number * parts) * size + (warp * WARP + lane) * 16
+    mine = first + part * size
+    for c in cutlass.range_constexpr(groups):
+        for t in cutlass.range_constexpr(shape.tiles):
+            words = [arith.bits(acc[t, c * 4 + i]) for i in range(4)]
+            there = arith.select(c * 8 < valid, Int32(1), Int32(0))
+            ring.store_global16_if(mine + (c * shape.tiles + t) * run, words, there)
+    cute.arch.sync_warp()
+    before = Int32(0)
+    if lane == 0:
+        place = ring.address(operands.arrived.iterator) + (number * CONSUMER_WARPS + warp) * 4
+        before = exchange.count_and_tell(place)
+    last = cute.arch.shuffle_sync(before, 0) == parts - 1
+    cute.arch.sync_warp()
+    if last:
+        chunk = min(groups, 4)  # groups of tokens whose sums are asked for together
+        at_once = max(1, SUMS_ASKED // (chunk * shape.tiles))  # parts
+        for c in cutlass.range_constexpr(0, groups, chunk):
+            here = [(t, c + j) for j in range(min(chunk, groups - c)) for t in range(shape.tiles)]
+            for t, g in here:
                 for i in cutlass.range_constexpr(4):
-                    acc[t, group * 4 + i] = total[i]
+                    acc[t, g * 4 + i] = Float32(0.0)  # not needed any more, whoever is valid
+            if c * 8 < valid:
+                total = cute.make_rmem_tensor((len(here), 4), Float32)
+                total.fill(0.0)
+                for start in cutlass.range(0, parts, at_once, unroll=1):
+                    found = [
+                        _sums_at(first + cutlass.min(start + p, parts - 1) * size, here, run, shape)
+                        for p in range(at_once)
+                    ]
+                    for p in cutlass.range_constexpr(at_once):
+                        for j in cutlass.range_constexpr(len(here)):
+                            for i in cutlass.range_constexpr(4):
+                                more = arith.add(total[j, i], found[p][j][i], Target.SM90)
+                                total[j, i] = arith.select(start + p < parts, more, total[j, i])
+                for j, (t, g) in enumerate(here):
+                    for i in cutlass.range_constexpr(4):
+                        acc[t, g * 4 + i] = total[j, i]
+    return last
+
+
+def _sums_at(at: Int64, here: list[tuple[int, int]], run: int, shape: Shape) -> list[list[Float32]]:
+    """A part's sums of some tiles and groups of tokens."""
+    words = [exchange.load16(at + (g * shape.tiles + t) * run) for t, g in here]
+    return [[arith.number(word) for word in four] for four in words]
 
 
 def _release(base: Int32, stage: Int32, condition: Int32, shape: Shape) -> None:
     """Gives a stage back, one arrival a warp."""
     mine = arith.select((cute.arch.lane_idx() == 0) & (condition != 0), Int32(1), Int32(0))
     ring.arrive_if(base + shape.barriers_at + stage * 16 + 8, mine)
-
-
-def _begin(ready: cute.Tensor, words: cute.Tensor, codes: Int32, scales: Int32, masks: fragments.Masks) -> None:
-    """Loads codes of the first half of a stage, and its scales, and decodes the first step."""
-    raw = [ring.load16(codes + t * TILE_CODES) + ring.load16(scales + t * TILE_SCALES) for t in range(TILES)]
-    for t in range(TILES):
-        for i, word in enumerate(raw[t]):
-            words[t, i] = word
-        for i, word in enumerate(decode(raw[t], 0, masks)):
-            ready[t, i] = word
 
 
 def warp_of_consumers() -> Int32:
@@ -458,15 +504,15 @@ def decode(raw: list[Uint32], step: int, masks: fragments.Masks) -> list[Uint32]
 @cute.jit
 def work(
     operands: Constexpr[Operands],
-    finish: Constexpr[Callable[[cute.Tensor, Piece, int, Int32, Share], None]],
+    finish: Constexpr[Callable[[cute.Tensor, Piece, int, Int32], None]],
     shape: Constexpr[Shape],
 ) -> None:
-    """The whole kernel, for all threads of a CTA.
+    """The whole kernel, for all threads of a CTA; `pack` must be what comes before it in the stream.
 
     Args:
         operands: What is multiplied.
-        finish: Gets the sums of a piece, as `accumulate` leaves them, the piece, its width, the address of
-            `Shape.staging` bytes and which groups are this CTA's; only consumers call it.
+        finish: Gets the sums of a piece, as `accumulate` leaves them, the piece, its width and the address of
+            `Shape.staging` bytes; only whole warps of consumers call it.
         shape: How the work is cut.
     """
     thread, _, _ = cute.arch.thread_idx()
@@ -474,9 +520,8 @@ def work(
     if thread == 0:
         for stage in cutlass.range_constexpr(shape.stages):
             ring.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
-            ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMERS * GROUP // WARP)
+            ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS)
         ring.init_fence()
-    cute.arch.griddepcontrol_wait()  # what came before in the stream is done; up to here it may still have run
     cute.arch.griddepcontrol_launch_dependents()
     count_tiles(base, thread, operands, shape)
     if thread < GROUP:
@@ -485,21 +530,23 @@ def work(
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         total = pieces(base, operands, shape)
-        part = share(shape)
-        number, ctas = _turn(part)
-        _, k_stages = stages_of(part, operands)
+        number, turns = turn(shape, operands)
+        _, k_stages = stages_of(shape, operands)
         expert, stage, parity = Int32(0), Int32(0), Int32(0)
         while number < total:
             expert = expert_of(number, expert, base, operands, shape)
             piece = piece_of(number, expert, base, operands, shape)
-            slabs = slabs_of(piece, operands)
+            slabs = slabs_of(piece, operands, shape)
             for width in shape.widths:
                 if piece.width == width:
-                    acc = cute.make_rmem_tensor((TILES, width // 2), Float32)
-                    stage, parity = accumulate(acc, base, slabs, k_stages, stage, parity, width, operands, shape)
-                    if cutlass.const_expr(shape.shared):
-                        exchange(acc, base, piece.valid, width, part)
-                    finish(acc, piece, width, base + shape.staging_at, part)
-            number = number + ctas
-            if cutlass.const_expr(shape.shared):
-                cute.arch.sync_threads()
+                    acc = cute.make_rmem_tensor((shape.tiles, width // 2), Float32)
+                    stage, parity = accumulate(acc, base, slabs, k_stages, stage, parity, width, shape)
+                    if cutlass.const_expr(shape.split):
+                        whole = operands.parts == 1
+                        if not whole:
+                            whole = gather(acc, number, piece.valid, width, operands, shape)
+                        if whole:
+                            finish(acc, piece, width, base + shape.staging_at)
+                    else:
+                        finish(acc, piece, width, base + shape.staging_at)
+            number = number + turns

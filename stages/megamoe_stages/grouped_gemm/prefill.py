@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,8 @@ from megamoe.numerics.fragments import padded_shape
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe_stages.grouped_gemm import prefill_kernel
 
-CLUSTERS = (2, 4, 8)
 STAGE_CLOCKS, TOKEN_CLOCKS = 850, 13  # of a stage, and of each of its tokens; measured at 16 to 104
-EXCHANGE_CLOCKS = 5000  # supposed
+SHARE_CLOCKS, SUMS_CLOCKS = 3000, 20  # of sharing a piece, and more for each part and token
 MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
 
 
@@ -33,20 +32,29 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
         out: bf16 (M, N), written; M is not 0.
     """
     experts = weights.codes.shape[0]
-    shape, ctas, cluster = cut(out.shape[0], weights, processors(out.device), clusters(out.device))
-    packed = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape)
+    shape, ctas, sharing, pieces = cut(out.shape[0], weights, processors(out.device))
+    kept = ctas * weight_gemm.sums_bytes(shape.tokens, shape) // 4 if sharing > 1 else 1
+    sums = torch.empty(kept, dtype=torch.float32, device=out.device)
+    arrived = torch.empty(pieces * weight_gemm.CONSUMER_WARPS, dtype=torch.int32, device=out.device)
+    packed = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape, arrived)
     alpha = weights.global_scale_dec
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
     dec = a.global_scale_dec if isinstance(a, NVFP4Tensor) else alpha.view(-1)[0]
     launch = _launcher(isinstance(a, NVFP4Tensor), out.shape[1] % 8 == 0, shape)
     codes, scales = weights.codes, weights.scales.view(torch.uint8)
-    launch(codes, scales, packed, offsets, alpha.view(-1), dec, out, parts, ctas, cluster)
+    launch(codes, scales, packed, offsets, alpha.view(-1), dec, out, sums, arrived, parts, ctas, sharing)
 
 
 def pack_rows(
-    a: Tensor | NVFP4Tensor, offsets: Tensor, row_index: Tensor | None, rows: int, k: int, shape: Shape
+    a: Tensor | NVFP4Tensor,
+    offsets: Tensor,
+    row_index: Tensor | None,
+    rows: int,
+    k: int,
+    shape: Shape,
+    cleared: Tensor,
 ) -> Tensor:
-    """Activations as `cute.pack` lays them out: bf16 (padded K / 64, capacity, 64)."""
+    """Activations as `cute.pack` lays them out, bf16 (padded K / 64, capacity, 64); zeros int32 `cleared`."""
     capacity = weight_gemm.packed_capacity(rows, offsets.shape[0] - 1, shape.tokens)
     packed = torch.empty((padded_shape(1, k)[1] // 64, capacity, 64), dtype=torch.bfloat16, device=offsets.device)
     index = offsets if row_index is None else row_index
@@ -55,39 +63,53 @@ def pack_rows(
     else:
         kind, values, scales = "bfloat16", a, a.view(torch.uint8)
     parts = pack.parts_of(rows, k)
-    _packer(kind, row_index is not None)(values, scales, index, offsets, packed, rows, parts)
+    _packer(kind, row_index is not None)(values, scales, index, offsets, packed, cleared, rows, parts)
     return packed
 
 
-def cut(rows: int, weights: NVFP4Tensor, sms: int, most_clusters: Mapping[int, int]) -> tuple[Shape, int, int]:
-    """How the work is cut, over how many CTAs, and how many of these share a piece.
+class Cut(NamedTuple):
+    """How the work is cut.
 
-    One expert may have fewer pieces than there are SMs: then a cluster of up to 8 CTAs divides the k of each, if all
-    clusters can run at the same time.
+    Attributes:
+        shape: Of the kernel.
+        ctas: How many.
+        sharing: How many of them share the k of a piece.
+        pieces: That are shared.
+    """
+
+    shape: Shape
+    ctas: int
+    sharing: int = 1
+    pieces: int = 0
+
+
+def cut(rows: int, weights: NVFP4Tensor, sms: int) -> Cut:
+    """How the work is cut; one expert may have fewer pieces than there are SMs, then several CTAs share the k of each.
 
     Args:
         rows: Of the result.
         weights: In the hopper layout.
         sms: Of the device.
-        most_clusters: How many clusters of each size can run at the same time.
     """
     experts, n, stages = weights.codes.shape[0], weights.codes.shape[1], weights.codes.shape[2] * 2 // STAGE_K
-    shape = shape_for(rows, experts)
     if experts > 1:
-        return shape, sms, 1
-    best = (shape, sms, 1)
-    least = math.inf
-    for dense in prefill_kernel.DENSE:
-        tiles = -(-rows // dense.tokens)
-        pieces = -(-n // weight_gemm.ROWS) * tiles
-        width = next(w for w in dense.widths if w * tiles >= rows)
-        for cluster in (1, *(c for c, most in most_clusters.items() if c <= stages and pieces <= most)):
-            turns = -(-pieces * cluster // sms) * -(-stages // cluster)
-            cost = turns * (STAGE_CLOCKS + TOKEN_CLOCKS * width) + EXCHANGE_CLOCKS * (cluster > 1)
-            if cost < least:
-                chosen = dense if cluster > 1 else prefill_kernel.NARROW if dense.tokens == 64 else prefill_kernel.WIDE
-                least, best = cost, (chosen, pieces * cluster if cluster > 1 else sms, cluster)
-    return best
+        return Cut(shape_for(rows, experts), sms)
+    found = []
+    for shape in prefill_kernel.DENSE:
+        tiles = -(-rows // shape.tokens)
+        pieces = -(-n // shape.rows) * tiles
+        width = next(w for w in shape.widths if w * tiles >= rows)
+        for sharing in range(1, max(1, min(sms // pieces, stages)) + 1):
+            clocks = -(-pieces * sharing // sms) * -(-stages // sharing) * stage_clocks(width, shape)
+            if sharing > 1:
+                clocks += SHARE_CLOCKS + SUMS_CLOCKS * sharing * width * shape.tiles // 2
+            found.append((clocks, Cut(shape, min(sms, pieces * sharing), sharing, pieces if sharing > 1 else 0)))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def stage_clocks(width: int, shape: Shape) -> int:
+    """What a stage of a piece costs."""
+    return max(STAGE_CLOCKS + TOKEN_CLOCKS * width, 16 * width) * shape.tiles // 2
 
 
 def shape_for(rows: int, experts: int) -> Shape:
@@ -105,15 +127,6 @@ def narrowness(rows: int, experts: int) -> int:
 def processors(device: torch.device) -> int:
     """SMs of a device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def clusters(device: torch.device) -> dict[int, int]:
-    """How many of each size can run at the same time, a CTA an SM: the chip's parts make it fewer than SMs / size."""
-    from cutlass.utils import HardwareInfo  # knows the device once torch has made its context
-
-    info = HardwareInfo(device.index or 0)
-    return {size: int(info.get_max_active_clusters(size)) for size in CLUSTERS}
 
 
 @functools.cache

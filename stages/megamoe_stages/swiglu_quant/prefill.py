@@ -40,7 +40,8 @@ def run(
     """
     experts, rows = weights.codes.shape[0], out.codes.shape[0]
     shape = shape_for(rows, experts)
-    packed = gemm.pack_rows(a, offsets, row_index, rows, weights.shape[-1], shape)
+    unused = torch.empty(0, dtype=torch.int32, device=out.codes.device)  # no piece is shared
+    packed = gemm.pack_rows(a, offsets, row_index, rows, weights.shape[-1], shape, unused)
     alpha, quantized, tiled = weights.global_scale_dec, isinstance(a, NVFP4Tensor), out.scale_layout == "128x4"
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
     alpha = alpha.view(-1)

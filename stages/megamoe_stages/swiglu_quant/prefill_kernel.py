@@ -17,17 +17,17 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.layout import offset_128x4, offset_linear
 from megamoe.cute.recipe import BLOCK, Block, GlobalScale
 from megamoe.cute.warp import WARP
-from megamoe.cute.weight_gemm import TILES, Operands, Piece, Shape, Share
+from megamoe.cute.weight_gemm import CONSUMER_WARPS, Operands, Piece, Shape
 from megamoe_stages.grouped_gemm.prefill_kernel import factor_of
 from megamoe_stages.swiglu_quant.kernel import maximum_or_nan, minimum_or_nan, swiglu
 
-_WARPS = weight_gemm.CONSUMERS * weight_gemm.GROUP // WARP
+_TILES = 2  # of a warp: 16 gates and the 16 ups are a block
 _STRIDE = BLOCK + 4  # floats from token to token: then neither writing nor reading meets a bank twice
 _STAGING = WARP * _STRIDE * 4  # bytes of a warp
 WIDE, NARROW, SPARSE = (
-    Shape((96, 104, 128), 4, _WARPS * _STAGING),
-    Shape((32, 40, 48, 56, 64), 5, _WARPS * _STAGING),
-    Shape((16, 24, 32, 40, 48), 6, _WARPS * _STAGING),
+    Shape((96, 104, 128), 4, CONSUMER_WARPS * _STAGING),
+    Shape((32, 40, 48, 56, 64), 5, CONSUMER_WARPS * _STAGING),
+    Shape((16, 24, 32, 40, 48), 6, CONSUMER_WARPS * _STAGING),
 )
 
 
@@ -92,13 +92,13 @@ def kernel(
     if cta + thread == 0:
         out_dec[()] = recipe.global_scale(enc[()], Target.SM90).dec
 
-    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, part: Share) -> None:
+    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32) -> None:
         first = piece.expert * parts
         factors = [factor_of(alpha, first + i * (parts // 2), dec, quantized) for i in range(2)]  # of gate and up
         given = (row_weight, enc, limit, factors, weighted)
         encode(acc, piece, staging, *given, out_codes, out_scales, tiled, width)
 
-    weight_gemm.work(Operands(codes, scales, packed, offsets), finish, shape)
+    weight_gemm.work(Operands(codes, scales, packed, offsets, alpha, offsets, Int32(1)), finish, shape)  # no sums
 
 
 @cute.jit
@@ -121,14 +121,14 @@ def encode(
     lane = cute.arch.lane_idx()
     warp = weight_gemm.warp_of_consumers()
     area = staging + warp * _STAGING
-    block = piece.row_piece * _WARPS + warp
+    block = piece.row_piece * CONSUMER_WARPS + warp
     blocks = cute.size(out_codes, mode=[1]) // (BLOCK // 2)
     to = area + (lane % 4 * 2 * _STRIDE + lane // 4) * 4
     scale = recipe.regular_global_scale(enc[()], target)
     for first in cutlass.range_constexpr(0, width, WARP):
         if (first < piece.valid) & (block < blocks):
             for c in cutlass.range_constexpr(first // 8, min(first + WARP, width) // 8):
-                for t, j in ((t, j) for t in range(TILES) for j in range(2)):
+                for t, j in ((t, j) for t in range(_TILES) for j in range(2)):
                     gate, up = (arith.mul(acc[t, c * 4 + i * 2 + j], factors[i], target) for i in range(2))
                     up = maximum_or_nan(minimum_or_nan(up, limit, target), -limit, target)
                     y = swiglu(minimum_or_nan(gate, limit, target), up, target)
