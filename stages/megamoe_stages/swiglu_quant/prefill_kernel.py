@@ -11,12 +11,12 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, recipe, ring, weight_gemm
+from megamoe.cute import arith, convert, recipe, ring, weight_gemm
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.layout import offset_128x4, offset_linear
 from megamoe.cute.recipe import BLOCK, Block, GlobalScale
-from megamoe.cute.warp import WARP
+from megamoe.cute.warp import WARP, from_lane
 from megamoe.cute.weight_gemm import CONSUMER_WARPS, Operands, Piece, Shape
 from megamoe_stages.grouped_gemm.prefill_kernel import factor_of
 from megamoe_stages.swiglu_quant.kernel import maximum_or_nan, minimum_or_nan, swiglu
@@ -134,12 +134,59 @@ def encode(
                     y = swiglu(minimum_or_nan(gate, limit, target), up, target)
                     ring.store4(to + ((c * 8 - first + j) * _STRIDE + t * 8) * 4, y)
             cute.arch.sync_warp()
-            mine = cutlass.min(lane, min(WARP, width - first) - 1)  # a token that was written
-            words = [word for i in range(4) for word in ring.load16(area + (mine * _STRIDE + i * 4) * 4)]
-            cute.arch.sync_warp()
-            if first + lane < piece.valid:
-                row = piece.start + piece.first + first + lane
-                _quantize(words, row, block, row_weight, enc, scale, weighted, out_codes, out_scales, tiled)
+            row, left = piece.start + piece.first + first, piece.valid - first
+            given = (row_weight, enc, weighted, out_codes, out_scales, tiled)
+            if cutlass.const_expr(width - first <= WARP // 2):
+                _quantize_by_halves(area, row, left, block, *given)
+            else:
+                mine = cutlass.min(lane, min(WARP, width - first) - 1)  # a token that was written
+                words = [word for i in range(4) for word in ring.load16(area + (mine * _STRIDE + i * 4) * 4)]
+                cute.arch.sync_warp()
+                if lane < left:
+                    _quantize(words, row + lane, block, scale, *given)
+
+
+@cute.jit
+def _quantize_by_halves(
+    area: Int32,
+    row: Int32,
+    tokens: Int32,
+    block: Int32,
+    row_weight: cute.Tensor,
+    enc: cute.Tensor,
+    weighted: Constexpr[bool],
+    codes: cute.Tensor,
+    scales: cute.Tensor,
+    tiled: Constexpr[bool],
+) -> None:
+    """Encodes and writes a block of each of up to 16 tokens, rows from `row` on: two lanes have half a block each."""
+    target = Target.SM90
+    lane = cute.arch.lane_idx()
+    token, half = cutlass.min(lane % (WARP // 2), tokens - 1), lane // (WARP // 2)
+    at = area + (token * _STRIDE + half * (BLOCK // 2)) * 4
+    values = [arith.number(word) for i in range(2) for word in ring.load16(at + i * 16)]
+    cute.arch.sync_warp()
+    if cutlass.const_expr(weighted):
+        values = [arith.mul(value, row_weight[row + token], target) for value in values]
+    largest = _largest(values, target)
+    largest = arith.maximum(largest, from_lane(largest, WARP // 2), target)
+    byte, factor = recipe.block_scale(largest, recipe.global_scale(enc[()], target), target)
+    nibbles = recipe.pack_codes([convert.encode_e2m1(arith.mul(value, factor, target), target) for value in values])
+    if lane % (WARP // 2) < tokens:
+        blocks = cute.size(codes, mode=[1]) // (BLOCK // 2)
+        words = cute.make_tensor(cute.recast_ptr(codes.iterator, dtype=Uint32), cute.make_layout(cute.size(codes) // 4))
+        words[(Int64(row + token) * blocks + block) * 2 + half] = nibbles
+        if half == 0:
+            flat = cute.make_tensor(scales.iterator, cute.make_layout(cute.size(scales)))
+            flat[_scale_offset(row + token, block, blocks, tiled)] = Uint8(byte)
+
+
+def _largest(values: list[Float32], target: Target) -> Float32:
+    """The largest magnitude, NaN left out; pair by pair, so that few operations wait for each other."""
+    while len(values) > 1:
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [arith.maximum(*(arith.magnitude(x, target) for x in pair), target) for pair in pairs]
+    return values[0]
 
 
 @cute.jit
@@ -147,9 +194,9 @@ def _quantize(
     words: Constexpr[list[Uint32]],
     row: Int32,
     block: Int32,
+    scale: Constexpr[GlobalScale],
     row_weight: cute.Tensor,
     enc: cute.Tensor,
-    scale: Constexpr[GlobalScale],
     weighted: Constexpr[bool],
     codes: cute.Tensor,
     scales: cute.Tensor,
@@ -171,7 +218,11 @@ def _store(encoded: Block, row: Int32, block: Int32, codes: cute.Tensor, scales:
     at = ring.address(codes.iterator) + (Int64(row) * blocks + block) * (BLOCK // 2)
     ring.store_global8(at, [encoded.low, encoded.high])
     flat = cute.make_tensor(scales.iterator, cute.make_layout(cute.size(scales)))
-    flat[(offset_128x4 if tiled else offset_linear)(row, block, blocks)] = Uint8(encoded.scale)
+    flat[_scale_offset(row, block, blocks, tiled)] = Uint8(encoded.scale)
+
+
+def _scale_offset(row: Int32, block: Int32, blocks: Int32, tiled: bool) -> Int32:
+    return (offset_128x4 if tiled else offset_linear)(row, block, blocks)
 
 
 def spec(quantized: bool, weighted: bool, tiled: bool, shape: Shape) -> KernelSpec:
