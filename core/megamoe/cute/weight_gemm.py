@@ -35,6 +35,7 @@ SLAB_TILES = SLAB_ROWS // TILE_ROWS
 TILE_CODES, TILE_SCALES = SLAB_CODES // SLAB_TILES, SLAB_SCALES // SLAB_TILES
 BLOCK_K = 64  # k of a swizzled row of activations
 STEPS = 4  # of a stage, 32 of k each
+TILES_TOGETHER = 8  # token tiles of one expert
 SUMS_ASKED = 16  # times 16 bytes of others' sums that a thread asks for before it waits
 ALIGNMENT = 8  # packed rows of an expert start at its multiples, or the swizzle would not fit
 MAX_EXPERTS = 2 * THREADS
@@ -62,6 +63,11 @@ class Shape(NamedTuple):
     experts: int = MAX_EXPERTS
     split: bool = False
     in_flight: int = 1
+
+    @property
+    def dense(self) -> bool:
+        """There is one expert, whose rows the host knows."""
+        return self.experts == 1
 
     @property
     def rows(self) -> int:
@@ -100,13 +106,13 @@ class Shape(NamedTuple):
 
     @property
     def counts_at(self) -> int:
-        """Where the numbers of token tiles before each expert start; the experts' first rows follow."""
+        """Where the numbers of token tiles before each expert start; the experts' first rows follow; not if dense."""
         return self.barriers_at + self.stages * 16
 
     @property
     def shared_bytes(self) -> int:
         """Of a CTA."""
-        return self.counts_at + 8 * (self.experts + 1)
+        return self.counts_at + (0 if self.dense else 8 * (self.experts + 1))
 
 
 class Operands(NamedTuple):
@@ -120,6 +126,8 @@ class Operands(NamedTuple):
         sums: fp32, room for `sums_of` each piece's parts; not touched unless `Shape.split`.
         arrived: (pieces * CONSUMER_WARPS,) int32, zeros.
         parts: CTAs that share a piece.
+        rows: Tokens of the only expert; not read unless `Shape.dense`.
+        tiles: Of those tokens.
     """
 
     codes: cute.Tensor
@@ -129,6 +137,8 @@ class Operands(NamedTuple):
     sums: cute.Tensor
     arrived: cute.Tensor
     parts: Int32
+    rows: Int32
+    tiles: Int32
 
     @property
     def experts(self) -> Int32:
@@ -230,6 +240,8 @@ def count_tiles(base: Int32, thread: Int32, operands: Constexpr[Operands], shape
 
 def pieces(base: Int32, operands: Operands, shape: Shape) -> Int32:
     """How many there are in all."""
+    if shape.dense:
+        return operands.tiles * operands.row_pieces(shape)
     return ring.load4(base + shape.counts_at + operands.experts * 4) * operands.row_pieces(shape)
 
 
@@ -251,6 +263,8 @@ def expert_of(
 
 def piece_of(number: Int32, expert: Int32, base: Int32, operands: Operands, shape: Shape) -> Piece:
     """A piece of an expert: token tiles of the same weights are neighbours."""
+    if shape.dense:
+        return _dense_piece(number, operands, shape)
     counts = base + shape.counts_at
     starts = counts + 4 * (shape.experts + 1)
     before, after = (ring.load4(counts + (expert + i) * 4) for i in range(2))
@@ -261,6 +275,19 @@ def piece_of(number: Int32, expert: Int32, base: Int32, operands: Operands, shap
     first = (local - row_piece * tiles) * width
     valid = cutlass.min(width, end - start - first)
     return Piece(expert, row_piece, first, valid, _width_of(valid, shape), start)
+
+
+def _dense_piece(number: Int32, operands: Operands, shape: Shape) -> Piece:
+    """The same for the only expert, up to TILES_TOGETHER token tiles at a time, so that they stay in L2."""
+    around = operands.row_pieces(shape) * TILES_TOGETHER
+    first_tile = number // around * TILES_TOGETHER
+    together = cutlass.min(operands.tiles - first_tile, TILES_TOGETHER)
+    local = number - first_tile * operands.row_pieces(shape)
+    row_piece = local // together
+    width = _width_of((operands.rows + operands.tiles - 1) // operands.tiles, shape)
+    first = (first_tile + local - row_piece * together) * width
+    valid = cutlass.min(width, operands.rows - first)
+    return Piece(Int32(0), row_piece, first, valid, _width_of(valid, shape), Int32(0))
 
 
 def _width_of(tokens: Int32, shape: Shape) -> Int32:
@@ -282,7 +309,8 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
     if warp < 2:
         cute.arch.griddepcontrol_wait()  # the tokens are packed; all else was there before `pack` let this grid start
     while number < total:
-        expert = expert_of(number, expert, base, operands, shape)
+        if cutlass.const_expr(not shape.dense):
+            expert = expert_of(number, expert, base, operands, shape)
         piece = piece_of(number, expert, base, operands, shape)
         if lane == 0:
             place = Int64(expert * operands.slabs + piece.row_piece * shape.slabs + mine) * operands.k_stages
@@ -414,9 +442,9 @@ def _first_words(tile: int, codes: Int32, scales: Int32) -> list[Uint32]:
     return ring.load16(codes + tile * TILE_CODES) + ring.load16(scales + tile * TILE_SCALES)
 
 
-def sums_bytes(width: int, shape: Shape) -> int:
-    """Of one CTA's sums of a piece."""
-    return CONSUMER_WARPS * WARP * shape.tiles * width * 2
+def sums_bytes(shape: Shape) -> int:
+    """Of one CTA's sums of a piece, of any width."""
+    return CONSUMER_WARPS * WARP * shape.tiles * shape.tokens * 2
 
 
 @cute.jit
@@ -436,7 +464,7 @@ def gather(
     lane, warp = cute.arch.lane_idx(), warp_of_consumers()
     part, parts = share_of(shape, operands)
     groups, run = width // 8, CONSUMER_WARPS * WARP * 16  # bytes of four sums of each thread
-    size = Int64(groups * shape.tiles * run)
+    size = Int64(sums_bytes(shape))
     first = ring.address(operands.sums.iterator) + Int64(number * parts) * size + (warp * WARP + lane) * 16
     mine = first + part * size
     for c in cutlass.range_constexpr(groups):
@@ -452,30 +480,70 @@ def gather(
     last = cute.arch.shuffle_sync(before, 0) == parts - 1
     cute.arch.sync_warp()
     if last:
-        chunk = min(groups, 4)  # groups of tokens whose sums are asked for together
-        at_once = max(1, SUMS_ASKED // (chunk * shape.tiles))  # parts
-        for c in cutlass.range_constexpr(0, groups, chunk):
-            here = [(t, c + j) for j in range(min(chunk, groups - c)) for t in range(shape.tiles)]
-            for t, g in here:
-                for i in cutlass.range_constexpr(4):
-                    acc[t, g * 4 + i] = Float32(0.0)  # not needed any more, whoever is valid
-            if c * 8 < valid:
-                total = cute.make_rmem_tensor((len(here), 4), Float32)
-                total.fill(0.0)
-                for start in cutlass.range(0, parts, at_once, unroll=1):
-                    found = [
-                        _sums_at(first + cutlass.min(start + p, parts - 1) * size, here, run, shape)
-                        for p in range(at_once)
-                    ]
-                    for p in cutlass.range_constexpr(at_once):
-                        for j in cutlass.range_constexpr(len(here)):
-                            for i in cutlass.range_constexpr(4):
-                                more = arith.add(total[j, i], found[p][j][i], Target.SM90)
-                                total[j, i] = arith.select(start + p < parts, more, total[j, i])
-                for j, (t, g) in enumerate(here):
-                    for i in cutlass.range_constexpr(4):
-                        acc[t, g * 4 + i] = total[j, i]
+        if parts == 2:
+            _add_other(acc, first + (1 - part) * size, valid, width, run, shape)
+        else:
+            _add_all(acc, first, parts, size, valid, width, run, shape)
     return last
+
+
+def _chunks(width: int, shape: Shape) -> list[list[tuple[int, int]]]:
+    """(tile, group of 8 tokens) of all sums, in runs that are asked for together."""
+    step = max(1, SUMS_ASKED // 2 // shape.tiles)
+    groups = range(width // 8)
+    return [[(t, g) for g in groups[c : c + step] for t in range(shape.tiles)] for c in range(0, len(groups), step)]
+
+
+@cute.jit
+def _add_other(
+    acc: cute.Tensor,
+    other: Int64,
+    valid: Int32,
+    width: Constexpr[int],
+    run: Constexpr[int],
+    shape: Constexpr[Shape],
+) -> None:
+    """Adds the sums of the other of two parts: a + b is b + a."""
+    for here in _chunks(width, shape):
+        if here[0][1] * 8 < valid:
+            found = _sums_at(other, here, run, shape)
+            for j, (t, g) in enumerate(here):
+                for i in cutlass.range_constexpr(4):
+                    acc[t, g * 4 + i] = arith.add(acc[t, g * 4 + i], found[j][i], Target.SM90)
+
+
+@cute.jit
+def _add_all(
+    acc: cute.Tensor,
+    first: Int64,
+    parts: Int32,
+    size: Int64,
+    valid: Int32,
+    width: Constexpr[int],
+    run: Constexpr[int],
+    shape: Constexpr[Shape],
+) -> None:
+    """Replaces the sums by those of all parts, added up in the order of k."""
+    for here in _chunks(width, shape):
+        for t, g in here:
+            for i in cutlass.range_constexpr(4):
+                acc[t, g * 4 + i] = Float32(0.0)  # not needed any more, whoever is valid
+        if here[0][1] * 8 < valid:
+            at_once = max(1, SUMS_ASKED // len(here))  # parts
+            total = cute.make_rmem_tensor((len(here), 4), Float32)
+            total.fill(0.0)
+            for start in cutlass.range(0, parts, at_once, unroll=1):
+                found = [
+                    _sums_at(first + cutlass.min(start + p, parts - 1) * size, here, run, shape) for p in range(at_once)
+                ]
+                for p in cutlass.range_constexpr(at_once):
+                    for j in cutlass.range_constexpr(len(here)):
+                        for i in cutlass.range_constexpr(4):
+                            more = arith.add(total[j, i], found[p][j][i], Target.SM90)
+                            total[j, i] = arith.select(start + p < parts, more, total[j, i])
+            for j, (t, g) in enumerate(here):
+                for i in cutlass.range_constexpr(4):
+                    acc[t, g * 4 + i] = total[j, i]
 
 
 def _sums_at(at: Int64, here: list[tuple[int, int]], run: int, shape: Shape) -> list[list[Float32]]:
@@ -523,7 +591,10 @@ def work(
             ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS)
         ring.init_fence()
     cute.arch.griddepcontrol_launch_dependents()
-    count_tiles(base, thread, operands, shape)
+    if cutlass.const_expr(shape.dense):
+        cute.arch.sync_threads()
+    else:
+        count_tiles(base, thread, operands, shape)
     if thread < GROUP:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
         produce(base, operands, shape)
@@ -534,7 +605,8 @@ def work(
         _, k_stages = stages_of(shape, operands)
         expert, stage, parity = Int32(0), Int32(0), Int32(0)
         while number < total:
-            expert = expert_of(number, expert, base, operands, shape)
+            if cutlass.const_expr(not shape.dense):
+                expert = expert_of(number, expert, base, operands, shape)
             piece = piece_of(number, expert, base, operands, shape)
             slabs = slabs_of(piece, operands, shape)
             for width in shape.widths:

@@ -32,17 +32,18 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
         out: bf16 (M, N), written; M is not 0.
     """
     experts = weights.codes.shape[0]
-    shape, ctas, sharing, pieces = cut(out.shape[0], weights, processors(out.device))
-    kept = ctas * weight_gemm.sums_bytes(shape.tokens, shape) // 4 if sharing > 1 else 1
-    sums = torch.empty(kept, dtype=torch.float32, device=out.device)
-    arrived = torch.empty(pieces * weight_gemm.CONSUMER_WARPS, dtype=torch.int32, device=out.device)
+    shape, ctas, sharing, tiles = cut(out.shape[0], weights, processors(out.device))
+    split = sharing > 1
+    sums = torch.empty(split * ctas * weight_gemm.sums_bytes(shape) // 4, dtype=torch.float32, device=out.device)
+    counters = split * ctas // sharing * weight_gemm.CONSUMER_WARPS
+    arrived = torch.empty(counters, dtype=torch.int32, device=out.device)
     packed = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape, arrived)
     alpha = weights.global_scale_dec
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
     dec = a.global_scale_dec if isinstance(a, NVFP4Tensor) else alpha.view(-1)[0]
     launch = _launcher(isinstance(a, NVFP4Tensor), out.shape[1] % 8 == 0, shape)
     codes, scales = weights.codes, weights.scales.view(torch.uint8)
-    launch(codes, scales, packed, offsets, alpha.view(-1), dec, out, sums, arrived, parts, ctas, sharing)
+    launch(codes, scales, packed, offsets, alpha.view(-1), dec, out, sums, arrived, parts, ctas, sharing, tiles)
 
 
 def pack_rows(
@@ -73,14 +74,14 @@ class Cut(NamedTuple):
     Attributes:
         shape: Of the kernel.
         ctas: How many.
-        sharing: How many of them share the k of a piece.
-        pieces: That are shared.
+        sharing: How many of them share the k of a piece; then no CTA has more than one piece.
+        tiles: Of the tokens of one expert.
     """
 
     shape: Shape
     ctas: int
     sharing: int = 1
-    pieces: int = 0
+    tiles: int = 1
 
 
 def cut(rows: int, weights: NVFP4Tensor, sms: int) -> Cut:
@@ -95,15 +96,15 @@ def cut(rows: int, weights: NVFP4Tensor, sms: int) -> Cut:
     if experts > 1:
         return Cut(shape_for(rows, experts), sms)
     found = []
-    for shape in prefill_kernel.DENSE:
-        tiles = -(-rows // shape.tokens)
+    for shape, most in ((dense, width) for dense in prefill_kernel.DENSE for width in dense.widths):
+        tiles = -(-rows // most)
         pieces = -(-n // shape.rows) * tiles
         width = next(w for w in shape.widths if w * tiles >= rows)
         for sharing in range(1, max(1, min(sms // pieces, stages)) + 1):
             clocks = -(-pieces * sharing // sms) * -(-stages // sharing) * stage_clocks(width, shape)
             if sharing > 1:
                 clocks += SHARE_CLOCKS + SUMS_CLOCKS * sharing * width * shape.tiles // 2
-            found.append((clocks, Cut(shape, min(sms, pieces * sharing), sharing, pieces if sharing > 1 else 0)))
+            found.append((clocks, Cut(shape, min(sms, pieces * sharing), sharing, tiles)))
     return min(found, key=lambda pair: pair[0])[1]
 
 

@@ -20,9 +20,11 @@ WIDE, NARROW, SPARSE = (
     Shape((16, 24, 32, 40, 48), 6, _STAGING),
 )
 DENSE = (  # for one expert, whose pieces may be too few for all SMs
+    Shape((16, 32, 64), 8, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
+    Shape((96, 128), 5, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
+    Shape((192, 256), 3, CONSUMER_WARPS * _TURNED, tiles=1, experts=1, split=True, in_flight=3),
     Shape((16, 32, 64), 6, _STAGING, experts=1, split=True),
     Shape((96, 128), 4, _STAGING, experts=1, split=True),
-    Shape((256,), 3, CONSUMER_WARPS * _TURNED, tiles=1, experts=1, split=True),
 )
 
 
@@ -40,6 +42,7 @@ def launch(
     parts: Int32,  # of an expert's rows; 0: one alpha for all
     ctas: Int32,
     sharing: Int32,  # CTAs that share a piece; 1 unless `Shape.split`
+    tiles: Int32,  # of tokens; not read unless `Shape.dense`
     stream: CUstream,
     quantized: Constexpr[bool],
     aligned: Constexpr[bool],
@@ -47,7 +50,7 @@ def launch(
 ) -> None:
     """Launches so many CTAs."""
     tensors = (codes, scales, packed, offsets, alpha, dec, out, sums, arrived)
-    kernel(*tensors, parts, sharing, quantized, aligned, shape).launch(
+    kernel(*tensors, parts, sharing, tiles, quantized, aligned, shape).launch(
         grid=[ctas, 1, 1],
         block=[weight_gemm.THREADS, 1, 1],
         smem=shape.shared_bytes,
@@ -70,6 +73,7 @@ def kernel(
     arrived: cute.Tensor,
     parts: Int32,
     sharing: Int32,
+    tiles: Int32,
     quantized: Constexpr[bool],
     aligned: Constexpr[bool],
     shape: Constexpr[Shape],
@@ -79,7 +83,9 @@ def kernel(
     def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32) -> None:
         store(acc, piece, staging, alpha, dec, out, parts, quantized, aligned, width, shape)
 
-    weight_gemm.work(Operands(codes, scales, packed, offsets, sums, arrived, sharing), finish, shape)
+    rows = cute.size(out, mode=[0])
+    operands = Operands(codes, scales, packed, offsets, sums, arrived, sharing, rows, tiles)
+    weight_gemm.work(operands, finish, shape)
 
 
 @cute.jit
@@ -171,11 +177,11 @@ def spec(quantized: bool, aligned: bool, shape: Shape) -> KernelSpec:
         out = _compact(BFloat16, (size(), size(divisibility=8) if aligned else size()), 16 if aligned else 2)
         sums, arrived = _compact(Float32, (size(),), 16), _compact(Int32, (size(),), 4)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        numbers = (Int32(0), Int32(0), Int32(1))
+        numbers = (Int32(0), Int32(0), Int32(1), Int32(1))
         tensors = (codes, scales, packed, offsets, alpha, dec, out, sums, arrived)
         return (*tensors, *numbers, stream, quantized, aligned, shape)
 
-    kind = "dense" if shape.split else "prefill"
+    kind = f"dense_{shape.rows}" if shape.dense else "prefill"
     name = f"{kind}_{shape.tokens}{'_quantized' if quantized else ''}{'' if aligned else '_unaligned'}"
     return KernelSpec(name, Target.SM90.value, launch, arguments, (quantized, aligned, *shape.widths, *shape[1:]))
 

@@ -98,7 +98,8 @@ def kernel(
         given = (row_weight, enc, limit, factors, weighted)
         encode(acc, piece, staging, *given, out_codes, out_scales, tiled, width)
 
-    weight_gemm.work(Operands(codes, scales, packed, offsets, alpha, offsets, Int32(1)), finish, shape)  # no sums
+    unused = (alpha, offsets, Int32(1), Int32(0), Int32(0))  # no piece is shared, and experts may be many
+    weight_gemm.work(Operands(codes, scales, packed, offsets, *unused), finish, shape)
 
 
 @cute.jit
