@@ -14,10 +14,10 @@ import torch
 from torch import Generator
 
 import ptxemu
-from megamoe.cute import compiler, weight_gemm
+from megamoe.cute import compiler, weight_pieces
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.host import empty_result
-from megamoe.cute.weight_gemm import Shape
+from megamoe.cute.weight_pieces import Shape
 from megamoe.numerics.gate_up import interleave
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe.testing import guards
@@ -78,10 +78,10 @@ def test_packed_rows_of_experts_are_aligned_and_apart() -> None:
     generator = Generator().manual_seed(0)
     counts = torch.randint(0, 20, (300,), generator=generator).tolist()
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-    places = [weight_gemm.packed_start(start, expert) for expert, start in enumerate(starts[:-1])]
-    assert all(place % weight_gemm.ALIGNMENT == 0 for place in places)
+    places = [weight_pieces.packed_start(start, expert) for expert, start in enumerate(starts[:-1])]
+    assert all(place % weight_pieces.ALIGNMENT == 0 for place in places)
     assert all(first + count <= second for (first, second), count in zip(pairwise(places), counts, strict=False))
-    assert places[-1] + counts[-1] + 128 <= weight_gemm.packed_capacity(starts[-1], len(counts), 128)
+    assert places[-1] + counts[-1] + 128 <= weight_pieces.packed_capacity(starts[-1], len(counts), 128)
 
 
 @pytest.mark.parametrize(
@@ -106,18 +106,30 @@ def test_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("rows", "n", "k", "shape", "sharing"),
-    [(11, 320, 400, 0, 3), (40, 80, 512, 0, 4), (100, 272, 304, 1, 3), (200, 144, 256, 2, 2), (270, 100, 256, 2, 1)],
+    ("rows", "n", "k", "shape", "sharing", "tiles"),
+    [
+        (11, 320, 400, "NARROW", 3, 1),
+        (60, 320, 400, "NARROW", 2, 2),
+        (200, 144, 512, "MEDIUM", 3, 2),
+        (200, 144, 256, "BROAD", 2, 1),
+        (2500, 144, 128, "MEDIUM", 1, 20),
+        (200, 320, 400, "PLAIN", 1, 2),
+        (7, 100, 144, "PLAIN", 1, 1),
+    ],
 )
-def test_ctas_share_the_k_of_one_expert(
-    reports: list[Report], monkeypatch: pytest.MonkeyPatch, rows: int, n: int, k: int, shape: int, sharing: int
+def test_one_expert_is_exact_however_it_is_cut(
+    reports: list[Report],
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    n: int,
+    k: int,
+    shape: str,
+    sharing: int,
+    tiles: int,
 ) -> None:
-    def cut(rows: int, weights: NVFP4Tensor, sms: int) -> Cut:
-        dense = prefill_kernel.DENSE[shape]
-        pieces = -(-weights.codes.shape[1] // dense.rows) * -(-rows // dense.tokens)
-        return Cut(dense, pieces * sharing, sharing, pieces)
-
-    monkeypatch.setattr(prefill, "cut", cut)
+    dense = getattr(prefill_kernel, f"DENSE_{shape}")
+    ctas = -(-n // dense.rows) * tiles * sharing if sharing > 1 else 3
+    monkeypatch.setattr(prefill, "cut", lambda *_, **__: Cut(dense, ctas, sharing, tiles))
     given = make(Generator().manual_seed(2), rows=(rows,), n=n, k=k, values="integers")
     expected = grouped_gemm(**given)
     out = torch.full_like(expected, math.nan)
@@ -129,15 +141,16 @@ def test_ctas_share_the_k_of_one_expert(
 
 @pytest.mark.parametrize("rows", [1, 9, 16, 64, 100, 128, 256, 512, 1000, 8192])
 @pytest.mark.parametrize(("n", "k"), [(8192, 8192), (4096, 8192), (1536, 4096), (64, 128), (7168, 3072)])
-def test_how_one_expert_is_cut(rows: int, n: int, k: int) -> None:
+@pytest.mark.parametrize("plain", [False, True])
+def test_how_one_expert_is_cut(rows: int, n: int, k: int, plain: bool) -> None:
     codes = torch.empty(1, n, k // 2, dtype=torch.uint8, device="meta")
-    cut = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132)
-    pieces = -(-n // cut.shape.rows) * -(-rows // cut.shape.tokens)
-    assert cut.ctas <= 132
+    cut = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132, plain=plain)
+    pieces = -(-n // cut.shape.rows) * cut.tiles
+    assert plain or not cut.shape.plain
+    assert cut.shape.split or cut.sharing == 1
+    assert cut.sharing <= k // weight_pieces.STAGE_K  # every CTA has some of k
     assert cut.ctas == min(132, pieces * cut.sharing)
-    assert cut.sharing == 1 or cut.pieces == pieces
-    assert cut.sharing <= k // weight_gemm.STAGE_K
-    assert cut.ctas >= min(96, n // 256 * (k // weight_gemm.STAGE_K))  # most SMs have work
+    assert cut.sharing == 1 or pieces * cut.sharing <= 132  # no CTA has two pieces
 
 
 @pytest.mark.parametrize("params", [{"a": "nvfp4", "scale_layout": "128x4"}], ids=["nvfp4-128x4"])

@@ -15,7 +15,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Int32, Int64, Uint8, Uint16, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from megamoe.cute import arith, bulk, fragments, weight_gemm
+from megamoe.cute import arith, bulk, fragments, weight_pieces
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.layout import offset_128x4, offset_linear
@@ -94,7 +94,7 @@ def pack_row(
     target = Target.SM90
     expert = _expert_of(row, lane, offsets)
     start = offsets[expert]
-    place = weight_gemm.packed_start(start, expert) + row - start
+    place = weight_pieces.packed_start(start, expert) + row - start
     source = row
     if cutlass.const_expr(indexed):
         source = index[row]
@@ -103,7 +103,7 @@ def pack_row(
     chunks = cute.size(packed, mode=[0]) * CHUNKS
     for first in cutlass.range(lane + part * (WARP * AT_ONCE), chunks, parts * (WARP * AT_ONCE), unroll=1):
         mine = [first + i * WARP for i in range(AT_ONCE)]
-        loaded = [_load(values, scales, source, cutlass.min(chunk, chunks - 1), kind) for chunk in mine]
+        loaded = [load(values, scales, source, cutlass.min(chunk, chunks - 1), kind) for chunk in mine]
         for i in cutlass.range_constexpr(AT_ONCE):
             if mine[i] < chunks:
                 at = to + Int64(mine[i] // CHUNKS) * capacity * (CHUNKS * 16)
@@ -126,7 +126,7 @@ def _expert_of(row: Int32, lane: Int32, offsets: cute.Tensor) -> Int32:
     return expert
 
 
-def _load(values: cute.Tensor, scales: cute.Tensor, source: Int32, chunk: Int32, kind: str) -> list[list[Uint32]]:
+def load(values: cute.Tensor, scales: cute.Tensor, source: Int32, chunk: Int32, kind: str) -> list[list[Uint32]]:
     """What a chunk, 8 slots, is made of: a quarter of each of two blocks, and NVFP4's scale; zeros beyond k."""
     plain = kind == "bfloat16"
     blocks = cute.size(values, mode=[1]) // (BLOCK if plain else BLOCK // 2)

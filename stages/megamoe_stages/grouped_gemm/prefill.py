@@ -9,14 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megamoe.cute import compiler, pack, weight_gemm
+from megamoe.cute import compiler, pack, split_sums, weight_pieces
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.weight_gemm import STAGE_K, Shape
+from megamoe.cute.weight_pieces import STAGE_K, Shape
 from megamoe.numerics.fragments import padded_shape
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe_stages.grouped_gemm import prefill_kernel
 
 STAGE_CLOCKS, TOKEN_CLOCKS = 850, 13  # of a stage, and of each of its tokens; measured at 16 to 104
+PACK_CLOCKS, PACKED_A_CLOCK = 4000, 450  # of `pack`, and values that it packs in one
 SHARE_CLOCKS, SUMS_CLOCKS = 3000, 20  # of sharing a piece, and more for each part and token
 MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
 
@@ -32,18 +33,19 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
         out: bf16 (M, N), written; M is not 0.
     """
     experts = weights.codes.shape[0]
-    shape, ctas, sharing, tiles = cut(out.shape[0], weights, processors(out.device))
+    plain = not isinstance(a, NVFP4Tensor) and row_index is None
+    shape, ctas, sharing, tiles = cut(out.shape[0], weights, processors(out.device), plain=plain)
     split = sharing > 1
-    sums = torch.empty(split * ctas * weight_gemm.sums_bytes(shape) // 4, dtype=torch.float32, device=out.device)
-    counters = split * ctas // sharing * weight_gemm.CONSUMER_WARPS
+    sums = torch.empty(split * ctas * split_sums.sums_bytes(shape) // 4, dtype=torch.float32, device=out.device)
+    counters = split * ctas // sharing * weight_pieces.CONSUMER_WARPS
     arrived = torch.empty(counters, dtype=torch.int32, device=out.device)
-    packed = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape, arrived)
+    tokens = a if shape.plain else pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape, arrived)
     alpha = weights.global_scale_dec
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
     dec = a.global_scale_dec if isinstance(a, NVFP4Tensor) else alpha.view(-1)[0]
     launch = _launcher(isinstance(a, NVFP4Tensor), out.shape[1] % 8 == 0, shape)
     codes, scales = weights.codes, weights.scales.view(torch.uint8)
-    launch(codes, scales, packed, offsets, alpha.view(-1), dec, out, sums, arrived, parts, ctas, sharing, tiles)
+    launch(codes, scales, tokens, offsets, alpha.view(-1), dec, out, sums, arrived, parts, ctas, sharing, tiles)
 
 
 def pack_rows(
@@ -56,7 +58,7 @@ def pack_rows(
     cleared: Tensor,
 ) -> Tensor:
     """Activations as `cute.pack` lays them out, bf16 (padded K / 64, capacity, 64); zeros int32 `cleared`."""
-    capacity = weight_gemm.packed_capacity(rows, offsets.shape[0] - 1, shape.tokens)
+    capacity = weight_pieces.packed_capacity(rows, offsets.shape[0] - 1, shape.tokens)
     packed = torch.empty((padded_shape(1, k)[1] // 64, capacity, 64), dtype=torch.bfloat16, device=offsets.device)
     index = offsets if row_index is None else row_index
     if isinstance(a, NVFP4Tensor):
@@ -84,24 +86,29 @@ class Cut(NamedTuple):
     tiles: int = 1
 
 
-def cut(rows: int, weights: NVFP4Tensor, sms: int) -> Cut:
+def cut(rows: int, weights: NVFP4Tensor, sms: int, *, plain: bool) -> Cut:
     """How the work is cut; one expert may have fewer pieces than there are SMs, then several CTAs share the k of each.
 
     Args:
         rows: Of the result.
         weights: In the hopper layout.
         sms: Of the device.
+        plain: The activations are bf16, and every row is taken once, in order.
     """
     experts, n, stages = weights.codes.shape[0], weights.codes.shape[1], weights.codes.shape[2] * 2 // STAGE_K
     if experts > 1:
         return Cut(shape_for(rows, experts), sms)
+    shapes = (*prefill_kernel.DENSE, prefill_kernel.DENSE_PLAIN) if plain else prefill_kernel.DENSE
     found = []
-    for shape, most in ((dense, width) for dense in prefill_kernel.DENSE for width in dense.widths):
+    for shape, most in ((dense, width) for dense in shapes for width in dense.widths):
         tiles = -(-rows // most)
         pieces = -(-n // shape.rows) * tiles
         width = next(w for w in shape.widths if w * tiles >= rows)
-        for sharing in range(1, max(1, min(sms // pieces, stages)) + 1):
+        most_sharing = min(sms // pieces, stages) if shape.split else 1
+        for sharing in range(1, max(1, most_sharing) + 1):
             clocks = -(-pieces * sharing // sms) * -(-stages // sharing) * stage_clocks(width, shape)
+            if not shape.plain:
+                clocks += PACK_CLOCKS + rows * stages * STAGE_K // PACKED_A_CLOCK
             if sharing > 1:
                 clocks += SHARE_CLOCKS + SUMS_CLOCKS * sharing * width * shape.tiles // 2
             found.append((clocks, Cut(shape, min(sms, pieces * sharing), sharing, tiles)))

@@ -7,10 +7,11 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, bf16, ring, weight_gemm
+from megamoe.cute import arith, bf16, plain_tokens, ring, weight_gemm
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.weight_gemm import CONSUMER_WARPS, DECODED_UNIT, Operands, Piece, Shape
+from megamoe.cute.weight_gemm import DECODED_UNIT
+from megamoe.cute.weight_pieces import CONSUMER_WARPS, THREADS, Operands, Piece, Shape, warp_of_consumers
 
 _TURNED = 8 * 32 * 2  # bytes of 8 tokens by 32 columns, or of 16 by 16
 _STAGING = CONSUMER_WARPS * 2 * _TURNED
@@ -19,25 +20,27 @@ WIDE, NARROW, SPARSE = (
     Shape((32, 40, 48, 56, 64), 6, _STAGING),
     Shape((16, 24, 32, 40, 48), 6, _STAGING),
 )
-DENSE = (  # for one expert, whose pieces may be too few for all SMs
+DENSE_NARROW, DENSE_MEDIUM, DENSE_BROAD = (  # for one expert, whose pieces may be too few for all SMs
     Shape((16, 32, 64), 8, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
     Shape((96, 128), 5, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
     Shape((192, 256), 3, CONSUMER_WARPS * _TURNED, tiles=1, experts=1, split=True, in_flight=3),
-    Shape((16, 32, 64), 6, _STAGING, experts=1, split=True),
-    Shape((96, 128), 4, _STAGING, experts=1, split=True),
 )
+DENSE_TALL = Shape((16, 32, 64), 6, _STAGING, experts=1, split=True)
+DENSE_TALL_MEDIUM = Shape((96, 128), 4, _STAGING, experts=1, split=True)
+DENSE = DENSE_NARROW, DENSE_MEDIUM, DENSE_BROAD, DENSE_TALL, DENSE_TALL_MEDIUM
+DENSE_PLAIN = Shape((96, 128), 4, _STAGING, experts=1, plain=True)  # of bf16 activations, taken as they are
 
 
 @cute.jit
 def launch(
     codes: cute.Tensor,
     scales: cute.Tensor,
-    packed: cute.Tensor,
+    packed: cute.Tensor,  # or bf16 (rows, K) as they are: see `weight_pieces.Operands`
     offsets: cute.Tensor,
     alpha: cute.Tensor,  # (experts * parts,) fp32, or one for all
     dec: cute.Tensor,  # () fp32 of NVFP4 activations; not read for others
     out: cute.Tensor,  # (rows, N) bf16
-    sums: cute.Tensor,  # fp32 workspace, and how many CTAs left sums there: see `weight_gemm.Operands`
+    sums: cute.Tensor,  # fp32 workspace, and how many CTAs left sums there: see `weight_pieces.Operands`
     arrived: cute.Tensor,
     parts: Int32,  # of an expert's rows; 0: one alpha for all
     ctas: Int32,
@@ -52,7 +55,7 @@ def launch(
     tensors = (codes, scales, packed, offsets, alpha, dec, out, sums, arrived)
     kernel(*tensors, parts, sharing, tiles, quantized, aligned, shape).launch(
         grid=[ctas, 1, 1],
-        block=[weight_gemm.THREADS, 1, 1],
+        block=[THREADS, 1, 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,
         use_pdl=True,
@@ -85,7 +88,8 @@ def kernel(
 
     rows = cute.size(out, mode=[0])
     operands = Operands(codes, scales, packed, offsets, sums, arrived, sharing, rows, tiles)
-    weight_gemm.work(operands, finish, shape)
+    bring = plain_tokens.produce if shape.plain else weight_gemm.produce
+    weight_gemm.work(operands, finish, bring, shape)
 
 
 @cute.jit
@@ -108,13 +112,13 @@ def store(
     n = cute.size(out, mode=[1])
     chunks = 2 * shape.tiles  # of 8 columns
     tokens = 4 // chunks * 8  # at a time
-    column = piece.row_piece * shape.rows + weight_gemm.warp_of_consumers() * (chunks * 8)
+    column = piece.row_piece * shape.rows + warp_of_consumers() * (chunks * 8)
     factors = []
     for i in cutlass.range_constexpr(chunks):
         row = cutlass.min(column + i * 8 + lane // 4, n - 1)
         factors.append(factor_of(alpha, piece.expert * parts + row * parts // n, dec, quantized))
     buffers = shape.staging // (CONSUMER_WARPS * _TURNED)
-    area = staging + weight_gemm.warp_of_consumers() * (buffers * _TURNED)
+    area = staging + warp_of_consumers() * (buffers * _TURNED)
     matrix = lane // 8
     write_at = area + _turned(lane % 8 + matrix // chunks * 8, matrix % chunks, chunks)
     token, chunk = lane // chunks, lane % chunks
@@ -171,7 +175,8 @@ def spec(quantized: bool, aligned: bool, shape: Shape) -> KernelSpec:
         size = cute.sym_int32
         codes = _compact(Uint8, (size(), size(divisibility=64), size(divisibility=64)), 16)
         scales = _compact(Uint8, (size(), size(divisibility=64), size(divisibility=8)), 16)
-        packed = _compact(BFloat16, (size(), size(), 64), 16)
+        tokens = (size(), size(divisibility=16)) if shape.plain else (size(), size(), 64)
+        packed = _compact(BFloat16, tokens, 16)
         offsets, alpha = _compact(Int32, (size(),), 4), _compact(Float32, (size(),), 4)
         dec = make_fake_tensor(Float32, (), (), assumed_align=4)
         out = _compact(BFloat16, (size(), size(divisibility=8) if aligned else size()), 16 if aligned else 2)
@@ -181,7 +186,7 @@ def spec(quantized: bool, aligned: bool, shape: Shape) -> KernelSpec:
         tensors = (codes, scales, packed, offsets, alpha, dec, out, sums, arrived)
         return (*tensors, *numbers, stream, quantized, aligned, shape)
 
-    kind = f"dense_{shape.rows}" if shape.dense else "prefill"
+    kind = f"{'plain' if shape.plain else 'dense'}_{shape.rows}" if shape.dense else "prefill"
     name = f"{kind}_{shape.tokens}{'_quantized' if quantized else ''}{'' if aligned else '_unaligned'}"
     return KernelSpec(name, Target.SM90.value, launch, arguments, (quantized, aligned, *shape.widths, *shape[1:]))
 

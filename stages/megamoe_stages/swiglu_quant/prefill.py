@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megamoe.cute import compiler
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.weight_gemm import Shape
+from megamoe.cute.weight_pieces import Shape
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
 from megamoe_stages.grouped_gemm import prefill as gemm
 from megamoe_stages.swiglu_quant import prefill_kernel

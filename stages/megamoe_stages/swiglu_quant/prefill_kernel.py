@@ -17,7 +17,7 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.layout import offset_128x4, offset_linear
 from megamoe.cute.recipe import BLOCK, Block, GlobalScale
 from megamoe.cute.warp import WARP, from_lane
-from megamoe.cute.weight_gemm import CONSUMER_WARPS, Operands, Piece, Shape
+from megamoe.cute.weight_pieces import CONSUMER_WARPS, THREADS, Operands, Piece, Shape, warp_of_consumers
 from megamoe_stages.grouped_gemm.prefill_kernel import factor_of
 from megamoe_stages.swiglu_quant.kernel import maximum_or_nan, minimum_or_nan, swiglu
 
@@ -58,7 +58,7 @@ def launch(
     outputs = (out_codes, out_scales, out_dec)
     kernel(*inputs, *outputs, parts, limit, quantized, weighted, tiled, shape).launch(
         grid=[ctas, 1, 1],
-        block=[weight_gemm.THREADS, 1, 1],
+        block=[THREADS, 1, 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,
         use_pdl=True,
@@ -99,7 +99,7 @@ def kernel(
         encode(acc, piece, staging, *given, out_codes, out_scales, tiled, width)
 
     unused = (alpha, offsets, Int32(1), Int32(0), Int32(0))  # no piece is shared, and experts may be many
-    weight_gemm.work(Operands(codes, scales, packed, offsets, *unused), finish, shape)
+    weight_gemm.work(Operands(codes, scales, packed, offsets, *unused), finish, weight_gemm.produce, shape)
 
 
 @cute.jit
@@ -120,7 +120,7 @@ def encode(
     """Writes a piece, 32 tokens at a time."""
     target = Target.SM90
     lane = cute.arch.lane_idx()
-    warp = weight_gemm.warp_of_consumers()
+    warp = warp_of_consumers()
     area = staging + warp * _STAGING
     block = piece.row_piece * CONSUMER_WARPS + warp
     blocks = cute.size(out_codes, mode=[1]) // (BLOCK // 2)
@@ -186,7 +186,7 @@ def _largest(values: list[Float32], target: Target) -> Float32:
     """The largest magnitude, NaN left out; pair by pair, so that few operations wait for each other."""
     while len(values) > 1:
         pairs = zip(values[::2], values[1::2], strict=True)
-        values = [arith.maximum(*(arith.magnitude(x, target) for x in pair), target) for pair in pairs]
+        values = [arith.maximum(arith.magnitude(a, target), arith.magnitude(b, target), target) for a, b in pairs]
     return values[0]
 
 
