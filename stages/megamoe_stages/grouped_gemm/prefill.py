@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -150,12 +151,7 @@ def _packer(kind: str, indexed: bool) -> Callable[..., None]:
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
     packers = [pack.spec(kind, indexed) for kind in pack.KINDS for indexed in (False, True)]
-    return [
-        *packers,
-        *(
-            prefill_kernel.spec(quantized, aligned, shape)
-            for quantized in (False, True)
-            for aligned in (False, True)
-            for shape in (prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE, *prefill_kernel.DENSE)
-        ),
-    ]
+    shapes = prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE, *prefill_kernel.DENSE
+    plain = [prefill_kernel.spec(False, aligned, prefill_kernel.DENSE_PLAIN) for aligned in (False, True)]
+    flags = itertools.product((False, True), (False, True))
+    return [*packers, *plain, *(prefill_kernel.spec(*both, shape) for both in flags for shape in shapes)]
