@@ -99,6 +99,12 @@ def cut(rows: int, weights: NVFP4Tensor, sms: int, *, plain: bool) -> Cut:
     experts, n, stages = weights.codes.shape[0], weights.codes.shape[1], weights.codes.shape[2] * 2 // STAGE_K
     if experts > 1:
         return Cut(shape_for(rows, experts), sms)
+    return _dense_cut(rows, n, stages, sms, plain)
+
+
+@functools.lru_cache(maxsize=4096)
+def _dense_cut(rows: int, n: int, stages: int, sms: int, plain: bool) -> Cut:
+    """The cheapest way for one expert of n padded rows, by what its parts cost where they were measured."""
     shapes = (*prefill_kernel.DENSE, prefill_kernel.DENSE_PLAIN) if plain else prefill_kernel.DENSE
     found = []
     for shape, most in ((dense, width) for dense in shapes for width in dense.widths):
