@@ -25,7 +25,7 @@ from megamoe.cute.warp import WARP
 THREADS = 256
 CHUNKS = 8  # of 16 bytes, of a row of 64 slots
 AT_ONCE = 4  # chunks that a lane asks for before it waits
-ENOUGH_ROWS = 1024  # for a warp each; fewer are shared, or most SMs would have nothing to do
+ENOUGH_ROWS = 8192  # for a warp each, 62 an SM; fewer are shared, or too few bytes would be on their way
 KINDS = ("bfloat16", "linear", "128x4")  # plain activations, or NVFP4 by the layout of its scales
 
 
@@ -103,7 +103,7 @@ def pack_row(
     chunks = cute.size(packed, mode=[0]) * CHUNKS
     for first in cutlass.range(lane + part * (WARP * AT_ONCE), chunks, parts * (WARP * AT_ONCE), unroll=1):
         mine = [first + i * WARP for i in range(AT_ONCE)]
-        loaded = [load(values, scales, source, cutlass.min(chunk, chunks - 1), kind) for chunk in mine]
+        loaded = [_load(values, scales, source, cutlass.min(chunk, chunks - 1), kind) for chunk in mine]
         for i in cutlass.range_constexpr(AT_ONCE):
             if mine[i] < chunks:
                 at = to + Int64(mine[i] // CHUNKS) * capacity * (CHUNKS * 16)
@@ -126,7 +126,7 @@ def _expert_of(row: Int32, lane: Int32, offsets: cute.Tensor) -> Int32:
     return expert
 
 
-def load(values: cute.Tensor, scales: cute.Tensor, source: Int32, chunk: Int32, kind: str) -> list[list[Uint32]]:
+def _load(values: cute.Tensor, scales: cute.Tensor, source: Int32, chunk: Int32, kind: str) -> list[list[Uint32]]:
     """What a chunk, 8 slots, is made of: a quarter of each of two blocks, and NVFP4's scale; zeros beyond k."""
     plain = kind == "bfloat16"
     blocks = cute.size(values, mode=[1]) // (BLOCK if plain else BLOCK // 2)

@@ -40,6 +40,7 @@ from megamoe.cute.weight_pieces import (
     warp_of_consumers,
 )
 
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 STEPS = 4  # of a stage, 32 of k each
 DECODED_UNIT = 2.0**7  # what one in the product of decoded weights stands for
 
@@ -188,17 +189,17 @@ def decode(raw: list[Uint32], step: int, masks: fragments.Masks) -> list[Uint32]
 @cute.jit
 def work(
     operands: Constexpr[Operands],
-    finish: Constexpr[Callable[[cute.Tensor, Piece, int, Int32], None]],
-    bring: Constexpr[Callable[[Int32, Operands, Shape], None]],
+    fetch: Constexpr[Callable[[Piece], list[Float32]]],
+    finish: Constexpr[Callable[[cute.Tensor, Piece, int, Int32, list[Float32]], None]],
     shape: Constexpr[Shape],
 ) -> None:
-    """The whole kernel, for all threads of a CTA; `pack` comes right before it in the stream unless `Shape.plain`.
+    """The whole kernel, for all threads of a CTA; `pack` comes right before it in the stream.
 
     Args:
         operands: What is multiplied.
-        finish: Gets the sums of a piece, as `accumulate` leaves them, the piece, its width and the address of
-            `Shape.staging` bytes; only whole warps of consumers call it.
-        bring: `produce`, or that of `plain_tokens`.
+        fetch: From a piece to the numbers that its results are multiplied by; they are there when the sums are.
+        finish: Gets the sums of a piece, as `accumulate` leaves them, the piece, its width, the address of
+            `Shape.staging` bytes and what was fetched; only whole warps of consumers call it.
         shape: How the work is cut.
     """
     thread, _, _ = cute.arch.thread_idx()
@@ -208,18 +209,16 @@ def work(
             ring.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
             ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS)
         ring.init_fence()
-    if cutlass.const_expr(shape.plain):
-        cute.arch.griddepcontrol_wait()  # what came before in the stream is done; up to here it may still have run
     cute.arch.griddepcontrol_launch_dependents()
     if cutlass.const_expr(shape.dense):
         cute.arch.sync_threads()
     else:
         count_tiles(base, thread, operands, shape)
     if thread < GROUP:
-        cute.arch.setmaxregister_decrease(shape.registers[0])
-        bring(base, operands, shape)
+        cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+        produce(base, operands, shape)
     else:
-        cute.arch.setmaxregister_increase(shape.registers[1])
+        cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         total = pieces(base, operands, shape)
         number, turns = turn(shape, operands)
         _, k_stages = stages_of(shape, operands)
@@ -229,6 +228,7 @@ def work(
                 expert = expert_of(number, expert, base, operands, shape)
             piece = piece_of(number, expert, base, operands, shape)
             slabs = slabs_of(piece, operands, shape)
+            factors = fetch(piece)
             for width in shape.widths:
                 if piece.width == width:
                     acc = cute.make_rmem_tensor((shape.tiles, width // 2), Float32)
@@ -238,7 +238,7 @@ def work(
                         if not whole:
                             whole = split_sums.gather(acc, number, piece.valid, width, operands, shape)
                         if whole:
-                            finish(acc, piece, width, base + shape.staging_at)
+                            finish(acc, piece, width, base + shape.staging_at, factors)
                     else:
-                        finish(acc, piece, width, base + shape.staging_at)
+                        finish(acc, piece, width, base + shape.staging_at, factors)
             number = number + turns

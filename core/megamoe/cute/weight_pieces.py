@@ -41,7 +41,6 @@ class Shape(NamedTuple):
         tiles: Of 16 weight rows, of a consumer warp.
         experts: Most there may be.
         split: CTAs may share the k of a piece.
-        plain: The tokens come as they are, bf16 (rows, k), not packed.
         in_flight: Groups of products that may run while an operand is decoded; with two tiles ptxas lets only one.
     """
 
@@ -52,12 +51,6 @@ class Shape(NamedTuple):
     experts: int = MAX_EXPERTS
     split: bool = False
     in_flight: int = 1
-    plain: bool = False
-
-    @property
-    def registers(self) -> tuple[int, int]:
-        """Of a producer and of a consumer."""
-        return (56, 224) if self.plain else (24, 240)
 
     @property
     def dense(self) -> bool:
@@ -116,7 +109,7 @@ class Operands(NamedTuple):
     Attributes:
         codes: (experts, padded rows, padded k / 2) uint8, prepared.
         scales: (experts, padded rows, padded k / 16) uint8, prepared.
-        packed: (padded k / 64, capacity, 64) bf16: see `pack`; or (rows, k), see `Shape.plain`.
+        packed: (padded k / 64, capacity, 64) bf16: see `pack`.
         offsets: (experts + 1,) int32.
         sums: fp32, room for `sums_of` each piece's parts; not touched unless `Shape.split`.
         arrived: (pieces * CONSUMER_WARPS,) int32, zeros.

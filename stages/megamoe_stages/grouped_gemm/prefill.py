@@ -17,9 +17,9 @@ from megamoe.numerics.fragments import padded_shape
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe_stages.grouped_gemm import prefill_kernel
 
-STAGE_CLOCKS, TOKEN_CLOCKS = 850, 13  # of a stage, and of each of its tokens; measured at 16 to 104
-PACK_CLOCKS, PACKED_A_CLOCK = 4000, 450  # of `pack`, and values that it packs in one
-SHARE_CLOCKS, SUMS_CLOCKS = 3000, 20  # of sharing a piece, and more for each part and token
+STAGE_CLOCKS = {1: 475, 2: 850}  # of a stage, by the tiles of a warp
+TOKEN_CLOCKS = 6.5  # more for each token and tile
+SHARE_CLOCKS, PART_CLOCKS, SUMS_CLOCKS = 3000, 150, 10  # of a piece that is shared, its parts, their tokens and tiles
 MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
 
 
@@ -34,19 +34,18 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
         out: bf16 (M, N), written; M is not 0.
     """
     experts = weights.codes.shape[0]
-    plain = not isinstance(a, NVFP4Tensor) and row_index is None
-    shape, ctas, sharing, tiles = cut(out.shape[0], weights, processors(out.device), plain=plain)
+    shape, ctas, sharing, tiles = cut(out.shape[0], weights, processors(out.device))
     split = sharing > 1
     sums = torch.empty(split * ctas * split_sums.sums_bytes(shape) // 4, dtype=torch.float32, device=out.device)
     counters = split * ctas // sharing * weight_pieces.CONSUMER_WARPS
     arrived = torch.empty(counters, dtype=torch.int32, device=out.device)
-    tokens = a if shape.plain else pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape, arrived)
+    packed = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape, arrived)
     alpha = weights.global_scale_dec
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
     dec = a.global_scale_dec if isinstance(a, NVFP4Tensor) else alpha.view(-1)[0]
     launch = _launcher(isinstance(a, NVFP4Tensor), out.shape[1] % 8 == 0, shape)
     codes, scales = weights.codes, weights.scales.view(torch.uint8)
-    launch(codes, scales, tokens, offsets, alpha.view(-1), dec, out, sums, arrived, parts, ctas, sharing, tiles)
+    launch(codes, scales, packed, offsets, alpha.view(-1), dec, out, sums, arrived, parts, ctas, sharing, tiles)
 
 
 def pack_rows(
@@ -87,44 +86,35 @@ class Cut(NamedTuple):
     tiles: int = 1
 
 
-def cut(rows: int, weights: NVFP4Tensor, sms: int, *, plain: bool) -> Cut:
+def cut(rows: int, weights: NVFP4Tensor, sms: int) -> Cut:
     """How the work is cut; one expert may have fewer pieces than there are SMs, then several CTAs share the k of each.
 
     Args:
         rows: Of the result.
         weights: In the hopper layout.
         sms: Of the device.
-        plain: The activations are bf16, and every row is taken once, in order.
     """
     experts, n, stages = weights.codes.shape[0], weights.codes.shape[1], weights.codes.shape[2] * 2 // STAGE_K
     if experts > 1:
         return Cut(shape_for(rows, experts), sms)
-    return _dense_cut(rows, n, stages, sms, plain)
+    return _dense_cut(rows, n, stages, sms)
 
 
 @functools.lru_cache(maxsize=4096)
-def _dense_cut(rows: int, n: int, stages: int, sms: int, plain: bool) -> Cut:
+def _dense_cut(rows: int, n: int, stages: int, sms: int) -> Cut:
     """The cheapest way for one expert of n padded rows, by what its parts cost where they were measured."""
-    shapes = (*prefill_kernel.DENSE, prefill_kernel.DENSE_PLAIN) if plain else prefill_kernel.DENSE
     found = []
-    for shape, most in ((dense, width) for dense in shapes for width in dense.widths):
+    for shape, most in ((dense, width) for dense in prefill_kernel.DENSE for width in dense.widths):
         tiles = -(-rows // most)
         pieces = -(-n // shape.rows) * tiles
         width = next(w for w in shape.widths if w * tiles >= rows)
-        most_sharing = min(sms // pieces, stages) if shape.split else 1
-        for sharing in range(1, max(1, most_sharing) + 1):
-            clocks = -(-pieces * sharing // sms) * -(-stages // sharing) * stage_clocks(width, shape)
-            if not shape.plain:
-                clocks += PACK_CLOCKS + rows * stages * STAGE_K // PACKED_A_CLOCK
+        for sharing in range(1, max(1, min(sms // pieces, stages)) + 1):
+            of_stage = STAGE_CLOCKS[shape.tiles] + TOKEN_CLOCKS * width * shape.tiles
+            clocks = -(-pieces * sharing // sms) * -(-stages // sharing) * of_stage
             if sharing > 1:
-                clocks += SHARE_CLOCKS + SUMS_CLOCKS * sharing * width * shape.tiles // 2
+                clocks += SHARE_CLOCKS + (PART_CLOCKS + SUMS_CLOCKS * width * shape.tiles) * sharing
             found.append((clocks, Cut(shape, min(sms, pieces * sharing), sharing, tiles)))
     return min(found, key=lambda pair: pair[0])[1]
-
-
-def stage_clocks(width: int, shape: Shape) -> int:
-    """What a stage of a piece costs."""
-    return max(STAGE_CLOCKS + TOKEN_CLOCKS * width, 16 * width) * shape.tiles // 2
 
 
 def shape_for(rows: int, experts: int) -> Shape:
@@ -158,6 +148,5 @@ def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
     packers = [pack.spec(kind, indexed) for kind in pack.KINDS for indexed in (False, True)]
     shapes = prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE, *prefill_kernel.DENSE
-    plain = [prefill_kernel.spec(False, aligned, prefill_kernel.DENSE_PLAIN) for aligned in (False, True)]
     flags = itertools.product((False, True), (False, True))
-    return [*packers, *plain, *(prefill_kernel.spec(*both, shape) for both in flags for shape in shapes)]
+    return [*packers, *(prefill_kernel.spec(*both, shape) for both in flags for shape in shapes)]

@@ -7,7 +7,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, bf16, plain_tokens, ring, weight_gemm
+from megamoe.cute import arith, bf16, ring, weight_gemm
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.weight_gemm import DECODED_UNIT
@@ -20,22 +20,18 @@ WIDE, NARROW, SPARSE = (
     Shape((32, 40, 48, 56, 64), 6, _STAGING),
     Shape((16, 24, 32, 40, 48), 6, _STAGING),
 )
-DENSE_NARROW, DENSE_MEDIUM, DENSE_BROAD = (  # for one expert, whose pieces may be too few for all SMs
+DENSE = DENSE_NARROW, DENSE_MEDIUM, DENSE_WIDE = (  # for one expert, whose pieces may be too few for all SMs
     Shape((16, 32, 64), 8, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
     Shape((96, 128), 5, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
-    Shape((192, 256), 3, CONSUMER_WARPS * _TURNED, tiles=1, experts=1, split=True, in_flight=3),
+    Shape((96, 128), 4, _STAGING, experts=1, split=True),
 )
-DENSE_TALL = Shape((16, 32, 64), 6, _STAGING, experts=1, split=True)
-DENSE_TALL_MEDIUM = Shape((96, 128), 4, _STAGING, experts=1, split=True)
-DENSE = DENSE_NARROW, DENSE_MEDIUM, DENSE_BROAD, DENSE_TALL, DENSE_TALL_MEDIUM
-DENSE_PLAIN = Shape((96, 128), 4, _STAGING, experts=1, plain=True)  # of bf16 activations, taken as they are
 
 
 @cute.jit
 def launch(
     codes: cute.Tensor,
     scales: cute.Tensor,
-    packed: cute.Tensor,  # or bf16 (rows, K) as they are: see `weight_pieces.Operands`
+    packed: cute.Tensor,
     offsets: cute.Tensor,
     alpha: cute.Tensor,  # (experts * parts,) fp32, or one for all
     dec: cute.Tensor,  # () fp32 of NVFP4 activations; not read for others
@@ -83,13 +79,17 @@ def kernel(
 ) -> None:
     """The kernel; see the module."""
 
-    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32) -> None:
-        store(acc, piece, staging, alpha, dec, out, parts, quantized, aligned, width, shape)
+    def fetch(piece: Piece) -> list[Float32]:
+        columns = [_column(piece, shape) + i * 8 + cute.arch.lane_idx() // 4 for i in range(_chunks(shape))]
+        entries = [piece.expert * parts + part_of(column, cute.size(out, mode=[1]), parts) for column in columns]
+        return [factor_of(alpha, entry, dec, quantized) for entry in entries]
+
+    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, factors: list[Float32]) -> None:
+        store(acc, piece, staging, factors, out, aligned, width, shape)
 
     rows = cute.size(out, mode=[0])
     operands = Operands(codes, scales, packed, offsets, sums, arrived, sharing, rows, tiles)
-    bring = plain_tokens.produce if shape.plain else weight_gemm.produce
-    weight_gemm.work(operands, finish, bring, shape)
+    weight_gemm.work(operands, fetch, finish, shape)
 
 
 @cute.jit
@@ -97,11 +97,8 @@ def store(
     acc: cute.Tensor,
     piece: Constexpr[Piece],
     staging: Int32,
-    alpha: cute.Tensor,
-    dec: cute.Tensor,
+    factors: Constexpr[list[Float32]],
     out: cute.Tensor,
-    parts: Int32,
-    quantized: Constexpr[bool],
     aligned: Constexpr[bool],
     width: Constexpr[int],
     shape: Constexpr[Shape],
@@ -110,20 +107,15 @@ def store(
     target = Target.SM90
     lane = cute.arch.lane_idx()
     n = cute.size(out, mode=[1])
-    chunks = 2 * shape.tiles  # of 8 columns
+    chunks = _chunks(shape)
     tokens = 4 // chunks * 8  # at a time
-    column = piece.row_piece * shape.rows + warp_of_consumers() * (chunks * 8)
-    factors = []
-    for i in cutlass.range_constexpr(chunks):
-        row = cutlass.min(column + i * 8 + lane // 4, n - 1)
-        factors.append(factor_of(alpha, piece.expert * parts + row * parts // n, dec, quantized))
     buffers = shape.staging // (CONSUMER_WARPS * _TURNED)
     area = staging + warp_of_consumers() * (buffers * _TURNED)
     matrix = lane // 8
     write_at = area + _turned(lane % 8 + matrix // chunks * 8, matrix % chunks, chunks)
     token, chunk = lane // chunks, lane % chunks
     read_at = area + _turned(token, chunk, chunks)
-    left = column + chunk * 8
+    left = _column(piece, shape) + chunk * 8
     place = ring.address(out.iterator) + (Int64(piece.start + piece.first + token) * n + left) * 2
     cute.arch.sync_warp()  # the piece before has been read
     for first in cutlass.range_constexpr(0, width, tokens):
@@ -149,9 +141,28 @@ def store(
                     ring.store_global2_if(to + i * 2, half, arith.select(inside & (left + i < n), Int32(1), Int32(0)))
 
 
+def _chunks(shape: Shape) -> int:
+    """Of 8 columns of the result, that a warp owns of a piece."""
+    return 2 * shape.tiles
+
+
+def _column(piece: Piece, shape: Shape) -> Int32:
+    """The first of them."""
+    return piece.row_piece * shape.rows + warp_of_consumers() * (_chunks(shape) * 8)
+
+
 def _turned(token: Int32, chunk: Int32, chunks: int) -> Int32:
     """Where 8 columns of a token lie; swizzled, or several tokens would meet in a bank."""
     return (token * chunks + (chunk ^ (token // (8 // chunks) % chunks))) * 16
+
+
+@cute.jit
+def part_of(column: Int32, n: Int32, parts: Int32) -> Int32:
+    """Which of the parts of an expert's n rows a column of the result is of, the last one beyond them."""
+    part = Int32(0)
+    if parts > 1:  # or the division would cost hundreds of clocks for nothing
+        part = cutlass.min(column, n - 1) * parts // n
+    return part
 
 
 def factor_of(alpha: cute.Tensor, i: Int32, dec: cute.Tensor, quantized: bool) -> Float32:
@@ -175,8 +186,7 @@ def spec(quantized: bool, aligned: bool, shape: Shape) -> KernelSpec:
         size = cute.sym_int32
         codes = _compact(Uint8, (size(), size(divisibility=64), size(divisibility=64)), 16)
         scales = _compact(Uint8, (size(), size(divisibility=64), size(divisibility=8)), 16)
-        tokens = (size(), size(divisibility=16)) if shape.plain else (size(), size(), 64)
-        packed = _compact(BFloat16, tokens, 16)
+        packed = _compact(BFloat16, (size(), size(), 64), 16)
         offsets, alpha = _compact(Int32, (size(),), 4), _compact(Float32, (size(),), 4)
         dec = make_fake_tensor(Float32, (), (), assumed_align=4)
         out = _compact(BFloat16, (size(), size(divisibility=8) if aligned else size()), 16 if aligned else 2)
@@ -186,7 +196,7 @@ def spec(quantized: bool, aligned: bool, shape: Shape) -> KernelSpec:
         tensors = (codes, scales, packed, offsets, alpha, dec, out, sums, arrived)
         return (*tensors, *numbers, stream, quantized, aligned, shape)
 
-    kind = f"{'plain' if shape.plain else 'dense'}_{shape.rows}" if shape.dense else "prefill"
+    kind = f"dense_{shape.rows}" if shape.dense else "prefill"
     name = f"{kind}_{shape.tokens}{'_quantized' if quantized else ''}{'' if aligned else '_unaligned'}"
     return KernelSpec(name, Target.SM90.value, launch, arguments, (quantized, aligned, *shape.widths, *shape[1:]))
 

@@ -6,10 +6,13 @@ from torch import Tensor
 
 from megamoe.cute import decode_limits, prepare
 from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.gemm_decode_host import ctas
 from megamoe.cute.host import check_readable
 from megamoe.errors import ArgumentError
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe_stages.grouped_gemm import contract, decode, limits, prefill
+
+MOST_ROWS = 4  # of one expert, up to which streaming its weights into `mma` was faster
 
 
 def grouped_gemm(
@@ -32,8 +35,9 @@ def grouped_gemm(
     out = contract.fake(a, weights, offsets, row_index)
     if rows:
         few = decode_limits.takes(rows, weights.codes.shape[0], *contract.logical_size(weights))
-        dense = weights.codes.shape[0] == 1 and rows > decode_limits.COLUMNS  # else it would take several passes
-        (decode if few and not dense else prefill).run(a, weights, offsets, row_index, out)
+        if weights.codes.shape[0] == 1:
+            few = few and rows <= MOST_ROWS and decode_limits.busy(weights.codes.shape[1], ctas(out.device))
+        (decode if few else prefill).run(a, weights, offsets, row_index, out)
     return out
 
 
