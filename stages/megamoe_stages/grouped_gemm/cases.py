@@ -185,6 +185,7 @@ _HOPPER_CASES: dict[str, Case] = {
         values="integers", rows=tuple(20 + 11 * e % 45 for e in range(16)), n=320, k=384
     ),
     "one-hot-one-expert": _hopper(values="one_hot", rows=(20,), n=320, k=4096),
+    "integers-one-expert-nine-rows": _hopper(values="integers", rows=(9,), n=80, k=256, a="nvfp4"),
     "integers-one-expert-two-rows": _hopper(values="integers", rows=(2,), n=320, k=2048),
     "integers-one-expert-200-rows": _hopper(values="integers", rows=(200,), n=136, k=1024),
     "integers-one-expert-600-rows": _hopper(values="integers", rows=(600,), n=1104, k=384, a="nvfp4", alphas=3),

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from megamoe.cute import decode_limits, prepare
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.gemm_decode_host import ctas
 from megamoe.cute.host import check_readable
 from megamoe.errors import ArgumentError
 from megamoe.numerics.nvfp4 import NVFP4Tensor
@@ -36,7 +35,9 @@ def grouped_gemm(
     if rows:
         few = decode_limits.takes(rows, weights.codes.shape[0], *contract.logical_size(weights))
         if weights.codes.shape[0] == 1:
-            few = few and rows <= MOST_ROWS and decode_limits.busy(weights.codes.shape[1], ctas(out.device))
+            few = (
+                few and rows <= MOST_ROWS and decode_limits.busy(weights.codes.shape[1], prefill.processors(out.device))
+            )
         (decode if few else prefill).run(a, weights, offsets, row_index, out)
     return out
 
