@@ -33,11 +33,10 @@ def grouped_gemm(
     check_operands(a, weights)
     out = contract.fake(a, weights, offsets, row_index)
     if rows:
-        few = decode_limits.takes(rows, weights.codes.shape[0], *contract.logical_size(weights))
-        if weights.codes.shape[0] == 1:
-            few = (
-                few and rows <= MOST_ROWS and decode_limits.busy(weights.codes.shape[1], prefill.processors(out.device))
-            )
+        experts, padded_n = weights.codes.shape[:2]
+        few = decode_limits.takes(rows, experts, *contract.logical_size(weights))
+        if experts == 1:
+            few = few and rows <= MOST_ROWS and decode_limits.busy(padded_n, prefill.processors(out.device))
         (decode if few else prefill).run(a, weights, offsets, row_index, out)
     return out
 
