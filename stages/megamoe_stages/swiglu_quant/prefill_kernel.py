@@ -92,24 +92,17 @@ def kernel(
     if cta + thread == 0:
         out_dec[()] = recipe.global_scale(enc[()], Target.SM90).dec
 
-    scale = regular_scale(enc)
+    def fetch(_: Piece) -> list[Float32]:
+        return []  # asking for alphas before the products made this kernel slower
 
-    def fetch(piece: Piece) -> list[Float32]:
+    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, _: list[Float32]) -> None:
         first = piece.expert * parts
-        return [factor_of(alpha, first + i * (parts // 2), dec, quantized) for i in range(2)]  # of gate and up
-
-    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, factors: list[Float32]) -> None:
-        given = (row_weight, enc, scale, limit, factors, weighted)
+        factors = [factor_of(alpha, first + i * (parts // 2), dec, quantized) for i in range(2)]  # of gate and up
+        given = (row_weight, enc, limit, factors, weighted)
         encode(acc, piece, staging, *given, out_codes, out_scales, tiled, width)
 
     unused = (alpha, offsets, Int32(1), Int32(0), Int32(0))  # no piece is shared, and experts may be many
     weight_gemm.work(Operands(codes, scales, packed, offsets, *unused), fetch, finish, shape)
-
-
-def regular_scale(enc: cute.Tensor) -> GlobalScale:
-    """The exact global scale, and whether `recipe.encode_block` may use it."""
-    exact = recipe.global_scale(enc[()], Target.SM90)
-    return GlobalScale(exact.enc_sixth, exact.dec, recipe.regular_global_scale(enc[()], Target.SM90).regular)
 
 
 @cute.jit
@@ -119,7 +112,6 @@ def encode(
     staging: Int32,
     row_weight: cute.Tensor,
     enc: cute.Tensor,
-    scale: Constexpr[GlobalScale],
     limit: Float32,
     factors: Constexpr[list[Float32]],
     weighted: Constexpr[bool],
@@ -136,6 +128,7 @@ def encode(
     block = piece.row_piece * CONSUMER_WARPS + warp
     blocks = cute.size(out_codes, mode=[1]) // (BLOCK // 2)
     to = area + (lane % 4 * 2 * _STRIDE + lane // 4) * 4
+    scale = recipe.regular_global_scale(enc[()], target)
     for first in cutlass.range_constexpr(0, width, WARP):
         if (first < piece.valid) & (block < blocks):
             for c in cutlass.range_constexpr(first // 8, min(first + WARP, width) // 8):
@@ -146,7 +139,7 @@ def encode(
                     ring.store4(to + ((c * 8 - first + j) * _STRIDE + t * 8) * 4, y)
             cute.arch.sync_warp()
             row, left = piece.start + piece.first + first, piece.valid - first
-            given = (scale, row_weight, enc, weighted, out_codes, out_scales, tiled)
+            given = (row_weight, enc, weighted, out_codes, out_scales, tiled)
             if cutlass.const_expr(width - first <= WARP // 2):
                 _quantize_by_halves(area, row, left, block, *given)
             else:
@@ -154,7 +147,7 @@ def encode(
                 words = [word for i in range(4) for word in ring.load16(area + (mine * _STRIDE + i * 4) * 4)]
                 cute.arch.sync_warp()
                 if lane < left:
-                    _quantize(words, row + lane, block, *given)
+                    _quantize(words, row + lane, block, scale, *given)
 
 
 @cute.jit
@@ -163,7 +156,6 @@ def _quantize_by_halves(
     row: Int32,
     tokens: Int32,
     block: Int32,
-    scale: Constexpr[GlobalScale],
     row_weight: cute.Tensor,
     enc: cute.Tensor,
     weighted: Constexpr[bool],
@@ -182,7 +174,7 @@ def _quantize_by_halves(
         values = [arith.mul(value, row_weight[row + token], target) for value in values]
     largest = _largest(values, target)
     largest = arith.maximum(largest, from_lane(largest, WARP // 2), target)
-    byte, factor = recipe.block_scale(largest, scale, target)
+    byte, factor = recipe.block_scale(largest, recipe.global_scale(enc[()], target), target)
     nibbles = recipe.pack_codes([convert.encode_e2m1(arith.mul(value, factor, target), target) for value in values])
     if lane % (WARP // 2) < tokens:
         blocks = cute.size(codes, mode=[1]) // (BLOCK // 2)
