@@ -14,15 +14,16 @@ import torch
 from torch import Generator
 
 import ptxemu
-from megamoe.cute import compiler, weight_gemm
+from megamoe.cute import compiler, weight_pieces
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.host import empty_result
-from megamoe.cute.weight_gemm import Shape
+from megamoe.cute.weight_pieces import Shape
 from megamoe.numerics.gate_up import interleave
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe.testing import guards
 from megamoe_stages.grouped_gemm import prefill, prefill_kernel
 from megamoe_stages.grouped_gemm.cases import make
+from megamoe_stages.grouped_gemm.prefill import Cut
 from megamoe_stages.grouped_gemm.reference import grouped_gemm
 from megamoe_stages.swiglu_quant import prefill as swiglu_prefill
 from megamoe_stages.swiglu_quant import prefill_kernel as swiglu_prefill_kernel
@@ -50,7 +51,6 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Report]]:
 
     monkeypatch.setattr(compiler, "load", emulated)
     monkeypatch.setattr(prefill, "processors", lambda _: CTAS)
-    monkeypatch.setattr(prefill, "clusters", lambda _: {})
     forget_launchers()
     yield seen
     forget_launchers()
@@ -78,10 +78,10 @@ def test_packed_rows_of_experts_are_aligned_and_apart() -> None:
     generator = Generator().manual_seed(0)
     counts = torch.randint(0, 20, (300,), generator=generator).tolist()
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-    places = [weight_gemm.packed_start(start, expert) for expert, start in enumerate(starts[:-1])]
-    assert all(place % weight_gemm.ALIGNMENT == 0 for place in places)
+    places = [weight_pieces.packed_start(start, expert) for expert, start in enumerate(starts[:-1])]
+    assert all(place % weight_pieces.ALIGNMENT == 0 for place in places)
     assert all(first + count <= second for (first, second), count in zip(pairwise(places), counts, strict=False))
-    assert places[-1] + counts[-1] + 128 <= weight_gemm.packed_capacity(starts[-1], len(counts), 128)
+    assert places[-1] + counts[-1] + 128 <= weight_pieces.packed_capacity(starts[-1], len(counts), 128)
 
 
 @pytest.mark.parametrize(
@@ -105,37 +105,68 @@ def test_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, 
     assert guards.same_bytes(out, expected)
 
 
-@pytest.mark.parametrize(("rows", "n", "k", "sms"), [(11, 320, 400, 8), (70, 48, 512, 6), (100, 272, 304, 16)])
-def test_a_cluster_shares_the_k_of_one_expert(
-    reports: list[Report], monkeypatch: pytest.MonkeyPatch, rows: int, n: int, k: int, sms: int
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "shape", "sharing", "tiles"),
+    [
+        (11, 320, 400, "NARROW", 3, 1),
+        (60, 320, 400, "NARROW", 2, 2),
+        (200, 144, 512, "MEDIUM", 3, 2),
+        (120, 320, 256, "WIDE", 2, 1),
+        (2500, 144, 128, "MEDIUM", 1, 20),
+    ],
+)
+def test_one_expert_is_exact_however_it_is_cut(
+    reports: list[Report],
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    n: int,
+    k: int,
+    shape: str,
+    sharing: int,
+    tiles: int,
 ) -> None:
-    monkeypatch.setattr(prefill, "processors", lambda _: sms)
-    monkeypatch.setattr(prefill, "clusters", lambda _: {c: sms // c for c in prefill.CLUSTERS})
-    monkeypatch.setattr(prefill, "EXCHANGE_CLOCKS", 0)  # else k is too short here
+    dense = getattr(prefill_kernel, f"DENSE_{shape}")
+    ctas = -(-n // dense.rows) * tiles * sharing if sharing > 1 else 3
+    monkeypatch.setattr(prefill, "cut", lambda *_, **__: Cut(dense, ctas, sharing, tiles))
     given = make(Generator().manual_seed(2), rows=(rows,), n=n, k=k, values="integers")
     expected = grouped_gemm(**given)
     out = torch.full_like(expected, math.nan)
     prefill.run(given["a"], given["weights"].with_layout("hopper"), given["offsets"], None, out)
-    assert reports[1].launches[0].cluster[0] > 1
     for report in reports:
         report.raise_for_findings()
     assert guards.same_bytes(out, expected)
 
 
-def test_how_one_expert_is_cut() -> None:
-    def cut(rows: int, n: int, k: int) -> tuple[int, int]:
-        codes = torch.empty(1, n, k // 2, dtype=torch.uint8, device="meta")
-        most = {2: 66, 4: 32, 8: 16}
-        shape, ctas, cluster = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132, most)
-        assert cluster == 1 or shape.shared
-        assert cluster == 1 or ctas == cluster * -(-n // 256) * -(-rows // shape.tokens)
-        return shape.tokens, cluster
+@pytest.mark.parametrize("rows", [1, 9, 16, 64, 100, 128, 256, 512, 1000, 8192])
+@pytest.mark.parametrize(("n", "k"), [(8192, 8192), (4096, 8192), (1536, 4096), (64, 128), (7168, 3072)])
+def test_how_one_expert_is_cut(rows: int, n: int, k: int) -> None:
+    codes = torch.empty(1, n, k // 2, dtype=torch.uint8, device="meta")
+    cut = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132)
+    pieces = -(-n // cut.shape.rows) * cut.tiles
+    assert cut.sharing <= k // weight_pieces.STAGE_K  # every CTA has some of k
+    assert cut.ctas == min(132, pieces * cut.sharing)
+    assert cut.sharing == 1 or pieces * cut.sharing <= 132  # no CTA has two pieces
 
-    assert cut(16, 8192, 8192) == (64, 4)
-    assert cut(128, 8192, 8192) == (128, 4)
-    assert cut(256, 8192, 8192) == (128, 2)
-    assert cut(128, 1536, 4096) == (64, 8)
-    assert cut(8192, 8192, 8192) == (128, 1)
+
+@pytest.mark.parametrize(
+    ("n", "k", "rows", "shape", "tiles", "sharing"),
+    [
+        (8192, 8192, 16, "NARROW", 1, 2),
+        (8192, 8192, 64, "NARROW", 1, 2),
+        (8192, 8192, 128, "MEDIUM", 1, 2),
+        (8192, 8192, 256, "MEDIUM", 2, 1),
+        (8192, 8192, 512, "WIDE", 4, 1),
+        (8192, 8192, 8192, "WIDE", 64, 1),
+        (4096, 8192, 64, "NARROW", 1, 4),
+        (4096, 8192, 512, "MEDIUM", 4, 1),
+        (1536, 4096, 16, "NARROW", 1, 8),
+        (1536, 4096, 64, "NARROW", 2, 5),
+    ],
+)
+def test_one_expert_is_cut_as_was_fastest(n: int, k: int, rows: int, shape: str, tiles: int, sharing: int) -> None:
+    codes = torch.empty(1, n, k // 2, dtype=torch.uint8, device="meta")
+    cut = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132)
+    assert (cut.shape, cut.tiles, cut.sharing) == (getattr(prefill_kernel, f"DENSE_{shape}"), tiles, sharing)
 
 
 @pytest.mark.parametrize("params", [{"a": "nvfp4", "scale_layout": "128x4"}], ids=["nvfp4-128x4"])

@@ -50,6 +50,12 @@ def takes(rows: int, experts: int, n: int, k: int) -> bool:
     return few and not refuses({"experts": experts, "rows": rows, "n": n, "k": k})
 
 
+def busy(n: int, ctas: int) -> bool:
+    """Whether the groups of rows of one expert, n in all, keep nearly all CTAs busy till the end."""
+    groups = n // GROUP_ROWS
+    return groups >= 0.9 * ctas * -(-groups // ctas)
+
+
 def refuses(facts: Mapping[str, object]) -> list[str]:
     """Reasons why the main loop cannot do a problem of `grouped_gemm` or `swiglu_quant`."""
     experts, rows, n, k = (int(str(facts.get(name, 0))) for name in ("experts", "rows", "n", "k"))

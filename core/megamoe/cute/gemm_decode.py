@@ -154,8 +154,8 @@ def run(
             bulk.barrier_init(shared + _FULL + number * 8, 1)
             bulk.barrier_init(shared + _EMPTY + number * 8, CONSUMERS // SLICES)
         for buffer in cutlass.range_constexpr(2):
-            bulk.barrier_init(shared + _SUMS_FULL + buffer * 8, CONSUMERS)
-            bulk.barrier_init(shared + _SUMS_EMPTY + buffer * 8, EPILOGUE)
+            bulk.barrier_init(shared + _SUMS_FULL + buffer * 8, CONSUMERS * WARP)
+            bulk.barrier_init(shared + _SUMS_EMPTY + buffer * 8, EPILOGUE * WARP)
         bulk.fence_barriers()
     cute.arch.griddepcontrol_wait()  # what came before in the stream is done; up to here it may still have run
     cute.arch.griddepcontrol_launch_dependents()
@@ -308,8 +308,7 @@ def _consume(
                     for i in cutlass.range_constexpr(4):
                         at = i % 2 * SUMS_ROW + (t * 16 + i // 2 * 8) * 4
                         bulk.store1(sums_at + buffer * SUMS_BUFFER + at, acc[(t * shape.tiles + n) * 4 + i])
-                cute.arch.sync_warp()
-                bulk.barrier_arrive_if(shared + _SUMS_FULL + buffer * 8, lane == 0)
+                bulk.barrier_arrive(shared + _SUMS_FULL + buffer * 8)
                 turn = turn + 1
         group = group + 1
         fresh = group == span.groups
@@ -430,8 +429,7 @@ def _finish(
             fetched = fetch(sums)
             bulk.barrier_wait(shared + _SUMS_FULL + buffer * 8, turn >> 1 & 1)
             finish(sums, fetched)
-            cute.arch.sync_warp()
-            bulk.barrier_arrive_if(shared + _SUMS_EMPTY + buffer * 8, thread % WARP == 0)
+            bulk.barrier_arrive(shared + _SUMS_EMPTY + buffer * 8)
             turn = turn + 1
         group = group + 1
         if group == span.groups:

@@ -4,7 +4,8 @@
             memory is for wgmma, so that one bulk copy brings any run of rows of a block of k. Rows of an expert are
             neighbours and start at a multiple of 8. NVFP4 comes out as 2^-7 of its value, without its global scale.
 
-A warp or several a row; a lane makes a chunk, 8 lanes write 128 bytes in a row.
+A warp or several a row; a lane makes a chunk, 8 lanes write 128 bytes in a row. The kernel also clears the counters of
+`weight_gemm`'s split pieces.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Int32, Int64, Uint8, Uint16, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from megamoe.cute import arith, bulk, fragments, weight_gemm
+from megamoe.cute import arith, bulk, fragments, weight_pieces
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.layout import offset_128x4, offset_linear
@@ -24,7 +25,7 @@ from megamoe.cute.warp import WARP
 THREADS = 256
 CHUNKS = 8  # of 16 bytes, of a row of 64 slots
 AT_ONCE = 4  # chunks that a lane asks for before it waits
-ENOUGH_ROWS = 1024  # for a warp each; fewer are shared, or most SMs would have nothing to do
+ENOUGH_ROWS = 8192  # for a warp each, 62 an SM; fewer are shared, or too few bytes would be on their way
 KINDS = ("bfloat16", "linear", "128x4")  # plain activations, or NVFP4 by the layout of its scales
 
 
@@ -35,6 +36,7 @@ def launch(
     index: cute.Tensor,  # (rows,) int32, not read unless `indexed`
     offsets: cute.Tensor,  # (experts + 1,) int32
     packed: cute.Tensor,  # (padded K / 64, capacity, 64) bf16
+    cleared: cute.Tensor,  # (any,) int32, gets zeros
     rows: Int32,
     parts: Int32,  # warps that share a row
     stream: CUstream,
@@ -42,7 +44,7 @@ def launch(
     indexed: Constexpr[bool],
 ) -> None:
     """Launches `parts` warps for each row."""
-    kernel(values, scales, index, offsets, packed, rows, kind, indexed).launch(
+    kernel(values, scales, index, offsets, packed, cleared, rows, kind, indexed).launch(
         grid=[cute.ceil_div(rows, THREADS // WARP), parts, 1], block=[THREADS, 1, 1], use_pdl=True, stream=stream
     )
 
@@ -54,6 +56,7 @@ def kernel(
     index: cute.Tensor,
     offsets: cute.Tensor,
     packed: cute.Tensor,
+    cleared: cute.Tensor,
     rows: Int32,
     kind: Constexpr[str],
     indexed: Constexpr[bool],
@@ -64,6 +67,9 @@ def kernel(
     _, parts, _ = cute.arch.grid_dim()
     cute.arch.griddepcontrol_wait()  # what came before in the stream is done; up to here it may still have run
     cute.arch.griddepcontrol_launch_dependents()
+    if cta + part == 0:
+        for place in cutlass.range(thread, cute.size(cleared), THREADS):
+            cleared[place] = Int32(0)
     row = cta * (THREADS // WARP) + thread // WARP
     if row < rows:
         lane = thread % WARP
@@ -88,7 +94,7 @@ def pack_row(
     target = Target.SM90
     expert = _expert_of(row, lane, offsets)
     start = offsets[expert]
-    place = weight_gemm.packed_start(start, expert) + row - start
+    place = weight_pieces.packed_start(start, expert) + row - start
     source = row
     if cutlass.const_expr(indexed):
         source = index[row]
@@ -169,10 +175,10 @@ def spec(kind: str, indexed: bool) -> KernelSpec:
         else:
             values = _compact(Uint8, (size(), size(divisibility=BLOCK // 2)), 8)
         scales = _compact(Uint8, (size(), size()), 1)
-        index, offsets = (_compact(Int32, (size(),), 4) for _ in range(2))
+        index, offsets, cleared = (_compact(Int32, (size(),), 4) for _ in range(3))
         packed = _compact(BFloat16, (size(), size(), 64), 16)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return (values, scales, index, offsets, packed, Int32(0), Int32(1), stream, kind, indexed)
+        return (values, scales, index, offsets, packed, cleared, Int32(0), Int32(1), stream, kind, indexed)
 
     name = f"pack_{kind}{'_indexed' if indexed else ''}"
     return KernelSpec(name, Target.SM90.value, launch, arguments, (kind, indexed))

@@ -185,6 +185,13 @@ _HOPPER_CASES: dict[str, Case] = {
         values="integers", rows=tuple(20 + 11 * e % 45 for e in range(16)), n=320, k=384
     ),
     "one-hot-one-expert": _hopper(values="one_hot", rows=(20,), n=320, k=4096),
+    "integers-one-expert-nine-rows": _hopper(values="integers", rows=(9,), n=80, k=256, a="nvfp4"),
+    "integers-one-expert-two-rows": _hopper(values="integers", rows=(2,), n=320, k=2048),
+    "integers-one-expert-200-rows": _hopper(values="integers", rows=(200,), n=136, k=1024),
+    "integers-one-expert-600-rows": _hopper(values="integers", rows=(600,), n=1104, k=384, a="nvfp4", alphas=3),
+    "integers-one-expert-unaligned": _hopper(values="integers", rows=(300,), n=1100, k=256, alphas=None),
+    "one-hot-one-expert-nvfp4": _hopper(values="one_hot", rows=(70,), n=320, k=1024, a="nvfp4", alphas=2, indexed=True),
+    "integers-one-expert-many-rows": _hopper(values="integers", rows=(4500,), n=1600, k=256, gpu_only=True),
     "one-expert-100-rows": _hopper(rows=(100,), n=512, k=4096, a="nvfp4"),
     "nonfinite": _hopper(values="nonfinite"),
     "all-experts-live": _hopper(rows=tuple(1 + e % 3 for e in range(256)), n=64, k=256, a="nvfp4", indexed=True),

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megamoe.cute import compiler, pack, weight_gemm
+from megamoe.cute import compiler, pack, split_sums, weight_pieces
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.weight_gemm import STAGE_K, Shape
+from megamoe.cute.weight_pieces import STAGE_K, Shape
 from megamoe.numerics.fragments import padded_shape
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe_stages.grouped_gemm import prefill_kernel
 
-CLUSTERS = (2, 4, 8)
-STAGE_CLOCKS, TOKEN_CLOCKS = 850, 13  # of a stage, and of each of its tokens; measured at 16 to 104
-EXCHANGE_CLOCKS = 5000  # supposed
+STAGE_CLOCKS = {1: 475, 2: 850}  # of a stage, by the tiles of a warp
+TOKEN_CLOCKS = 6.5  # more for each token and tile
+SHARE_CLOCKS, PART_CLOCKS, SUMS_CLOCKS = 3000, 150, 10  # of a piece that is shared, its parts, their tokens and tiles
 MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
 
 
@@ -33,21 +34,31 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
         out: bf16 (M, N), written; M is not 0.
     """
     experts = weights.codes.shape[0]
-    shape, ctas, cluster = cut(out.shape[0], weights, processors(out.device), clusters(out.device))
-    packed = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape)
+    shape, ctas, sharing, tiles = cut(out.shape[0], weights, processors(out.device))
+    split = sharing > 1
+    sums = torch.empty(split * ctas * split_sums.sums_bytes(shape) // 4, dtype=torch.float32, device=out.device)
+    counters = split * ctas // sharing * weight_pieces.CONSUMER_WARPS
+    arrived = torch.empty(counters, dtype=torch.int32, device=out.device)
+    packed = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape, arrived)
     alpha = weights.global_scale_dec
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
     dec = a.global_scale_dec if isinstance(a, NVFP4Tensor) else alpha.view(-1)[0]
     launch = _launcher(isinstance(a, NVFP4Tensor), out.shape[1] % 8 == 0, shape)
     codes, scales = weights.codes, weights.scales.view(torch.uint8)
-    launch(codes, scales, packed, offsets, alpha.view(-1), dec, out, parts, ctas, cluster)
+    launch(codes, scales, packed, offsets, alpha.view(-1), dec, out, sums, arrived, parts, ctas, sharing, tiles)
 
 
 def pack_rows(
-    a: Tensor | NVFP4Tensor, offsets: Tensor, row_index: Tensor | None, rows: int, k: int, shape: Shape
+    a: Tensor | NVFP4Tensor,
+    offsets: Tensor,
+    row_index: Tensor | None,
+    rows: int,
+    k: int,
+    shape: Shape,
+    cleared: Tensor,
 ) -> Tensor:
-    """Activations as `cute.pack` lays them out: bf16 (padded K / 64, capacity, 64)."""
-    capacity = weight_gemm.packed_capacity(rows, offsets.shape[0] - 1, shape.tokens)
+    """Activations as `cute.pack` lays them out, bf16 (padded K / 64, capacity, 64); zeros int32 `cleared`."""
+    capacity = weight_pieces.packed_capacity(rows, offsets.shape[0] - 1, shape.tokens)
     packed = torch.empty((padded_shape(1, k)[1] // 64, capacity, 64), dtype=torch.bfloat16, device=offsets.device)
     index = offsets if row_index is None else row_index
     if isinstance(a, NVFP4Tensor):
@@ -55,39 +66,55 @@ def pack_rows(
     else:
         kind, values, scales = "bfloat16", a, a.view(torch.uint8)
     parts = pack.parts_of(rows, k)
-    _packer(kind, row_index is not None)(values, scales, index, offsets, packed, rows, parts)
+    _packer(kind, row_index is not None)(values, scales, index, offsets, packed, cleared, rows, parts)
     return packed
 
 
-def cut(rows: int, weights: NVFP4Tensor, sms: int, most_clusters: Mapping[int, int]) -> tuple[Shape, int, int]:
-    """How the work is cut, over how many CTAs, and how many of these share a piece.
+class Cut(NamedTuple):
+    """How the work is cut.
 
-    One expert may have fewer pieces than there are SMs: then a cluster of up to 8 CTAs divides the k of each, if all
-    clusters can run at the same time.
+    Attributes:
+        shape: Of the kernel.
+        ctas: How many.
+        sharing: How many of them share the k of a piece; then no CTA has more than one piece.
+        tiles: Of the tokens of one expert.
+    """
+
+    shape: Shape
+    ctas: int
+    sharing: int = 1
+    tiles: int = 1
+
+
+def cut(rows: int, weights: NVFP4Tensor, sms: int) -> Cut:
+    """How the work is cut; one expert may have fewer pieces than there are SMs, then several CTAs share the k of each.
 
     Args:
         rows: Of the result.
         weights: In the hopper layout.
         sms: Of the device.
-        most_clusters: How many clusters of each size can run at the same time.
     """
     experts, n, stages = weights.codes.shape[0], weights.codes.shape[1], weights.codes.shape[2] * 2 // STAGE_K
-    shape = shape_for(rows, experts)
     if experts > 1:
-        return shape, sms, 1
-    best = (shape, sms, 1)
-    least = math.inf
-    for dense in prefill_kernel.DENSE:
-        tiles = -(-rows // dense.tokens)
-        pieces = -(-n // weight_gemm.ROWS) * tiles
-        width = next(w for w in dense.widths if w * tiles >= rows)
-        for cluster in (1, *(c for c, most in most_clusters.items() if c <= stages and pieces <= most)):
-            turns = -(-pieces * cluster // sms) * -(-stages // cluster)
-            cost = turns * (STAGE_CLOCKS + TOKEN_CLOCKS * width) + EXCHANGE_CLOCKS * (cluster > 1)
-            if cost < least:
-                chosen = dense if cluster > 1 else prefill_kernel.NARROW if dense.tokens == 64 else prefill_kernel.WIDE
-                least, best = cost, (chosen, pieces * cluster if cluster > 1 else sms, cluster)
-    return best
+        return Cut(shape_for(rows, experts), sms)
+    return _dense_cut(rows, n, stages, sms)
+
+
+@functools.lru_cache(maxsize=4096)
+def _dense_cut(rows: int, n: int, stages: int, sms: int) -> Cut:
+    """The cheapest way for one expert of n padded rows, by what its parts cost where they were measured."""
+    found = []
+    for shape, most in ((dense, width) for dense in prefill_kernel.DENSE for width in dense.widths):
+        tiles = -(-rows // most)
+        pieces = -(-n // shape.rows) * tiles
+        width = next(w for w in shape.widths if w * tiles >= rows)
+        for sharing in range(1, max(1, min(sms // pieces, stages)) + 1):
+            of_stage = STAGE_CLOCKS[shape.tiles] + TOKEN_CLOCKS * width * shape.tiles
+            clocks = -(-pieces * sharing // sms) * -(-stages // sharing) * of_stage
+            if sharing > 1:
+                clocks += SHARE_CLOCKS + (PART_CLOCKS + SUMS_CLOCKS * width * shape.tiles) * sharing
+            found.append((clocks, Cut(shape, min(sms, pieces * sharing), sharing, tiles)))
+    return min(found, key=lambda pair: pair[0])[1]
 
 
 def shape_for(rows: int, experts: int) -> Shape:
@@ -108,15 +135,6 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
-def clusters(device: torch.device) -> dict[int, int]:
-    """How many of each size can run at the same time, a CTA an SM: the chip's parts make it fewer than SMs / size."""
-    from cutlass.utils import HardwareInfo  # knows the device once torch has made its context
-
-    info = HardwareInfo(device.index or 0)
-    return {size: int(info.get_max_active_clusters(size)) for size in CLUSTERS}
-
-
-@functools.cache
 def _launcher(quantized: bool, aligned: bool, shape: Shape) -> Callable[..., None]:
     return compiler.load(prefill_kernel.spec(quantized, aligned, shape))
 
@@ -129,12 +147,6 @@ def _packer(kind: str, indexed: bool) -> Callable[..., None]:
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
     packers = [pack.spec(kind, indexed) for kind in pack.KINDS for indexed in (False, True)]
-    return [
-        *packers,
-        *(
-            prefill_kernel.spec(quantized, aligned, shape)
-            for quantized in (False, True)
-            for aligned in (False, True)
-            for shape in (prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE, *prefill_kernel.DENSE)
-        ),
-    ]
+    shapes = prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE, *prefill_kernel.DENSE
+    flags = itertools.product((False, True), (False, True))
+    return [*packers, *(prefill_kernel.spec(*both, shape) for both in flags for shape in shapes)]

@@ -10,19 +10,20 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, mak
 from megamoe.cute import arith, bf16, ring, weight_gemm
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.warp import WARP
-from megamoe.cute.weight_gemm import DECODED_UNIT, TILE_ROWS, TILES, Operands, Piece, Shape, Share
+from megamoe.cute.weight_gemm import DECODED_UNIT
+from megamoe.cute.weight_pieces import CONSUMER_WARPS, THREADS, Operands, Piece, Shape, warp_of_consumers
 
-_WARPS = weight_gemm.CONSUMERS * weight_gemm.GROUP // WARP
-_TURNED = 8 * 32 * 2  # bytes of 8 tokens by 32 columns
+_TURNED = 8 * 32 * 2  # bytes of 8 tokens by 32 columns, or of 16 by 16
+_STAGING = CONSUMER_WARPS * 2 * _TURNED
 WIDE, NARROW, SPARSE = (
-    Shape((96, 104, 128), 4, _WARPS * 2 * _TURNED),
-    Shape((32, 40, 48, 56, 64), 6, _WARPS * 2 * _TURNED),
-    Shape((16, 24, 32, 40, 48), 6, _WARPS * 2 * _TURNED),
+    Shape((96, 104, 128), 4, _STAGING),
+    Shape((32, 40, 48, 56, 64), 6, _STAGING),
+    Shape((16, 24, 32, 40, 48), 6, _STAGING),
 )
-DENSE = (  # for one expert, whose pieces are too few for all SMs
-    Shape((16, 32, 64), 6, _WARPS * 2 * _TURNED, shared=True),
-    Shape((96, 128), 4, _WARPS * 2 * _TURNED, shared=True),
+DENSE = DENSE_NARROW, DENSE_MEDIUM, DENSE_WIDE = (  # for one expert, whose pieces may be too few for all SMs
+    Shape((16, 32, 64), 8, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
+    Shape((96, 128), 5, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
+    Shape((96, 128), 4, _STAGING, experts=1, split=True),
 )
 
 
@@ -35,19 +36,22 @@ def launch(
     alpha: cute.Tensor,  # (experts * parts,) fp32, or one for all
     dec: cute.Tensor,  # () fp32 of NVFP4 activations; not read for others
     out: cute.Tensor,  # (rows, N) bf16
+    sums: cute.Tensor,  # fp32 workspace, and how many CTAs left sums there: see `weight_pieces.Operands`
+    arrived: cute.Tensor,
     parts: Int32,  # of an expert's rows; 0: one alpha for all
     ctas: Int32,
-    cluster: Int32,  # CTAs that share a piece; 1 unless `Shape.shared`
+    sharing: Int32,  # CTAs that share a piece; 1 unless `Shape.split`
+    tiles: Int32,  # of tokens; not read unless `Shape.dense`
     stream: CUstream,
     quantized: Constexpr[bool],
     aligned: Constexpr[bool],
     shape: Constexpr[Shape],
 ) -> None:
     """Launches so many CTAs."""
-    kernel(codes, scales, packed, offsets, alpha, dec, out, parts, quantized, aligned, shape).launch(
+    tensors = (codes, scales, packed, offsets, alpha, dec, out, sums, arrived)
+    kernel(*tensors, parts, sharing, tiles, quantized, aligned, shape).launch(
         grid=[ctas, 1, 1],
-        cluster=[cluster, 1, 1] if shape.shared else None,
-        block=[weight_gemm.THREADS, 1, 1],
+        block=[THREADS, 1, 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,
         use_pdl=True,
@@ -64,17 +68,28 @@ def kernel(
     alpha: cute.Tensor,
     dec: cute.Tensor,
     out: cute.Tensor,
+    sums: cute.Tensor,
+    arrived: cute.Tensor,
     parts: Int32,
+    sharing: Int32,
+    tiles: Int32,
     quantized: Constexpr[bool],
     aligned: Constexpr[bool],
     shape: Constexpr[Shape],
 ) -> None:
     """The kernel; see the module."""
 
-    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, part: Share) -> None:
-        store(acc, piece, staging, part, alpha, dec, out, parts, quantized, aligned, width)
+    def fetch(piece: Piece) -> list[Float32]:
+        columns = [_column(piece, shape) + i * 8 + cute.arch.lane_idx() // 4 for i in range(_chunks(shape))]
+        entries = [piece.expert * parts + part_of(column, cute.size(out, mode=[1]), parts) for column in columns]
+        return [factor_of(alpha, entry, dec, quantized) for entry in entries]
 
-    weight_gemm.work(Operands(codes, scales, packed, offsets), finish, shape)
+    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, factors: list[Float32]) -> None:
+        store(acc, piece, staging, factors, out, aligned, width, shape)
+
+    rows = cute.size(out, mode=[0])
+    operands = Operands(codes, scales, packed, offsets, sums, arrived, sharing, rows, tiles)
+    weight_gemm.work(operands, fetch, finish, shape)
 
 
 @cute.jit
@@ -82,51 +97,72 @@ def store(
     acc: cute.Tensor,
     piece: Constexpr[Piece],
     staging: Int32,
-    part: Constexpr[Share],
-    alpha: cute.Tensor,
-    dec: cute.Tensor,
+    factors: Constexpr[list[Float32]],
     out: cute.Tensor,
-    parts: Int32,
-    quantized: Constexpr[bool],
     aligned: Constexpr[bool],
     width: Constexpr[int],
+    shape: Constexpr[Shape],
 ) -> None:
-    """Writes a piece, 8 tokens by 32 columns of a warp at a time, turned by shared memory to 16 bytes a lane."""
+    """Writes a piece, four (8, 8) of a warp at a time, turned by shared memory to 16 bytes a lane."""
     target = Target.SM90
     lane = cute.arch.lane_idx()
     n = cute.size(out, mode=[1])
-    column = piece.row_piece * weight_gemm.ROWS + weight_gemm.warp_of_consumers() * (TILES * TILE_ROWS)
-    factors = []
-    for i in cutlass.range_constexpr(4):
-        row = cutlass.min(column + i * 8 + lane // 4, n - 1)
-        factors.append(factor_of(alpha, piece.expert * parts + row * parts // n, dec, quantized))
-    area = staging + weight_gemm.warp_of_consumers() * (2 * _TURNED)
-    write_at, read_at = area + _turned(lane % 8, lane // 8), area + _turned(lane // 4, lane % 4)
-    left = column + lane % 4 * 8
-    place = ring.address(out.iterator) + (Int64(piece.start + piece.first + lane // 4) * n + left) * 2
+    chunks = _chunks(shape)
+    tokens = 4 // chunks * 8  # at a time
+    buffers = shape.staging // (CONSUMER_WARPS * _TURNED)
+    area = staging + warp_of_consumers() * (buffers * _TURNED)
+    matrix = lane // 8
+    write_at = area + _turned(lane % 8 + matrix // chunks * 8, matrix % chunks, chunks)
+    token, chunk = lane // chunks, lane % chunks
+    read_at = area + _turned(token, chunk, chunks)
+    left = _column(piece, shape) + chunk * 8
+    place = ring.address(out.iterator) + (Int64(piece.start + piece.first + token) * n + left) * 2
     cute.arch.sync_warp()  # the piece before has been read
-    for c in cutlass.range_constexpr(width // 8):
-        if part.holds(c) & (c * 8 < piece.valid):
+    for first in cutlass.range_constexpr(0, width, tokens):
+        if first < piece.valid:
             words = []
             for i in cutlass.range_constexpr(4):
-                pair = [arith.mul(acc[i // 2, c * 4 + i % 2 * 2 + j], factors[i], target) for j in range(2)]
+                t, at = i % chunks // 2, (first // 8 + i // chunks) * 4 + i % 2 * 2
+                pair = [arith.mul(acc[t, at + j], factors[i % chunks], target) for j in range(2)]
                 words.append(bf16.pack(pair[0], pair[1], target))  # two tokens of a column
-            ring.store_transposed(write_at + c % 2 * _TURNED, words)
+            turn = first // tokens % buffers * _TURNED
+            if cutlass.const_expr(buffers == 1):
+                cute.arch.sync_warp()
+            ring.store_transposed(write_at + turn, words)
             cute.arch.sync_warp()
-            turned = ring.load16(read_at + c % 2 * _TURNED)
-            inside = c * 8 + lane // 4 < piece.valid
-            at = place + Int64(c * 8) * n * 2
+            turned = ring.load16(read_at + turn)
+            inside = first + token < piece.valid
+            to = place + Int64(first) * n * 2
             if cutlass.const_expr(aligned):
-                ring.store_global16_if(at, turned, arith.select(inside & (left < n), Int32(1), Int32(0)))
+                ring.store_global16_if(to, turned, arith.select(inside & (left < n), Int32(1), Int32(0)))
             else:
                 for i in cutlass.range_constexpr(8):
                     half = turned[i // 2] >> (16 * (i % 2))
-                    ring.store_global2_if(at + i * 2, half, arith.select(inside & (left + i < n), Int32(1), Int32(0)))
+                    ring.store_global2_if(to + i * 2, half, arith.select(inside & (left + i < n), Int32(1), Int32(0)))
 
 
-def _turned(token: Int32, chunk: Int32) -> Int32:
-    """Where 8 columns of a token lie; swizzled, or four tokens would meet in a bank."""
-    return token * 64 + (chunk ^ (token // 2)) * 16
+def _chunks(shape: Shape) -> int:
+    """Of 8 columns of the result, that a warp owns of a piece."""
+    return 2 * shape.tiles
+
+
+def _column(piece: Piece, shape: Shape) -> Int32:
+    """The first of them."""
+    return piece.row_piece * shape.rows + warp_of_consumers() * (_chunks(shape) * 8)
+
+
+def _turned(token: Int32, chunk: Int32, chunks: int) -> Int32:
+    """Where 8 columns of a token lie; swizzled, or several tokens would meet in a bank."""
+    return (token * chunks + (chunk ^ (token // (8 // chunks) % chunks))) * 16
+
+
+@cute.jit
+def part_of(column: Int32, n: Int32, parts: Int32) -> Int32:
+    """Which of the parts of an expert's n rows a column of the result is of, the last one beyond them."""
+    part = Int32(0)
+    if parts > 1:  # or the division would cost hundreds of clocks for nothing
+        part = cutlass.min(column, n - 1) * parts // n
+    return part
 
 
 def factor_of(alpha: cute.Tensor, i: Int32, dec: cute.Tensor, quantized: bool) -> Float32:
@@ -154,11 +190,13 @@ def spec(quantized: bool, aligned: bool, shape: Shape) -> KernelSpec:
         offsets, alpha = _compact(Int32, (size(),), 4), _compact(Float32, (size(),), 4)
         dec = make_fake_tensor(Float32, (), (), assumed_align=4)
         out = _compact(BFloat16, (size(), size(divisibility=8) if aligned else size()), 16 if aligned else 2)
+        sums, arrived = _compact(Float32, (size(),), 16), _compact(Int32, (size(),), 4)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        numbers = (Int32(0), Int32(0), Int32(1))
-        return (codes, scales, packed, offsets, alpha, dec, out, *numbers, stream, quantized, aligned, shape)
+        numbers = (Int32(0), Int32(0), Int32(1), Int32(1))
+        tensors = (codes, scales, packed, offsets, alpha, dec, out, sums, arrived)
+        return (*tensors, *numbers, stream, quantized, aligned, shape)
 
-    kind = "dense" if shape.shared else "prefill"
+    kind = f"dense_{shape.rows}" if shape.dense else "prefill"
     name = f"{kind}_{shape.tokens}{'_quantized' if quantized else ''}{'' if aligned else '_unaligned'}"
     return KernelSpec(name, Target.SM90.value, launch, arguments, (quantized, aligned, *shape.widths, *shape[1:]))
 

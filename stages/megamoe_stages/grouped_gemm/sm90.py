@@ -11,6 +11,8 @@ from megamoe.errors import ArgumentError
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe_stages.grouped_gemm import contract, decode, limits, prefill
 
+MOST_ROWS = 4  # of one expert, up to which streaming its weights into `mma` was faster
+
 
 def grouped_gemm(
     a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_index: Tensor | None = None
@@ -31,9 +33,11 @@ def grouped_gemm(
     check_operands(a, weights)
     out = contract.fake(a, weights, offsets, row_index)
     if rows:
-        few = decode_limits.takes(rows, weights.codes.shape[0], *contract.logical_size(weights))
-        dense = weights.codes.shape[0] == 1 and rows > decode_limits.COLUMNS  # else it would take several passes
-        (decode if few and not dense else prefill).run(a, weights, offsets, row_index, out)
+        experts, padded_n = weights.codes.shape[:2]
+        few = decode_limits.takes(rows, experts, *contract.logical_size(weights))
+        if experts == 1:
+            few = few and rows <= MOST_ROWS and decode_limits.busy(padded_n, prefill.processors(out.device))
+        (decode if few else prefill).run(a, weights, offsets, row_index, out)
     return out
 
 

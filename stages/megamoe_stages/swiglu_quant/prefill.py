@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megamoe.cute import compiler
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.weight_gemm import Shape
+from megamoe.cute.weight_pieces import Shape
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
 from megamoe_stages.grouped_gemm import prefill as gemm
 from megamoe_stages.swiglu_quant import prefill_kernel
@@ -40,7 +40,8 @@ def run(
     """
     experts, rows = weights.codes.shape[0], out.codes.shape[0]
     shape = shape_for(rows, experts)
-    packed = gemm.pack_rows(a, offsets, row_index, rows, weights.shape[-1], shape)
+    unused = torch.empty(0, dtype=torch.int32, device=out.codes.device)  # no piece is shared
+    packed = gemm.pack_rows(a, offsets, row_index, rows, weights.shape[-1], shape, unused)
     alpha, quantized, tiled = weights.global_scale_dec, isinstance(a, NVFP4Tensor), out.scale_layout == "128x4"
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
     alpha = alpha.view(-1)

@@ -11,23 +11,23 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, recipe, ring, weight_gemm
+from megamoe.cute import arith, convert, recipe, ring, weight_gemm
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.layout import offset_128x4, offset_linear
 from megamoe.cute.recipe import BLOCK, Block, GlobalScale
-from megamoe.cute.warp import WARP
-from megamoe.cute.weight_gemm import TILES, Operands, Piece, Shape, Share
+from megamoe.cute.warp import WARP, from_lane
+from megamoe.cute.weight_pieces import CONSUMER_WARPS, THREADS, Operands, Piece, Shape, warp_of_consumers
 from megamoe_stages.grouped_gemm.prefill_kernel import factor_of
 from megamoe_stages.swiglu_quant.kernel import maximum_or_nan, minimum_or_nan, swiglu
 
-_WARPS = weight_gemm.CONSUMERS * weight_gemm.GROUP // WARP
+_TILES = 2  # of a warp: 16 gates and the 16 ups are a block
 _STRIDE = BLOCK + 4  # floats from token to token: then neither writing nor reading meets a bank twice
 _STAGING = WARP * _STRIDE * 4  # bytes of a warp
 WIDE, NARROW, SPARSE = (
-    Shape((96, 104, 128), 4, _WARPS * _STAGING),
-    Shape((32, 40, 48, 56, 64), 5, _WARPS * _STAGING),
-    Shape((16, 24, 32, 40, 48), 6, _WARPS * _STAGING),
+    Shape((96, 104, 128), 4, CONSUMER_WARPS * _STAGING),
+    Shape((32, 40, 48, 56, 64), 5, CONSUMER_WARPS * _STAGING),
+    Shape((16, 24, 32, 40, 48), 6, CONSUMER_WARPS * _STAGING),
 )
 
 
@@ -58,7 +58,7 @@ def launch(
     outputs = (out_codes, out_scales, out_dec)
     kernel(*inputs, *outputs, parts, limit, quantized, weighted, tiled, shape).launch(
         grid=[ctas, 1, 1],
-        block=[weight_gemm.THREADS, 1, 1],
+        block=[THREADS, 1, 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,
         use_pdl=True,
@@ -92,13 +92,17 @@ def kernel(
     if cta + thread == 0:
         out_dec[()] = recipe.global_scale(enc[()], Target.SM90).dec
 
-    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, part: Share) -> None:
+    def fetch(_: Piece) -> list[Float32]:
+        return []  # asking for alphas before the products made this kernel slower
+
+    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, _: list[Float32]) -> None:
         first = piece.expert * parts
         factors = [factor_of(alpha, first + i * (parts // 2), dec, quantized) for i in range(2)]  # of gate and up
         given = (row_weight, enc, limit, factors, weighted)
         encode(acc, piece, staging, *given, out_codes, out_scales, tiled, width)
 
-    weight_gemm.work(Operands(codes, scales, packed, offsets), finish, shape)
+    unused = (alpha, offsets, Int32(1), Int32(0), Int32(0))  # no piece is shared, and experts may be many
+    weight_gemm.work(Operands(codes, scales, packed, offsets, *unused), fetch, finish, shape)
 
 
 @cute.jit
@@ -119,27 +123,74 @@ def encode(
     """Writes a piece, 32 tokens at a time."""
     target = Target.SM90
     lane = cute.arch.lane_idx()
-    warp = weight_gemm.warp_of_consumers()
+    warp = warp_of_consumers()
     area = staging + warp * _STAGING
-    block = piece.row_piece * _WARPS + warp
+    block = piece.row_piece * CONSUMER_WARPS + warp
     blocks = cute.size(out_codes, mode=[1]) // (BLOCK // 2)
     to = area + (lane % 4 * 2 * _STRIDE + lane // 4) * 4
     scale = recipe.regular_global_scale(enc[()], target)
     for first in cutlass.range_constexpr(0, width, WARP):
         if (first < piece.valid) & (block < blocks):
             for c in cutlass.range_constexpr(first // 8, min(first + WARP, width) // 8):
-                for t, j in ((t, j) for t in range(TILES) for j in range(2)):
+                for t, j in ((t, j) for t in range(_TILES) for j in range(2)):
                     gate, up = (arith.mul(acc[t, c * 4 + i * 2 + j], factors[i], target) for i in range(2))
                     up = maximum_or_nan(minimum_or_nan(up, limit, target), -limit, target)
                     y = swiglu(minimum_or_nan(gate, limit, target), up, target)
                     ring.store4(to + ((c * 8 - first + j) * _STRIDE + t * 8) * 4, y)
             cute.arch.sync_warp()
-            mine = cutlass.min(lane, min(WARP, width - first) - 1)  # a token that was written
-            words = [word for i in range(4) for word in ring.load16(area + (mine * _STRIDE + i * 4) * 4)]
-            cute.arch.sync_warp()
-            if first + lane < piece.valid:
-                row = piece.start + piece.first + first + lane
-                _quantize(words, row, block, row_weight, enc, scale, weighted, out_codes, out_scales, tiled)
+            row, left = piece.start + piece.first + first, piece.valid - first
+            given = (row_weight, enc, weighted, out_codes, out_scales, tiled)
+            if cutlass.const_expr(width - first <= WARP // 2):
+                _quantize_by_halves(area, row, left, block, *given)
+            else:
+                mine = cutlass.min(lane, min(WARP, width - first) - 1)  # a token that was written
+                words = [word for i in range(4) for word in ring.load16(area + (mine * _STRIDE + i * 4) * 4)]
+                cute.arch.sync_warp()
+                if lane < left:
+                    _quantize(words, row + lane, block, scale, *given)
+
+
+@cute.jit
+def _quantize_by_halves(
+    area: Int32,
+    row: Int32,
+    tokens: Int32,
+    block: Int32,
+    row_weight: cute.Tensor,
+    enc: cute.Tensor,
+    weighted: Constexpr[bool],
+    codes: cute.Tensor,
+    scales: cute.Tensor,
+    tiled: Constexpr[bool],
+) -> None:
+    """Encodes and writes a block of each of up to 16 tokens, rows from `row` on: two lanes have half a block each."""
+    target = Target.SM90
+    lane = cute.arch.lane_idx()
+    token, half = cutlass.min(lane % (WARP // 2), tokens - 1), lane // (WARP // 2)
+    at = area + (token * _STRIDE + half * (BLOCK // 2)) * 4
+    values = [arith.number(word) for i in range(2) for word in ring.load16(at + i * 16)]
+    cute.arch.sync_warp()
+    if cutlass.const_expr(weighted):
+        values = [arith.mul(value, row_weight[row + token], target) for value in values]
+    largest = _largest(values, target)
+    largest = arith.maximum(largest, from_lane(largest, WARP // 2), target)
+    byte, factor = recipe.block_scale(largest, recipe.global_scale(enc[()], target), target)
+    nibbles = recipe.pack_codes([convert.encode_e2m1(arith.mul(value, factor, target), target) for value in values])
+    if lane % (WARP // 2) < tokens:
+        blocks = cute.size(codes, mode=[1]) // (BLOCK // 2)
+        words = cute.make_tensor(cute.recast_ptr(codes.iterator, dtype=Uint32), cute.make_layout(cute.size(codes) // 4))
+        words[(Int64(row + token) * blocks + block) * 2 + half] = nibbles
+        if half == 0:
+            flat = cute.make_tensor(scales.iterator, cute.make_layout(cute.size(scales)))
+            flat[_scale_offset(row + token, block, blocks, tiled)] = Uint8(byte)
+
+
+def _largest(values: list[Float32], target: Target) -> Float32:
+    """The largest magnitude, NaN left out; pair by pair, so that few operations wait for each other."""
+    while len(values) > 1:
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [arith.maximum(arith.magnitude(a, target), arith.magnitude(b, target), target) for a, b in pairs]
+    return values[0]
 
 
 @cute.jit
@@ -147,9 +198,9 @@ def _quantize(
     words: Constexpr[list[Uint32]],
     row: Int32,
     block: Int32,
+    scale: Constexpr[GlobalScale],
     row_weight: cute.Tensor,
     enc: cute.Tensor,
-    scale: Constexpr[GlobalScale],
     weighted: Constexpr[bool],
     codes: cute.Tensor,
     scales: cute.Tensor,
@@ -171,7 +222,11 @@ def _store(encoded: Block, row: Int32, block: Int32, codes: cute.Tensor, scales:
     at = ring.address(codes.iterator) + (Int64(row) * blocks + block) * (BLOCK // 2)
     ring.store_global8(at, [encoded.low, encoded.high])
     flat = cute.make_tensor(scales.iterator, cute.make_layout(cute.size(scales)))
-    flat[(offset_128x4 if tiled else offset_linear)(row, block, blocks)] = Uint8(encoded.scale)
+    flat[_scale_offset(row, block, blocks, tiled)] = Uint8(encoded.scale)
+
+
+def _scale_offset(row: Int32, block: Int32, blocks: Int32, tiled: bool) -> Int32:
+    return (offset_128x4 if tiled else offset_linear)(row, block, blocks)
 
 
 def spec(quantized: bool, weighted: bool, tiled: bool, shape: Shape) -> KernelSpec:

@@ -1,0 +1,307 @@
+"""How the work of `weight_gemm` is cut into pieces, and where in shared memory a CTA keeps what.
+
+A piece is 128 or 256 weight rows of an expert times up to `Shape.tokens` of its tokens. The CTAs take turns; where
+there are fewer pieces than SMs, several CTAs share the k of each (`Shape.split`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+from cutlass import Constexpr, Int32, cute
+
+from megamoe.cute import arith, ring
+from megamoe.cute.warp import WARP
+
+GROUP = 128  # threads of a warpgroup
+CONSUMERS = 2  # warpgroups
+THREADS = GROUP * (1 + CONSUMERS)
+TILE_ROWS = 16  # weight rows of a prepared tile
+CONSUMER_WARPS = CONSUMERS * GROUP // WARP
+SLAB_ROWS = 64  # rows that are prepared together
+STAGE_K = 128
+SLAB_CODES, SLAB_SCALES = SLAB_ROWS * STAGE_K // 2, SLAB_ROWS * STAGE_K // 16  # bytes
+SLAB_TILES = SLAB_ROWS // TILE_ROWS
+TILE_CODES, TILE_SCALES = SLAB_CODES // SLAB_TILES, SLAB_SCALES // SLAB_TILES
+BLOCK_K = 64  # k of a swizzled row of activations
+TILES_TOGETHER = 8  # token tiles of one expert
+ALIGNMENT = 8  # packed rows of an expert start at its multiples, or the swizzle would not fit
+MAX_EXPERTS = 2 * THREADS
+
+
+class Shape(NamedTuple):
+    """How the work is cut; compile-time.
+
+    Attributes:
+        widths: Of pieces in tokens, multiples of 8 in rising order, each with a main loop of its own. With more than
+            three up to 128 ptxas sees too few registers and lets no product overlap the next decode.
+        stages: Of the ring.
+        staging: Bytes of shared memory that the epilogue gets.
+        tiles: Of 16 weight rows, of a consumer warp.
+        experts: Most there may be.
+        split: CTAs may share the k of a piece.
+        in_flight: Groups of products that may run while an operand is decoded; with two tiles ptxas lets only one.
+    """
+
+    widths: tuple[int, ...]
+    stages: int
+    staging: int
+    tiles: int = 2
+    experts: int = MAX_EXPERTS
+    split: bool = False
+    in_flight: int = 1
+
+    @property
+    def dense(self) -> bool:
+        """There is one expert, whose rows the host knows."""
+        return self.experts == 1
+
+    @property
+    def rows(self) -> int:
+        """Weight rows of a piece."""
+        return CONSUMER_WARPS * self.tiles * TILE_ROWS
+
+    @property
+    def slabs(self) -> int:
+        """Of a piece."""
+        return self.rows // SLAB_ROWS
+
+    @property
+    def tokens(self) -> int:
+        """Most of a piece."""
+        return self.widths[-1]
+
+    @property
+    def weights_at(self) -> int:
+        """Where in a stage the weights start."""
+        return self.tokens * STAGE_K * 2
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of a stage."""
+        return self.weights_at + self.slabs * (SLAB_CODES + SLAB_SCALES)
+
+    @property
+    def staging_at(self) -> int:
+        """Where the epilogue's memory starts."""
+        return self.stages * self.stage_bytes
+
+    @property
+    def barriers_at(self) -> int:
+        """Where the mbarriers start: one of full stages, one of empty ones."""
+        return self.staging_at + self.staging
+
+    @property
+    def counts_at(self) -> int:
+        """Where the numbers of token tiles before each expert start; the experts' first rows follow; not if dense."""
+        return self.barriers_at + self.stages * 16
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a CTA."""
+        return self.counts_at + (0 if self.dense else 8 * (self.experts + 1))
+
+
+class Operands(NamedTuple):
+    """What the main loop reads.
+
+    Attributes:
+        codes: (experts, padded rows, padded k / 2) uint8, prepared.
+        scales: (experts, padded rows, padded k / 16) uint8, prepared.
+        packed: (padded k / 64, capacity, 64) bf16: see `pack`.
+        offsets: (experts + 1,) int32.
+        sums: fp32, room for `sums_of` each piece's parts; not touched unless `Shape.split`.
+        arrived: (pieces * CONSUMER_WARPS,) int32, zeros.
+        parts: CTAs that share a piece.
+        rows: Tokens of the only expert; not read unless `Shape.dense`.
+        tiles: Of those tokens.
+    """
+
+    codes: cute.Tensor
+    scales: cute.Tensor
+    packed: cute.Tensor
+    offsets: cute.Tensor
+    sums: cute.Tensor
+    arrived: cute.Tensor
+    parts: Int32
+    rows: Int32
+    tiles: Int32
+
+    @property
+    def experts(self) -> Int32:
+        """Number of experts."""
+        return cute.size(self.codes, mode=[0])
+
+    @property
+    def slabs(self) -> Int32:
+        """Of 64 rows, of an expert."""
+        return cute.size(self.codes, mode=[1]) // SLAB_ROWS
+
+    def row_pieces(self, shape: Shape) -> Int32:
+        """Pieces side by side that cover the weight rows of an expert."""
+        return (cute.size(self.codes, mode=[1]) + (shape.rows - 1)) // shape.rows
+
+    @property
+    def k_stages(self) -> Int32:
+        """Stages that a piece goes through."""
+        return cute.size(self.codes, mode=[2]) // (STAGE_K // 2)
+
+    @property
+    def capacity(self) -> Int32:
+        """Rows that there is room for in `packed`."""
+        return cute.size(self.packed, mode=[1])
+
+
+class Piece(NamedTuple):
+    """One piece of work.
+
+    Attributes:
+        expert: Whose weights.
+        row_piece: Which rows of them.
+        first: The first token, of those of the expert.
+        valid: Tokens.
+        width: They with the padding.
+        start: First row of the expert in the sorted order.
+    """
+
+    expert: Int32
+    row_piece: Int32
+    first: Int32
+    valid: Int32
+    width: Int32
+    start: Int32
+
+
+def share_of(shape: Shape, operands: Operands) -> tuple[Int32, Int32 | int]:
+    """Which part of the k of its pieces this CTA has, and of how many."""
+    if not shape.split:
+        return Int32(0), 1
+    return cute.arch.block_idx()[0] % operands.parts, operands.parts
+
+
+def stages_of(shape: Shape, operands: Operands) -> tuple[Int32, Int32]:
+    """The first stage of this CTA's share of k, and how many there are."""
+    part, parts = share_of(shape, operands)
+    if not shape.split:
+        return Int32(0), operands.k_stages
+    first, end = (operands.k_stages * (part + i) // parts for i in range(2))
+    return first, end - first
+
+
+def packed_start(start: Int32, expert: Int32) -> Int32:
+    """Where the rows of an expert start in the packed activations: aligned, and no two experts overlap."""
+    return (start + ALIGNMENT * expert) & -ALIGNMENT
+
+
+def packed_capacity(rows: int, experts: int, tokens: int) -> int:
+    """Rows of packed activations; the last piece may read beyond the last row."""
+    return rows + ALIGNMENT * experts + tokens
+
+
+@cute.jit
+def count_tiles(base: Int32, thread: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape]) -> None:
+    """Fills the numbers of token tiles before each expert and their first rows; all threads, two barriers."""
+    lane, wide, experts = thread % WARP, thread // WARP, operands.experts
+    counts = base + shape.counts_at
+    starts = counts + 4 * (shape.experts + 1)
+    rows = [operands.offsets[cutlass.min(2 * thread + i, experts)] for i in range(3)]
+    tiles = [(rows[i + 1] - rows[i] + (shape.tokens - 1)) // shape.tokens for i in range(2)]
+    total = tiles[0] + tiles[1]
+    for step in cutlass.range_constexpr(5):
+        below = cute.arch.shuffle_sync_up(total, 1 << step, mask_and_clamp=0)
+        total = total + arith.select(lane >= 1 << step, below, Int32(0))
+    if lane == WARP - 1:
+        ring.store4(base + wide * 4, total)  # the stages are not in use yet
+    cute.arch.sync_threads()
+    for other in cutlass.range_constexpr(THREADS // WARP):
+        total = total + arith.select(wide > other, ring.load4(base + other * 4), Int32(0))
+    for i in cutlass.range_constexpr(2):
+        if 2 * thread + i < experts:
+            ring.store4(counts + (2 * thread + i) * 4, total - tiles[1] - (tiles[0] if i == 0 else 0))
+            ring.store4(starts + (2 * thread + i) * 4, rows[i])
+    if (2 * thread < experts) & (2 * thread + 2 >= experts):
+        ring.store4(counts + experts * 4, total)
+        ring.store4(starts + experts * 4, operands.offsets[experts])
+    cute.arch.sync_threads()
+
+
+def pieces(base: Int32, operands: Operands, shape: Shape) -> Int32:
+    """How many there are in all."""
+    if shape.dense:
+        return operands.tiles * operands.row_pieces(shape)
+    return ring.load4(base + shape.counts_at + operands.experts * 4) * operands.row_pieces(shape)
+
+
+@cute.jit
+def expert_of(
+    piece: Int32, expert: Int32, base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape]
+) -> Int32:
+    """Whose a piece is, given an expert not behind it; the whole warp looks together."""
+    lane = cute.arch.lane_idx()
+    here = expert
+    passed = Int32(WARP)
+    while passed == WARP:
+        ahead = cutlass.min(here + 1 + lane, operands.experts)
+        before = ring.load4(base + shape.counts_at + ahead * 4) * operands.row_pieces(shape)
+        passed = cute.arch.popc(cute.arch.vote_ballot_sync((before <= piece) & (here + 1 + lane <= operands.experts)))
+        here = here + passed
+    return here
+
+
+def piece_of(number: Int32, expert: Int32, base: Int32, operands: Operands, shape: Shape) -> Piece:
+    """A piece of an expert: token tiles of the same weights are neighbours."""
+    if shape.dense:
+        return _dense_piece(number, operands, shape)
+    counts = base + shape.counts_at
+    starts = counts + 4 * (shape.experts + 1)
+    before, after = (ring.load4(counts + (expert + i) * 4) for i in range(2))
+    start, end = (ring.load4(starts + (expert + i) * 4) for i in range(2))
+    tiles, local = after - before, number - before * operands.row_pieces(shape)
+    row_piece = local // tiles
+    width = _width_of((end - start + tiles - 1) // tiles, shape)
+    first = (local - row_piece * tiles) * width
+    valid = cutlass.min(width, end - start - first)
+    return Piece(expert, row_piece, first, valid, _width_of(valid, shape), start)
+
+
+def _dense_piece(number: Int32, operands: Operands, shape: Shape) -> Piece:
+    """The same for the only expert, up to TILES_TOGETHER token tiles at a time, so that they stay in L2."""
+    around = operands.row_pieces(shape) * TILES_TOGETHER
+    first_tile = number // around * TILES_TOGETHER
+    together = cutlass.min(operands.tiles - first_tile, TILES_TOGETHER)
+    local = number - first_tile * operands.row_pieces(shape)
+    row_piece = local // together
+    width = _width_of((operands.rows + operands.tiles - 1) // operands.tiles, shape)
+    first = (first_tile + local - row_piece * together) * width
+    valid = cutlass.min(width, operands.rows - first)
+    return Piece(Int32(0), row_piece, first, valid, _width_of(valid, shape), Int32(0))
+
+
+def _width_of(tokens: Int32, shape: Shape) -> Int32:
+    width = Int32(shape.tokens)
+    for smaller in reversed(shape.widths[:-1]):
+        width = arith.select(tokens <= smaller, Int32(smaller), width)
+    return width
+
+
+def turn(shape: Shape, operands: Operands) -> tuple[Int32, Int32]:
+    """This CTA's first piece, and how many CTAs, or groups of them, take turns."""
+    _, parts = share_of(shape, operands)
+    return cute.arch.block_idx()[0] // parts, cute.arch.grid_dim()[0] // parts
+
+
+def slabs_of(piece: Piece, operands: Operands, shape: Shape) -> Int32:
+    """Of the slabs of a piece those that exist."""
+    return cutlass.min(operands.slabs - piece.row_piece * shape.slabs, shape.slabs)
+
+
+def stage_after(stage: Int32, parity: Int32, shape: Shape) -> tuple[Int32, Int32]:
+    """The one after a stage of the ring, and its parity."""
+    last = stage == shape.stages - 1
+    return arith.select(last, Int32(0), stage + 1), arith.select(last, parity ^ 1, parity)
+
+
+def warp_of_consumers() -> Int32:
+    """Number of a warp among those of both consumers; its tiles are neighbours."""
+    return cute.arch.warp_idx() - GROUP // WARP
