@@ -260,6 +260,9 @@ def bench(
             raise typer.BadParameter("name the stage to sweep", param_hint="STAGE")
         _sweep(stage_id, sweep, plot, json_file, part=part, only=only, seconds=seconds)
         return
+    for option, given in (("--part", part is not None), ("--only", bool(only)), ("--seconds", seconds < float("inf"))):
+        if given:
+            raise typer.BadParameter("goes with --sweep", param_hint=option)
     raise typer.Exit(suite.bench(stage_id, quick=quick, json_file=json_file))
 
 

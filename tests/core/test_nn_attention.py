@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megamoe.errors import ArgumentError
 from megamoe.nn import attention
-from megamoe.nn.attention import PagedKV, attend, decode, indices_of, kv_scale
+from megamoe.nn.attention import PagedKV, attend, attend_quantized, decode, indices_of, kv_scale
 from megamoe.numerics.nvfp4 import NVFP4Tensor, dequantize, quantize
 
 B, H, D, WINDOW, RATIO = 2, 4, 64, 12, 4
@@ -102,6 +102,29 @@ def test_prompt_with_padding_and_compressed_entries() -> None:
     close(got, transformers_attention(q, keys, seen, SINK))
     got = attend(q, k, SINK, softmax_scale=SCALE, window=WINDOW, compressed=c, mask=mask)
     close(got, transformers_attention(q, keys, torch.cat([near, torch.ones_like(far)], -1), SINK))
+
+
+def test_prompts_that_do_not_fit_are_refused_by_name() -> None:
+    """Once sequences lie back to back, a batch of one for two would read behind the keys."""
+    q, k, c = draw(B, 6, H, D), draw(B, 6, 1, D), draw(B, 3, 1, D)
+    seen = torch.ones(B, 6, 3, dtype=torch.bool)
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("k", {"k": k[:1]}),
+        ("k", {"k": k.bfloat16()}),
+        ("compressed", {"compressed": c[:1]}),
+        ("visible", {"compressed": c, "visible": seen[..., :2]}),
+        ("visible", {"compressed": c, "visible": seen.float()}),
+        ("visible", {"visible": seen}),
+        ("mask", {"compressed": c, "mask": seen}),
+        ("mask", {"mask": seen}),
+    ]
+    for name, other in wrong:
+        with pytest.raises(ArgumentError) as caught:
+            attend(q, **{"k": k, **other}, softmax_scale=SCALE, window=WINDOW)
+        assert caught.value.argument == name
+    turn = (torch.arange(6).repeat(B), torch.ones(6, 8), torch.zeros(6, 8), torch.tensor(100.0))
+    with pytest.raises(ArgumentError, match="k: got shape"):
+        attend_quantized(q, k[:1], *turn, groups=1, softmax_scale=SCALE, window=WINDOW)
 
 
 def test_exact_decoding_is_the_prompt_token_by_token() -> None:

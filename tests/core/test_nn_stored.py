@@ -161,3 +161,15 @@ def test_gate_and_up_must_be_alike() -> None:
         join_gate_up(gate_up, down)
     with pytest.raises(ArgumentError, match="order: got 'w13', expected 'gate_up' or 'up_gate'"):
         join_gate_up(down, down, "w13")
+    with pytest.raises(ArgumentError, match="up.scale_layout: got '128x4', expected 'linear'"):
+        join_gate_up(down, down.with_layout("128x4"))
+
+
+def test_a_stack_is_of_matrices_that_are_alike() -> None:
+    one, other = (matrix(stored(values(rows), MODELOPT), MODELOPT) for rows in (32, 48))
+    with pytest.raises(ArgumentError, match="matrices: got none"):
+        stack([])
+    with pytest.raises(ArgumentError, match=r"matrices\[1\].codes: got shape \(48, 24\), expected \(32, 24\)"):
+        stack([one, other])
+    with pytest.raises(ArgumentError, match=r"matrices\[1\].scale_layout: got '128x4'"):
+        stack([one, one.with_layout("128x4")])

@@ -13,7 +13,7 @@ from megamoe.cli import main
 from megamoe.errors import MegamoeError
 from megamoe.ops import op
 from megamoe.runtime import runtime
-from megamoe.testing import roofline
+from megamoe.testing import rivals, roofline
 from megamoe.testing.roofline import Point
 
 POINTS = [
@@ -76,6 +76,23 @@ def test_an_op_without_sizes_or_an_unknown_part_is_not_swept() -> None:
         roofline.subject_of(runtime().stages["moe_route"])
     with pytest.raises(MegamoeError, match="no part of swiglu_quant's sweep 'expert'; did you mean 'experts'"):
         roofline.subject_of(runtime().stages["swiglu_quant"], "expert")
+
+
+def test_words_that_no_size_has() -> None:
+    subject = roofline.subject_of(runtime().stages["quantize"])
+    assert list(roofline.sizes(subject, "pro linear 64x")) == ["pro 64x7168 linear"]
+    with pytest.raises(MegamoeError, match="no size's name holds all of 'profi'; there are: flash"):
+        roofline.sizes(subject, "profi")
+
+
+def test_options_of_a_sweep_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "quantize", "--only", "pro"]) == 2
+    assert "--only: goes with --sweep" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_rival_that_nothing_runs_is_left_out() -> None:
+    q = torch.zeros(1, 1, 4, 8)
+    assert rivals.sdpa(q, torch.zeros(1, 1, 4, 16), q, scale=1.0) == {}
 
 
 _GEMM = {"model": "tiny", "tokens": 5}

@@ -226,6 +226,29 @@ def test_nvfp4_experts_with_a_scale_of_zero(
         load_checkpoint(folder)
 
 
+def test_nvfp4_experts_that_fit_nothing(packed_folder: tuple[Path, dict[str, NVFP4Tensor]], source: Convention) -> None:
+    folder, _ = packed_folder
+    tensors = weights_of(folder)
+    for old, new in (("layers.1.ffn.experts.0.w2", "layers.1.ffn.experts.99.w2"), ("layers.1.", "layers.77.")):
+        key = f"model.layers.1.ffn.experts.0.w2.{source.codes}"
+        rewrite(folder, {**tensors, key.replace(old, new): tensors[key].clone()})
+        with pytest.raises(CheckpointError, match=r"layer \d+, expert \d+, down projection fits nothing"):
+            load_checkpoint(folder)
+
+
+def test_experts_of_a_prediction_head_are_not_the_models(
+    packed_folder: tuple[Path, dict[str, NVFP4Tensor]], source: Convention
+) -> None:
+    """transformers leaves names with mtp out."""
+    folder, packed = packed_folder
+    tensors = weights_of(folder)
+    key = f"layers.0.ffn.experts.0.w2.{source.codes}"
+    rewrite(folder, {**tensors, f"mtp.{key}": torch.zeros_like(tensors[f"model.{key}"])})
+    down = load_checkpoint(folder).experts[0].down
+    assert isinstance(down, NVFP4Tensor)
+    assert torch.equal(down.codes, packed["0.w2"].codes)
+
+
 def test_names_of_two_conventions(packed_folder: tuple[Path, dict[str, NVFP4Tensor]], source: Convention) -> None:
     folder, _ = packed_folder
     other = next(c for c in CONVENTIONS.values() if c is not source)

@@ -31,7 +31,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _FIELDS = {name for convention in CONVENTIONS.values() for name in convention.fields}
 _NVFP4 = re.compile(
-    r"(?:^|\.)layers\.(?P<layer>\d+)\.(?:ffn|mlp)\.experts\.(?P<expert>\d+)\."
+    r"^(?:model\.)?layers\.(?P<layer>\d+)\.(?:ffn|mlp)\.experts\.(?P<expert>\d+)\."
     rf"(?P<part>w1|w2|w3|gate_proj|down_proj|up_proj)\.(?P<field>{'|'.join(sorted(_FIELDS))})$"
 )
 _PARTS = {"w1": "gate", "gate_proj": "gate", "w2": "down", "down_proj": "down", "w3": "up", "up_proj": "up"}
@@ -212,6 +212,11 @@ def _load_nvfp4(
         else:
             fields[int(match["layer"]), int(match["expert"]), _PARTS[match["part"]]][match["field"]] = tensor
     model = _from_pretrained(None, config, dtype, rest, folder, state_dict=rest)
+    layers, count = config.num_hidden_layers, config.num_local_experts
+    for at, expert, part in fields:
+        if at >= layers or expert >= count:
+            where = f"{folder}: layer {at}, expert {expert}, {part} projection"
+            raise CheckpointError(f"{where} fits nothing in a model of {layers} layers with {count} experts")
     experts, scales = {}, []
     for i, layer in enumerate(model.model.layers):
         own = layer.mlp.experts

@@ -1,8 +1,8 @@
 """DeepSeek-V4 core attention: a sliding window and compressed entries under one softmax, over NVFP4 or plain keys.
 
-Each query sees the window's keys and some compressed entries. A prompt is attended to as it came, both parts apart and
-merged by their log-sum-exp with the sink applied once, and stored in NVFP4; decoding reads both stores in one call. The
-exact mode keeps no store: `attend` over the given keys serves for decoding too.
+Each query sees the window's keys and some compressed entries. A prompt is attended to as it came, both parts in one
+call, and stored in NVFP4; decoding reads both stores in one call. The exact mode keeps no store: `attend` over the
+given keys serves for decoding too.
 """
 
 from __future__ import annotations
@@ -239,7 +239,13 @@ def attend(
 
     Returns:
         (batch, queries, heads, D), dtype of q.
+
+    Raises:
+        ArgumentError: An argument does not fit the others or the op multi_cta_attention.
     """
+    _check(q, k, compressed, visible)
+    if mask is not None:
+        _check_part("mask", mask, (q.shape[0], q.shape[1], k.shape[1]), torch.bool, q)
     entries = 0 if compressed is None else compressed.shape[1]
     if entries and mask is not None:  # one mask of all keys: positions are in it
         at = torch.arange(q.shape[1], device=q.device) + (k.shape[1] - q.shape[1])
@@ -294,7 +300,11 @@ def attend_quantized(
 
     Returns:
         NVFP4 of logical shape (groups, batch * queries, heads / groups * D), linear scales.
+
+    Raises:
+        ArgumentError: An argument does not fit the others or the op attention_quant.
     """
+    _check(q, k, compressed, visible)
     entries = 0 if compressed is None else compressed.shape[1]
     result = op("attention_quant")(
         *_back_to_back(q, k, compressed),
@@ -355,6 +365,29 @@ def indices_of(visible: Tensor, most: int | None = None) -> Tensor:
     entries = torch.arange(visible.shape[-1], dtype=torch.int32, device=visible.device)
     width = len(entries) if most is None else min(most, len(entries))
     return torch.where(visible, entries, -1).topk(width, dim=-1).values
+
+
+def _check(q: Tensor, k: Tensor, compressed: Tensor | None, visible: Tensor | None) -> None:
+    """Raises ArgumentError for what an op cannot see once sequences lie back to back."""
+    _check_part("q", q, ("batch", "queries", "heads", "D"), q.dtype, q)
+    _check_part("k", k, (q.shape[0], "keys", "kv_heads", q.shape[3]), q.dtype, q)
+    if compressed is not None:
+        _check_part("compressed", compressed, (k.shape[0], "entries", *k.shape[2:]), q.dtype, q)
+        if visible is not None:
+            _check_part("visible", visible, (q.shape[0], q.shape[1], compressed.shape[1]), torch.bool, q)
+    elif visible is not None:
+        raise ArgumentError("visible", f"shape {tuple(visible.shape)}", "None without compressed entries")
+
+
+def _check_part(name: str, value: Tensor, shape: tuple[int | str, ...], dtype: torch.dtype, like: Tensor) -> None:
+    """As `check_tensor`, for a tensor of any strides."""
+    pairs = zip(shape, value.shape, strict=False)
+    if value.ndim != len(shape) or any(isinstance(want, int) and want != have for want, have in pairs):
+        raise ArgumentError(name, f"shape {tuple(value.shape)}", f"({', '.join(map(str, shape))})")
+    if value.dtype != dtype:
+        raise ArgumentError(name, str(value.dtype), str(dtype))
+    if value.device != like.device:
+        raise ArgumentError(name, f"device {value.device}", str(like.device))
 
 
 def _back_to_back(q: Tensor, k: Tensor, compressed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -128,8 +128,19 @@ def activation_amax(stored: Iterable[Tensor], convention: Convention) -> float |
 
 
 def stack(matrices: Iterable[NVFP4Tensor]) -> NVFP4Tensor:
-    """Matrices (N, K) of the experts as (E, N, K) with a decode scale (E,)."""
-    codes, scales, decs = zip(*((m.codes, m.scales, m.global_scale_dec) for m in matrices), strict=True)
+    """Matrices (N, K) of the experts, linear, as (E, N, K) with a decode scale (E,).
+
+    Raises:
+        ArgumentError: There are none, or they are not alike, or not linear.
+    """
+    found = list(matrices)
+    if not found:
+        raise ArgumentError("matrices", "none", "at least one")
+    first = found[0]
+    for e, one in enumerate(found):
+        check_tensor(f"matrices[{e}].codes", one.codes, tuple(first.codes.shape), [torch.uint8], like=first.codes)
+        _check_linear(f"matrices[{e}]", one)
+    codes, scales, decs = zip(*((m.codes, m.scales, m.global_scale_dec) for m in found), strict=True)
     return NVFP4Tensor(torch.stack(codes), torch.stack(scales), torch.stack(decs))
 
 
@@ -145,7 +156,7 @@ def join_gate_up(gate: NVFP4Tensor, up: NVFP4Tensor, order: str = "gate_up") -> 
         NVFP4Tensor with a decode scale (E, 2) in the order of the rows.
 
     Raises:
-        ArgumentError: An unknown order, or projections that are not alike.
+        ArgumentError: An unknown order, or projections that are not alike, or not linear.
     """
     if order not in ("gate_up", "up_gate"):
         raise ArgumentError("order", repr(order), "'gate_up' or 'up_gate'")
@@ -153,6 +164,8 @@ def join_gate_up(gate: NVFP4Tensor, up: NVFP4Tensor, order: str = "gate_up") -> 
         expected = f"{tuple(gate.shape)} with a global scale {tuple(gate.global_scale_dec.shape)}, as gate"
         got = f"{tuple(up.shape)} with a global scale {tuple(up.global_scale_dec.shape)}"
         raise ArgumentError("up", got, expected)
+    for name, projection in (("gate", gate), ("up", up)):
+        _check_linear(name, projection)
     first, second = (gate, up) if order == "gate_up" else (up, gate)
     scales = torch.cat((first.scales.view(torch.uint8), second.scales.view(torch.uint8)), dim=-2)
     return NVFP4Tensor(
@@ -160,3 +173,8 @@ def join_gate_up(gate: NVFP4Tensor, up: NVFP4Tensor, order: str = "gate_up") -> 
         scales.view(gate.scales.dtype),
         torch.stack((first.global_scale_dec, second.global_scale_dec), dim=-1),
     )
+
+
+def _check_linear(name: str, weights: NVFP4Tensor) -> None:
+    if weights.scale_layout != "linear":
+        raise ArgumentError(f"{name}.scale_layout", repr(weights.scale_layout), "'linear'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import islice
 
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,7 +25,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False)
         causal: Query i sees keys 0 to i.
 
     Returns:
-        By name, callables that return (batch, heads, queries, Dv).
+        By name, callables that return (batch, heads, queries, Dv); none where no backend takes these.
     """
 
     def with_backend(backend: SDPBackend) -> Callable[[], Tensor]:
@@ -39,7 +40,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False)
     if runs:
         return runs
     slower = ((f"SDPA {name}", with_backend(backend)) for name, backend in _LAST.items())
-    return dict([next((name, call) for name, call in slower if _runs(call))])
+    return dict(islice(((name, call) for name, call in slower if _runs(call)), 1))
 
 
 def _runs(call: Callable[[], Tensor]) -> bool:

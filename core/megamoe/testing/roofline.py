@@ -114,16 +114,16 @@ def sweep(
             its first calls have taken so long together; later sizes have no figure of it.
 
     Raises:
-        MegamoeError: No GPU, or a stage or part that there is not, or a variant that is wrong.
+        MegamoeError: No GPU, a part or words that no size has, or a variant that is wrong.
     """
     if not torch.cuda.is_available():
         raise MegamoeError("a sweep needs a GPU; there is none here")
     subject = subject_of(stage, part)
     begin = time.perf_counter()
     left = compile_seconds if subject.compiled else 0.0
-    for name, case in subject.cases.items():
-        if not all(word in name for word in only.split()) or time.perf_counter() - begin > seconds:
-            continue
+    for name, case in sizes(subject, only).items():
+        if time.perf_counter() - begin > seconds:
+            break
         inputs = _inputs(case, name)
         total, flops = subject.bytes_moved(**inputs), subject.flops(**inputs) if subject.flops else 0
         sets = [inputs, *(_inputs(case, f"{name} {n}") for n in range(1, _copies(total)))]
@@ -147,11 +147,23 @@ def sweep(
         yield Point(stage.id, name, total, times, torch.cuda.clock_rate(), flops, torch.cuda.get_device_name())
 
 
+def sizes(subject: Subject, only: str) -> dict[str, Case]:
+    """The sizes whose names hold all words of `only`.
+
+    Raises:
+        MegamoeError: There are none.
+    """
+    found = {name: case for name, case in subject.cases.items() if all(word in name for word in only.split())}
+    if not found:
+        raise MegamoeError(f"no size's name holds all of {only!r}; there are: {', '.join(subject.cases)}")
+    return found
+
+
 def subject_of(stage: Stage, part: str | None = None) -> Subject:
     """What a sweep of a stage measures.
 
     Raises:
-        MegamoeError: The stage does not take part, or has no such part.
+        MegamoeError: The stage does not take part, has no such part, or a module `sweep` without a SUBJECT.
     """
     package = stage.contract.rpartition(".")[0]
     module = importlib.import_module(f"{package}.sweep") if importlib.util.find_spec(f"{package}.sweep") else None
@@ -161,8 +173,9 @@ def subject_of(stage: Stage, part: str | None = None) -> Subject:
             raise UnknownNameError(f"part of {stage.id}'s sweep", part, parts)
         return parts[part]
     if module is not None:
-        found = module.SUBJECT
-        assert isinstance(found, Subject)
+        found = getattr(module, "SUBJECT", None)
+        if not isinstance(found, Subject):
+            raise MegamoeError(f"{module.__name__}: SUBJECT is {type(found).__name__}, expected a Subject")
         return found
     return bound_by_memory(stage)
 

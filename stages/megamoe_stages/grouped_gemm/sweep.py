@@ -62,7 +62,7 @@ def make(generator: Generator, *, model: str, tokens: int, kind: str) -> dict[st
     sizes = MODELS[model]
     offsets, _ = routing(generator, sizes, tokens)
     a = activations(generator, tokens * sizes.top_k, sizes.intermediate, kind)
-    plain, _, _ = _weights(model, str(generator.device))
+    plain, _, _ = _weights(model, generator.device.type)
     return {"a": a, "weights": plain, "offsets": offsets}
 
 
@@ -88,7 +88,7 @@ def to_bf16(weights: NVFP4Tensor) -> Tensor:
 def calls(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor) -> dict[str, Call]:
     """The fused variant on prepared weights, the fallback on plain ones, torch's grouped GEMM of bf16."""
     model = next(name for name, sizes in MODELS.items() if sizes.experts == weights.shape[0])
-    _, prepared, plain16 = _weights(model, str(weights.device))
+    _, prepared, plain16 = _weights(model, weights.device.type)
     a16 = dequantize(a, torch.bfloat16) if isinstance(a, NVFP4Tensor) else a
     return {
         **roofline.variants(STAGE, (Role.FUSED,), a=a, weights=prepared, offsets=offsets),

@@ -84,7 +84,7 @@ def make_experts(generator: Generator, *, model: str, tokens: int, kind: str) ->
     """Arguments of `swiglu_quant`: a new routing that gathers the tokens, the same weights each time, not prepared."""
     sizes = gemm.MODELS[model]
     offsets, row_index = gemm.routing(generator, sizes, tokens)
-    plain, _, _ = _weights(model, str(generator.device))
+    plain, _, _ = _weights(model, generator.device.type)
     return {
         "a": gemm.activations(generator, tokens, sizes.hidden, kind),
         "weights": plain,
@@ -107,7 +107,7 @@ def _weights(model: str, device: str) -> tuple[NVFP4Tensor, NVFP4Tensor, NVFP4Te
 def calls(weights: NVFP4Tensor, global_scale_enc: Tensor, **rest: Any) -> dict[str, Call]:
     """The fused variant, the same GEMM and the activation's launch, the fallbacks."""
     model = next(name for name, sizes in gemm.MODELS.items() if sizes.experts == weights.shape[0])
-    _, interleaved, in_order = _weights(model, str(weights.device))
+    _, interleaved, in_order = _weights(model, weights.device.type)
     prepared = {**rest, "weights": interleaved, "global_scale_enc": global_scale_enc, "order": "interleaved"}
     found = roofline.variants(STAGE, (Role.FUSED,), **prepared)
     for first in roofline.variants(grouped_gemm.STAGE, (Role.FUSED,), **rest, weights=in_order).values():
