@@ -13,6 +13,11 @@ from megamoe.cute import arith
 _LETTERS = {"Float32": "f", "Int64": "l"}
 
 
+def count_and_tell(at: Int64) -> Int32:
+    """Adds 1 in global memory and returns what was there; orders all that this thread sees."""
+    return Int32(_words("atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", 1, at)[0])
+
+
 def copy16(source: Int64, slot: Int32) -> None:
     """Starts a copy of 16 bytes from global to shared memory; `wait_copies` ends it."""
     _asm("cp.async.cg.shared.global [$0], [$1], 16;", slot, source)
