@@ -77,12 +77,6 @@ def store4(at: Int32, value: Numeric) -> None:
     _asm("st.shared.b32 [$0], $1;", at, value)
 
 
-def store16_of(at: Int32, values: Sequence[Numeric], rank: Int32) -> None:
-    """Writes four words at the same place of the shared memory of a CTA of the cluster."""
-    text = "{.reg .b32 to; mapa.shared::cluster.u32 to, $0, $5; st.shared::cluster.v4.b32 [to], {$1, $2, $3, $4};}"
-    _asm(text, at, *(value.bitcast(Uint32) for value in values), Int32(rank))
-
-
 def store_transposed(at: Int32, words: Sequence[Uint32]) -> None:
     """Writes four (8, 8) of 16 bits to shared memory, columns as rows: lane 8 i + r says where column r of i goes."""
     text = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};"
