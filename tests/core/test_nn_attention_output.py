@@ -131,7 +131,7 @@ def test_misfits_are_named() -> None:
 
 
 def test_attention_ending_in_nvfp4_is_the_two_ops_bit_for_bit() -> None:
-    """Window attention, inverse RoPE and quantisation as one op, then wo_a, on their fallbacks."""
+    """Attention, inverse RoPE and quantisation as one op, then wo_a, on their fallbacks; with compressed keys too."""
     layer, (_, _, cos, sin) = _quantised(), _inputs()
     assert layer.o_scale_enc is not None
     batch, length = 2, 7
@@ -139,11 +139,19 @@ def test_attention_ending_in_nvfp4_is_the_two_ops_bit_for_bit() -> None:
     k = _randn(6, batch, length + 4, 1, DIM).bfloat16()
     sink, positions = _randn(7, HEADS), torch.arange(length).repeat(batch)
     options: dict[str, Any] = {"softmax_scale": DIM**-0.5, "window": 5}
-    with use({"default": "fallback"}):
-        two = layer(attend(q, k, sink, **options).flatten(0, 1), positions, cos, sin)
-        turn = (positions, cos, sin, layer.o_scale_enc)
-        rows = attend_quantized(q, k, *turn, sink, groups=layer.groups, **options)
-        assert torch.equal(layer.project(rows, q.dtype), two)
+    turn = (positions, cos, sin, layer.o_scale_enc)
+    entries = _randn(8, batch, 3, 1, DIM).bfloat16()
+    some = torch.arange(batch * length * 3).view(batch, length, 3) % 5 < 2
+    kinds: list[dict[str, Any]] = [{}, {"compressed": entries}, {"compressed": entries, "visible": some}]
+    projected = []
+    for compressed in kinds:
+        given = {**options, **compressed}
+        with use({"default": "fallback"}):
+            two = layer(attend(q, k, sink, **given).flatten(0, 1), positions, cos, sin)
+            rows = attend_quantized(q, k, *turn, sink, groups=layer.groups, **given)
+            projected.append(layer.project(rows, q.dtype))
+        assert torch.equal(projected[-1], two)
+    assert not any(torch.equal(projected[i], projected[i - 1]) for i in range(3))
     wo_a, wo_b = _weights()
     with pytest.raises(ArgumentError, match="rows"):
         AttentionOutput(wo_a, wo_b).project(rows, q.dtype)
