@@ -44,7 +44,7 @@ def common(a: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def masked(a: dict[str, Any]) -> tuple[Any, ...]:
-    return launch_512.mask_arguments(a["q"], a.get("mask"), a.get("entries", 0))
+    return launch_512.mask_arguments(a["q"], a["k"], a.get("mask"), a.get("entries", 0))
 
 
 def numbers(a: dict[str, Any]) -> tuple[Any, ...]:

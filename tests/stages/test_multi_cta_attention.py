@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megamoe.errors import ArgumentError
 from megamoe.model import Role
 from megamoe.numerics import attention
-from megamoe_stages.multi_cta_attention import STAGE, contract, fallback
+from megamoe_stages.multi_cta_attention import STAGE, contract, fallback, launch
 from megamoe_stages.multi_cta_attention.cases import CASES
 
 VARIANTS = {v.name: v.target for v in STAGE.variants if v.role is not Role.FUSED}
@@ -187,7 +187,31 @@ def test_refuses_arguments_that_do_not_fit() -> None:
     wrong("mask", lambda m: m[1:].contiguous(), case="mask")
     wrong("mask", lambda m: m.int(), case="mask")
     wrong("window", 0)
+    wrong("window", True)
+    wrong("window", 1 << 31)
+    wrong("causal", "no")
+    wrong("causal", None)
+    wrong("entries", -1)
+    wrong("entries", True)
+    wrong("entries", 10**12)
     wrong("softmax_scale", float("nan"))
+
+
+def test_largest_window_hides_nothing() -> None:
+    args = CASES["varlen"].inputs("varlen")
+    for which in VARIANTS:
+        whole, cut = (variant(which)(**{**args, "window": window}) for window in (None, (1 << 31) - 1))
+        assert torch.equal(whole.out, cut.out)
+        assert torch.equal(whole.lse, cut.lse)
+    assert launch.window_argument(args["q"], args["k"], (1 << 31) - 1) == args["q"].shape[0] + args["k"].shape[0]
+
+
+def test_check_values_takes_a_mask_of_entries() -> None:
+    args = CASES["mask"].inputs("mask")
+    given = {n: args[n] for n in ("q", "k", "cu_seqlens_q", "cu_seqlens_k")}
+    contract.check_values(**given, mask=args["mask"][:, :5], entries=5)
+    with pytest.raises(ArgumentError, match="the entries"):
+        contract.check_values(**given, mask=args["mask"][:, :5], entries=6)
 
 
 def test_check_values_names_the_culprit() -> None:

@@ -14,7 +14,7 @@ from megamoe.cute.host import check_readable, dtype_name
 from megamoe.errors import ArgumentError
 from megamoe_stages.attention_quant import contract, kernel, limits
 from megamoe_stages.attention_quant.contract import QuantizedAttention
-from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE
+from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE, window_argument
 from megamoe_stages.multi_cta_attention.launch_512 import mask_arguments
 from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape, shape_for
 
@@ -109,7 +109,7 @@ def attention_quant(
         cu_seqlens_q,
         cu_seqlens_k,
         global_scale_enc.view(1) if sink is None else sink,
-        *mask_arguments(q, mask, entries),
+        *mask_arguments(q, k, mask, entries),
         positions.view(torch.int32),
         cos,
         sin,
@@ -120,7 +120,7 @@ def attention_quant(
         lse,
         max(softmax_scale, LEAST_SCALE),
         int(causal),
-        0 if window is None else window,
+        window_argument(q, k, window),
         int(sink is not None),
     )
     return QuantizedAttention(out, lse)

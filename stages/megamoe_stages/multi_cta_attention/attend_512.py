@@ -247,7 +247,7 @@ def value_steps(me: Consumer, count: Int32 | None, shape: Shape) -> Iterator[tup
 
     Args:
         me: This consumer.
-        count: Values that are the sequence's; the others become zeros. None where all are: before the last tile.
+        count: Values that are the sequence's; the others become zeros. None where all are.
         shape: Of the kernel.
 
     Yields:

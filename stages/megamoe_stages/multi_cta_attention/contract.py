@@ -78,8 +78,9 @@ def check(
     if sink is not None:
         check_tensor("sink", sink, [heads], [torch.float32], like=q)
     if mask is not None:
-        check_tensor("mask", mask, [queries, "keys of the longest sequence"], [torch.bool], like=q)
+        check_tensor("mask", mask, [queries, "keys of the longest sequence, or entries"], [torch.bool], like=q)
     check_scale(softmax_scale)
+    check_causal(causal)
     check_window(window)
     check_entries(entries)
 
@@ -90,23 +91,41 @@ def check_scale(softmax_scale: object) -> None:
         raise ArgumentError("softmax_scale", repr(softmax_scale), "a finite number, such as head_dim ** -0.5")
 
 
+def check_causal(causal: object) -> None:
+    """Raises ArgumentError unless `causal` is True or False."""
+    if not isinstance(causal, bool):
+        raise ArgumentError("causal", repr(causal), "True or False")
+
+
 def check_window(window: object) -> None:
     """Raises ArgumentError unless `window` is None or a positive int."""
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if window is not None and (not _is_count(window) or window == 0):
         raise ArgumentError("window", repr(window), "None or at least 1 (it counts the query's own position)")
 
 
 def check_entries(entries: object) -> None:
     """Raises ArgumentError unless `entries` is an int of at least 0."""
-    if not isinstance(entries, int) or entries < 0:
+    if not _is_count(entries):
         raise ArgumentError("entries", repr(entries), "0 or more keys at the end of each sequence")
 
 
-def check_values(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, mask: Tensor | None = None) -> None:
+def _is_count(value: object) -> bool:
+    """Whether it is an int that a kernel takes, not below 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
+
+
+def check_values(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    mask: Tensor | None = None,
+    entries: int = 0,
+) -> None:
     """For debugging: checks what `check` cannot without waiting for the device.
 
-    Each cu_seqlens starts at 0, never falls and ends at the number of rows; a mask of all keys is as wide as the
-    longest sequence of keys (keys beyond its width count as hidden).
+    Each cu_seqlens starts at 0, never falls and ends at the number of rows; a mask is as wide as the longest sequence
+    of keys, or has a column for each of the `entries` (what lies beyond its width counts as hidden).
 
     Raises:
         ArgumentError: One of these does not hold.
@@ -116,8 +135,9 @@ def check_values(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tenso
         if edges[0] != 0 or edges[-1] != rows or edges != sorted(edges):
             raise ArgumentError(name, edges, f"offsets that rise from 0 to {rows}")
     longest = int(cu_seqlens_k.diff().max()) if cu_seqlens_k.shape[0] > 1 else 0
-    if mask is not None and mask.shape[1] < longest:
-        raise ArgumentError("mask", f"{mask.shape[1]} columns", f"at least {longest}, the longest sequence of keys")
+    columns, what = (entries, "the entries") if entries else (longest, "the longest sequence of keys")
+    if mask is not None and mask.shape[1] < columns:
+        raise ArgumentError("mask", f"{mask.shape[1]} columns", f"at least {columns}, {what}")
 
 
 def problem(

@@ -52,10 +52,15 @@ def attend(
         out.lse,
         max(softmax_scale, LEAST_SCALE),
         int(causal),
-        0 if window is None else window,
+        window_argument(q, k, window),
         int(sink is not None),
         min(tiles, sms),
     )
+
+
+def window_argument(q: Tensor, k: Tensor, window: int | None) -> int:
+    """0 for none; one that hides nothing is cut, so that positions less it fit 32 bits."""
+    return 0 if window is None else min(window, q.shape[0] + k.shape[0])
 
 
 @functools.cache

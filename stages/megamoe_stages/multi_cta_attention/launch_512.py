@@ -12,7 +12,7 @@ from megamoe.cute import compiler, mask_bits
 from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.contract import AttentionOutput
-from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE, nothing
+from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE, nothing, window_argument
 from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape
 
 
@@ -41,21 +41,22 @@ def attend(
         cu_seqlens_q,
         cu_seqlens_k,
         nothing(q.device)[0] if sink is None else sink,
-        *mask_arguments(q, mask, entries),
+        *mask_arguments(q, k, mask, entries),
         out.out,
         out.lse,
         max(softmax_scale, LEAST_SCALE),
         int(causal),
-        0 if window is None else window,
+        window_argument(q, k, window),
         int(sink is not None),
     )
 
 
-def mask_arguments(q: Tensor, mask: Tensor | None, entries: int) -> tuple[object, ...]:
+def mask_arguments(q: Tensor, k: Tensor, mask: Tensor | None, entries: int) -> tuple[object, ...]:
     """Of `MASKED`: the mask as bytes, room for what it is packed into, and `entries`; of other kernels none."""
     if mask is None:
         if entries == 0:
             return ()
+        entries = min(entries, k.shape[0])  # all keys are entries then
         mask = q.new_ones((q.shape[0], entries), dtype=torch.bool)
     queries, columns = mask.shape
     if columns == 0:

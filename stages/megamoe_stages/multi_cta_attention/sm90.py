@@ -58,6 +58,7 @@ def multi_cta_attention(
         ArgumentError: As the reference, and for what `limits.supports` names, and data not aligned to 16 bytes.
     """
     contract.check_scale(softmax_scale)
+    contract.check_causal(causal)
     contract.check_window(window)
     contract.check_entries(entries)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask)
@@ -72,7 +73,17 @@ def multi_cta_attention(
         key, plan = (), None
     if plan is None:
         contract.check(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, softmax_scale=softmax_scale, causal=causal, window=window
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            sink,
+            mask,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window=window,
+            entries=entries,
         )
         plan = _plan(q, k, v, mask, window, entries)
         if len(_plans) >= _MOST_PLANS:
