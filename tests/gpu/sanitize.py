@@ -149,6 +149,7 @@ def main() -> int:
         reports = [job.result() for job in waiting]
     for report in reports:
         said = "clean" if report.errors == 0 else f"{report.errors} errors" if report.errors > 0 else "no summary"
+        said = said if report.cases else "nothing shown: no case is small enough"
         typer.echo(f"{report.stage:<20} {report.variant:<12} {report.tool:<10} {report.cases} cases  {said}")
     if options.json:
         options.json.write_text(json.dumps([report._asdict() for report in reports], indent=1) + "\n")
