@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import DeepseekV4ForCausalLM, DynamicCache
 
 from megamoe.config import Config
 from megamoe.errors import ArgumentError, UnknownNameError
-from megamoe.integrations.transformers import LayerScales, calibrate, disable, enable, is_enabled
+from megamoe.integrations.transformers import LayerScales, build, calibrate, disable, enable, is_enabled
 from megamoe.integrations.transformers.scales import default_scales
 from megamoe.integrations.weights import Weights
 from megamoe.model import Decision
@@ -345,3 +346,32 @@ def test_training_is_refused(model: DeepseekV4ForCausalLM, ids: Tensor) -> None:
 def test_a_plain_config_object_is_taken(model: DeepseekV4ForCausalLM, ids: Tensor) -> None:
     enable(model, Config(), exact=True)
     assert model(ids[:1, :4]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "fused"),
+    [
+        ((), True),
+        (("attention_quant",), True),
+        (("multi_cta_attention",), False),
+        (("attention_quant", "multi_cta_attention"), True),
+    ],
+)
+def test_prompts_end_in_nvfp4_unless_only_the_two_ops_have_a_kernel(
+    monkeypatch: pytest.MonkeyPatch, kernels: tuple[str, ...], fused: bool
+) -> None:
+    monkeypatch.setattr(build, "is_kernel", lambda decision: decision.stage in kernels)
+    attn: Any = SimpleNamespace(
+        q_b_proj=SimpleNamespace(weight=torch.zeros(1)),
+        config=SimpleNamespace(qk_rope_head_dim=64),
+        num_heads=4,
+        head_dim=512,
+        scaling=512**-0.5,
+        sliding_window=128,
+    )
+    output: Any = SimpleNamespace(o_scale_enc=torch.tensor(1.0), groups=2)
+    assert build.fuses(attn, output) is fused
+    with use({"attention_quant": "off"}):
+        assert not build.fuses(attn, output)
+    output.o_scale_enc = None
+    assert not build.fuses(attn, output)
