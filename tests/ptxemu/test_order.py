@@ -95,6 +95,7 @@ MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r30, %r31, %r32, %r33
 MMA += f"{{%r12, %r12, %r12, %r12}}, {{%r12, %r12}}, {ZEROS};"
 LATE = {
     "a vector": f"{LOAD} {USE} {V4} {ARRIVE} mov.u32 %r16, %r15;",
+    "a vector, part of which is overwritten": f"{LOAD} {USE} {V4} {ARRIVE} mov.u32 %r12, 1; mov.u32 %r16, %r15;",
     "a matrix": f"{LOAD} {USE} {ROWS} {MATRIX} {ARRIVE} mov.u32 %r16, %r12;",
     "used by an operation in Python": f"{LOAD} {USE} {ROWS} {MATRIX} {ARRIVE} mov.u32 %r16, 0; {MMA}",
     "through a generic address": f"cvt.u64.u32 %d8, %r6; cvta.shared.u64 %d9, %d8; ld.u32 %r10, [%d9]; {ARRIVE} {USE}",
