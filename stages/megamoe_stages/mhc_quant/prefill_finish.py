@@ -54,9 +54,8 @@ def finish_all(
 ) -> None:
     """Collapse of a turn, then norm and quantisation of the turn before."""
     here = spot(cut)
-    if here.warp == 0:
-        for turn in cutlass.range(cut.stages, unroll=1):
-            _load(turn, turns, base, x, f, given, cut)
+    for turn in cutlass.range(cut.stages, unroll=1):
+        _load(turn, turns, here, base, x, f, given, cut)
     _weigh(Int32(0), turns, here, base, given, out, target, cut)
     before, y = cute.make_rmem_tensor((8,), Uint32), cute.make_rmem_tensor((8,), Uint32)
     for i in cutlass.range_constexpr(8):
@@ -65,9 +64,8 @@ def finish_all(
         if turn < turns:
             _collapse(y, turn, here, base, target, cut)
             cute.arch.barrier(barrier_id=BARRIER_ID, number_of_threads=cut.busy * WARP)
-            if here.warp == 0:
-                _refill(turn, turns, here, base, x, f, given, cut)
             _send_squares(turn, here, base, target, cut)
+            _refill(turn, turns, here, base, x, f, given, cut)
             _weigh(turn + 1, turns, here, base, given, out, target, cut)
         if turn > 0:
             _norm(before, turn - 1, turns, here, base, given, out, target, cut)
@@ -79,24 +77,24 @@ def finish_all(
 def _load(
     turn: Int32,
     turns: Int32,
+    here: Constexpr[Spot],
     base: Int32,
     x: Boxes,
     f: Boxes,
     given: Constexpr[Inputs],
     cut: Constexpr[Cut],
 ) -> None:
-    """Asks for streams, F, post and comb of a turn, if there is one; one warp."""
+    """Asks for streams, F, post and comb of a turn, if there is one; each of six warps for its part."""
     if turn < turns:
-        here, stage, first = spot(cut), turn % cut.stages, first_of(turn, cut)
+        stage, first, block = turn % cut.stages, first_of(turn, cut), here.rank * cut.tiles
         full, slot = bars(base, stage, cut).full, base + stage * cut.stage_bytes
-        there = cutlass.min(tokens_of(given) - first, cut.group)
-        if here.lane == 0:
+        if here.warp < STREAMS:
+            multicast.load_box(x, first, here.warp, block, slot + here.warp * cut.stream_bytes, full)
+        elif here.warp == STREAMS:
+            multicast.load_box(f, first, 0, block, slot + STREAMS * cut.stream_bytes, full)
+        elif (here.warp == STREAMS + 1) & (here.lane == 0):
+            there = cutlass.min(tokens_of(given) - first, cut.group)
             ring.expect(full, cut.stage_bytes + there * (cut.factor_bytes // cut.group))
-        cute.arch.sync_warp()
-        for s in cutlass.range_constexpr(STREAMS):
-            multicast.load_box(x, first, s, here.rank * cut.tiles, slot + s * cut.stream_bytes, full)
-        multicast.load_box(f, first, 0, here.rank * cut.tiles, slot + STREAMS * cut.stream_bytes, full)
-        if here.lane == 0:
             for row, tensor, size in ((1, given.comb, MATRIX), (0, given.post, STREAMS)):
                 source = exchange.global_address(tensor) + Int64(first) * (size * WORD)
                 ring.copy(source, factors_of(base, stage, Int32(0), row, cut), there * (size * WORD), full)
@@ -113,13 +111,13 @@ def _refill(
     given: Constexpr[Inputs],
     cut: Constexpr[Cut],
 ) -> None:
-    """Behind a turn's collapse: expects the next weights, and loads into the stage of the turn before; one warp."""
-    if (here.lane == 0) & (turn + cut.stages < turns):
-        ring.expect(bars(base, turn % cut.stages, cut).pre, Int32(cut.pre_bytes))
-    if turn > 0:
-        stage = (turn - 1) % cut.stages
-        ring.wait(bars(base, stage, cut).stored, (turn - 1) // cut.stages & 1)
-        _load(turn - 1 + cut.stages, turns, base, x, f, given, cut)
+    """Behind a turn's collapse: expects the next weights, and loads into its stage."""
+    if turn + cut.stages < turns:
+        bar = bars(base, turn % cut.stages, cut)
+        if (here.warp == 0) & (here.lane == 0):
+            ring.expect(bar.pre, Int32(cut.pre_bytes))
+        ring.wait(bar.stored, turn // cut.stages & 1)
+        _load(turn + cut.stages, turns, here, base, x, f, given, cut)
 
 
 def _collapse(y: cute.Tensor, turn: Int32, here: Spot, base: Int32, target: Target, cut: Cut) -> None:
@@ -176,7 +174,7 @@ def _weigh(
     cut: Constexpr[Cut],
 ) -> None:
     """Adds up the sums of this CTA's own tokens, and tells all CTAs the weights of the collapse: a warp a token."""
-    own = cut.busy - 1 - here.warp  # the first warp loads
+    own = cut.busy - 1 - here.warp  # the first warps load
     token = here.rank * cut.owned + own
     if (turn < turns) & (own < cut.owned) & (token < cut.group):
         stage = turn % cut.stages

@@ -69,8 +69,9 @@ def make_all(
         _add_partial(here, base, target, cut)
         cute.arch.barrier(barrier_id=BARRIER_ID, number_of_threads=cut.busy * WARP)
         _send_sums(stage, here, base, cut)
-    if here.warp == 0:
-        tma.wait_stores()
+        if here.warp == 0:
+            tma.wait_stores()
+            ring.arrive_if(bars(base, stage, cut).stored, arith.select(here.lane == 0, Int32(1), Int32(0)))
 
 
 def _load_fn(here: Spot, base: Int32, given: Inputs, target: Target, cut: Cut) -> list[Words]:
@@ -194,10 +195,7 @@ def _send_sums(stage: Int32, here: Constexpr[Spot], base: Int32, cut: Constexpr[
 
 @cute.jit
 def _store(turn: Int32, stage: Int32, here: Constexpr[Spot], base: Int32, residual: Boxes, cut: Constexpr[Cut]) -> None:
-    """Has the copy engine write the new streams, and says that it has read those of the turn before; one warp."""
-    tma.wait_stores()
-    if (turn > 0) & (here.lane == 0):
-        ring.arrive_if(bars(base, (turn - 1) % cut.stages, cut).stored, Int32(1))
+    """Has the copy engine write the new streams; one warp."""
     for s in cutlass.range_constexpr(STREAMS):
         slot = base + stage * cut.stage_bytes + s * cut.stream_bytes
         tile_store.store_box(residual, first_of(turn, cut), s, here.rank * cut.tiles, slot)
