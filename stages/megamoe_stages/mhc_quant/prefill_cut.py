@@ -34,6 +34,7 @@ EIGHT = 8  # tokens of an `mma`
 PASSES = 2  # in which a warp makes: of tokens g and g + 8, or of both parities of its tile
 SUMS = LOGITS + 1  # of a token: the dots and the squares of its streams
 MESSAGE = 28  # floats that they take
+F_AHEAD = 2  # groups for whose F there is room: it is needed for a short time only
 SQUARES = 4  # groups whose squares of y may be on their way
 
 
@@ -44,13 +45,15 @@ class Cut(NamedTuple):
         ctas: Of a cluster.
         tiles: Of a CTA's hidden dims.
         group: Tokens that a cluster has at a time: EIGHT, or twice as many.
-        stages: Groups that a CTA has room for.
+        stages: Groups whose streams a CTA has room for.
+        kept: Of a lane's parts of fn, how many are in registers; the others are in shared memory.
     """
 
     ctas: int
     tiles: int
     group: int
     stages: int
+    kept: int
 
     @property
     def hidden(self) -> int:
@@ -82,24 +85,29 @@ class Cut(NamedTuple):
         """Of eights of hidden dims that a warp makes."""
         return PASSES // self.halves
 
-    def held(self, half: int) -> int:
-        """Of the three parts of fn that a half of an eight is multiplied with, how many are in registers."""
-        return 2 if self.parities == 1 or half == 0 else 1
+    @property
+    def halves_of_eights(self) -> int:
+        """Of all streams, that a lane multiplies with its own parts of fn."""
+        return 2 * STREAMS * self.parities
+
+    def held(self, number: int) -> int:
+        """Of the PARTS of a half of an eight, how many are in registers."""
+        return sum(part * self.halves_of_eights + number < self.kept for part in range(PARTS))
 
     @property
     def tile_bytes(self) -> int:
-        """Of a stream of a group."""
+        """Of a tile of a stream."""
         return self.group * ROW_BYTES
 
     @property
     def stream_bytes(self) -> int:
-        """Of a group, in a CTA."""
+        """Of a stream of a group, in a CTA; F takes as much."""
         return self.tiles * self.tile_bytes
 
     @property
     def stage_bytes(self) -> int:
-        """The streams, then F."""
-        return (STREAMS + 1) * self.stream_bytes
+        """Of a group's streams."""
+        return STREAMS * self.stream_bytes
 
     @property
     def factor_bytes(self) -> int:
@@ -109,7 +117,7 @@ class Cut(NamedTuple):
     @property
     def fn_slots(self) -> int:
         """Parts of fn of a lane that are in shared memory."""
-        return self.parities * STREAMS * sum(PARTS - self.held(half) for half in range(2))
+        return PARTS * self.halves_of_eights - self.kept
 
     @property
     def partial_bytes(self) -> int:
@@ -117,9 +125,14 @@ class Cut(NamedTuple):
         return SUMS * self.group * WORD
 
     @property
+    def f_at(self) -> int:
+        """Where F of F_AHEAD groups lies."""
+        return self.stages * self.stage_bytes
+
+    @property
     def factors_at(self) -> int:
         """Where post and comb of each stage's tokens lie."""
-        return self.stages * self.stage_bytes
+        return self.f_at + F_AHEAD * self.stream_bytes
 
     @property
     def fn_at(self) -> int:
@@ -173,13 +186,13 @@ class Cut(NamedTuple):
 
     @property
     def barriers_at(self) -> int:
-        """mbarriers: five of each stage, then one of each group whose squares may be on their way."""
+        """mbarriers: five of each stage, one of each group whose squares may be on their way, that of all logits."""
         return self.squares_at + SQUARES * self.squares_bytes
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self.barriers_at + (5 * self.stages + SQUARES) * BARRIER
+        return self.barriers_at + (5 * self.stages + SQUARES + 1) * BARRIER
 
 
 class Bars(NamedTuple):
@@ -209,6 +222,11 @@ def bars(base: Int32, stage: Int32 | int, cut: Cut) -> Bars:
 def squares_bar(base: Int32, turn: Int32 | int, cut: Cut) -> Int32:
     """mbarrier: the squares of y of a turn's group have come from all CTAs."""
     return base + (cut.barriers_at + (5 * cut.stages + turn % SQUARES) * BARRIER)
+
+
+def logits_bar(base: Int32, cut: Cut) -> Int32:
+    """mbarrier: the logits of comb of all this CTA's own tokens have been written."""
+    return base + (cut.barriers_at + (5 * cut.stages + SQUARES) * BARRIER)
 
 
 class Spot(NamedTuple):
@@ -269,9 +287,22 @@ def first_of(turn: Int32, cut: Cut) -> Int32:
 
 
 def in_stage(base: Int32, stage: Int32, tile: Int32, token: Int32, eight: Int32, cut: Cut) -> Int32:
-    """Where an eight of a token lies, of stream 0; the next ones are `stream_bytes` further, F behind the last."""
-    at = base + (stage * cut.stage_bytes + tile * cut.tile_bytes)
-    return at + (token * ROW_BYTES + (eight ^ token & 7) * LINE)
+    """Where an eight of a token lies, of stream 0; the next ones are `stream_bytes` further."""
+    return base + stage * cut.stage_bytes + _in_tiles(tile, token, eight, cut)
+
+
+def in_f(base: Int32, turn: Int32, tile: Int32, token: Int32, eight: Int32, cut: Cut) -> Int32:
+    """Where an eight of F of a turn's token lies."""
+    return f_of(base, turn, cut) + _in_tiles(tile, token, eight, cut)
+
+
+def f_of(base: Int32, turn: Int32, cut: Cut) -> Int32:
+    """Where F of a turn lies."""
+    return base + (cut.f_at + turn % F_AHEAD * cut.stream_bytes)
+
+
+def _in_tiles(tile: Int32, token: Int32, eight: Int32, cut: Cut) -> Int32:
+    return tile * cut.tile_bytes + (token * ROW_BYTES + (eight ^ token & 7) * LINE)
 
 
 def factors_of(base: Int32, stage: Int32, token: Int32, row: int, cut: Cut) -> Int32:

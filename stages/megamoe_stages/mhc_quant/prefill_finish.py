@@ -32,6 +32,7 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     factors_of,
     first_of,
     in_stage,
+    logits_bar,
     send,
     spot,
     squares_bar,
@@ -46,7 +47,6 @@ def finish_all(
     turns: Int32,
     base: Int32,
     x: Boxes,
-    f: Boxes,
     given: Constexpr[Inputs],
     out: Constexpr[Outputs],
     target: Constexpr[Target],
@@ -55,7 +55,7 @@ def finish_all(
     """Collapse of a turn, then norm and quantisation of the turn before."""
     here = spot(cut)
     for turn in cutlass.range(cut.stages, unroll=1):
-        _load(turn, turns, here, base, x, f, given, cut)
+        _load(turn, turns, here, base, x, given, cut)
     _weigh(Int32(0), turns, here, base, given, out, target, cut)
     before, y = cute.make_rmem_tensor((8,), Uint32), cute.make_rmem_tensor((8,), Uint32)
     for i in cutlass.range_constexpr(8):
@@ -65,7 +65,7 @@ def finish_all(
             _collapse(y, turn, here, base, target, cut)
             cute.arch.barrier(barrier_id=BARRIER_ID, number_of_threads=cut.busy * WARP)
             _send_squares(turn, here, base, target, cut)
-            _refill(turn, turns, here, base, x, f, given, cut)
+            _refill(turn, turns, here, base, x, given, cut)
             _weigh(turn + 1, turns, here, base, given, out, target, cut)
         if turn > 0:
             _norm(before, turn - 1, turns, here, base, given, out, target, cut)
@@ -80,21 +80,18 @@ def _load(
     here: Constexpr[Spot],
     base: Int32,
     x: Boxes,
-    f: Boxes,
     given: Constexpr[Inputs],
     cut: Constexpr[Cut],
 ) -> None:
-    """Asks for streams, F, post and comb of a turn, if there is one; each of six warps for its part."""
+    """Asks for streams, post and comb of a turn, if there is one; each of five warps for its part."""
     if turn < turns:
         stage, first, block = turn % cut.stages, first_of(turn, cut), here.rank * cut.tiles
         full, slot = bars(base, stage, cut).full, base + stage * cut.stage_bytes
         if here.warp < STREAMS:
             multicast.load_box(x, first, here.warp, block, slot + here.warp * cut.stream_bytes, full)
-        elif here.warp == STREAMS:
-            multicast.load_box(f, first, 0, block, slot + STREAMS * cut.stream_bytes, full)
-        elif (here.warp == STREAMS + 1) & (here.lane == 0):
+        elif (here.warp == STREAMS) & (here.lane == 0):
             there = cutlass.min(tokens_of(given) - first, cut.group)
-            ring.expect(full, cut.stage_bytes + there * (cut.factor_bytes // cut.group))
+            ring.expect(full, cut.stage_bytes + cut.stream_bytes + there * (cut.factor_bytes // cut.group))
             for row, tensor, size in ((1, given.comb, MATRIX), (0, given.post, STREAMS)):
                 source = exchange.global_address(tensor) + Int64(first) * (size * WORD)
                 ring.copy(source, factors_of(base, stage, Int32(0), row, cut), there * (size * WORD), full)
@@ -107,7 +104,6 @@ def _refill(
     here: Constexpr[Spot],
     base: Int32,
     x: Boxes,
-    f: Boxes,
     given: Constexpr[Inputs],
     cut: Constexpr[Cut],
 ) -> None:
@@ -117,7 +113,7 @@ def _refill(
         if (here.warp == 0) & (here.lane == 0):
             ring.expect(bar.pre, Int32(cut.pre_bytes))
         ring.wait(bar.stored, turn // cut.stages & 1)
-        _load(turn + cut.stages, turns, here, base, x, f, given, cut)
+        _load(turn + cut.stages, turns, here, base, x, given, cut)
 
 
 def _collapse(y: cute.Tensor, turn: Int32, here: Spot, base: Int32, target: Target, cut: Cut) -> None:
@@ -198,6 +194,7 @@ def _weigh(
             send(pre, to, bars(base, stage, cut).pre, here.lane)
         row = first_of(turn, cut) + token
         _write_logits(row, value, weight, row < tokens_of(given), here, out, target)
+        ring.arrive_if(logits_bar(base, cut), arith.select(turn == turns - 1, Int32(1), Int32(0)))
 
 
 @cute.jit

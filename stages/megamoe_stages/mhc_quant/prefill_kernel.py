@@ -4,7 +4,7 @@ A cluster has groups of 16 or 8 tokens one after the other, each of its CTAs a s
 brings streams and F to shared memory, some groups ahead. Half of the warps (`prefill_make`) make the new streams in
 place, multiply them with fn, which stays on the chip too, and have the copy engine write them; their sums go to the CTA
 that owns the token, which tells all CTAs the weights of the collapse. The other warps (`prefill_finish`) collapse the
-streams where they lie, exchange the squares of y, norm and quantise. Sinkhorn's iteration comes last, a thread a token.
+streams where they lie, exchange the squares of y, norm and quantise; those that made do Sinkhorn's iteration meanwhile.
 
 Nobody gets a message that there is no room for. The sums of a turn, and then its weights, are sent only after its
 streams have come, and these were asked for when the turn that had the stage before them was collapsed: its messages had
@@ -20,14 +20,14 @@ import cutlass
 from cuda.bindings.driver import CUstream
 from cutlass import Constexpr, Float32, Int32, Uint8, cute
 
-from megamoe.cute import exchange, mhc, multicast, recipe, ring, tile_store, warp
+from megamoe.cute import exchange, multicast, recipe, ring, tile_store, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mhc import STREAMS
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 from megamoe_stages.mhc_quant.kernel import NORM_DTYPES, arguments, zero_padding
-from megamoe_stages.mhc_quant.places import Inputs, Outputs, rows_of_streams
+from megamoe_stages.mhc_quant.places import Inputs, Outputs
 from megamoe_stages.mhc_quant.prefill_cut import (
     MESSAGE,
     SQUARES,
@@ -37,7 +37,7 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     WORD,
     Cut,
     bars,
-    first_of,
+    logits_bar,
     squares_bar,
     tokens_of,
 )
@@ -127,13 +127,11 @@ def mhc_quant_prefill(
     if warp.thread() < WARPS * WARP:
         cute.arch.setmaxregister_increase(MAKER_REGISTERS)
         if warp.warp_number() < cut.busy:
-            make_all(turns, base, residual, given, target, cut)
+            make_all(turns, base, f, residual, given, out, target, cut)
     else:
         cute.arch.setmaxregister_decrease(FINISHER_REGISTERS)
         if warp.warp_number() < WARPS + cut.busy:
-            finish_all(turns, base, x, f, given, out, target, cut)
-    cute.arch.sync_threads()
-    _sinkhorn(turns, given, out, target, cut)
+            finish_all(turns, base, x, given, out, target, cut)
 
 
 def _init(base: Int32, cut: Cut) -> None:
@@ -144,6 +142,7 @@ def _init(base: Int32, cut: Cut) -> None:
             ring.init(barrier, arrivals)
     for turn in range(SQUARES):
         ring.init(squares_bar(base, turn, cut), 1)
+    ring.init(logits_bar(base, cut), cut.owned * WARP)
     ring.init_fence()
     for stage in range(cut.stages):
         bar = bars(base, stage, cut)
@@ -151,29 +150,6 @@ def _init(base: Int32, cut: Cut) -> None:
         ring.expect(bar.pre, Int32(cut.pre_bytes))
     for turn in range(SQUARES):
         ring.expect(squares_bar(base, turn, cut), Int32(cut.squares_bytes))
-
-
-@cute.jit
-def _sinkhorn(
-    turns: Int32,
-    given: Constexpr[Inputs],
-    out: Constexpr[Outputs],
-    target: Constexpr[Target],
-    cut: Constexpr[Cut],
-) -> None:
-    """Turns the logits of this CTA's own tokens into comb; a thread a token."""
-    thread, cta = warp.thread(), cute.arch.block_idx()[0]  # read anew: nothing waits in registers for this
-    rows = rows_of_streams(out.comb)
-    for i in cutlass.range(thread, turns * cut.owned, THREADS, unroll=1):
-        token = cta % cut.ctas * cut.owned + i % cut.owned
-        row = first_of(i // cut.owned, cut) + token
-        if (token < cut.group) & (row < tokens_of(given)):
-            comb = cute.make_rmem_tensor(cute.make_layout((STREAMS, STREAMS), stride=(STREAMS, 1)), Float32)
-            for r in cutlass.range_constexpr(STREAMS):
-                cute.autovec_copy(rows[row * STREAMS + r, None], comb[r, None])
-            mhc.sinkhorn(comb, given.iters, given.hc_eps, target)
-            for r in cutlass.range_constexpr(STREAMS):
-                cute.autovec_copy(comb[r, None], rows[row * STREAMS + r, None])
 
 
 def spec(cut: Cut, norm_dtype: str, target: Target) -> KernelSpec:

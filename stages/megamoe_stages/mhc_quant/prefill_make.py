@@ -1,7 +1,8 @@
 """The warps of `prefill_kernel` that make new streams, and multiply them with fn.
 
 They replace the streams where they lie. Each warp adds up its hidden dims' 24 dots and squares of every token, a few
-threads add up the warps', and what a CTA has found goes to the CTA that owns the token.
+threads add up the warps', and what a CTA has found goes to the CTA that owns the token. At the end they do Sinkhorn's
+iteration for the CTA's own tokens, while the others finish the last ones.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import functools
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, cute
 
-from megamoe.cute import arith, attention_mma, exchange, mhc, ring, tile_store, tma
+from megamoe.cute import arith, attention_mma, exchange, mhc, multicast, ring, tile_store, tma
 from megamoe.cute.arith import Target
 from megamoe.cute.fragments import mma
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 from megamoe_stages.mhc_quant import prefill_mix
-from megamoe_stages.mhc_quant.places import ROWS, Inputs, Words
+from megamoe_stages.mhc_quant.places import ROWS, Inputs, Outputs, Words, rows_of_streams
 from megamoe_stages.mhc_quant.prefill_cut import (
     EIGHT,
+    F_AHEAD,
     LINE,
     MESSAGE,
     PARTS,
@@ -32,9 +34,12 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     Spot,
     arrived_of,
     bars,
+    f_of,
     factors_of,
     first_of,
+    in_f,
     in_stage,
+    logits_bar,
     place_of,
     send,
     spot,
@@ -49,13 +54,17 @@ BARRIER_ID = 1
 def make_all(
     turns: Int32,
     base: Int32,
+    f: Boxes,
     residual: Boxes,
     given: Constexpr[Inputs],
+    out: Constexpr[Outputs],
     target: Constexpr[Target],
     cut: Constexpr[Cut],
 ) -> None:
-    """New streams, their dots with fn and their squares, turn by turn."""
+    """New streams, their dots with fn and their squares, turn by turn; comb of this CTA's own tokens at the end."""
     here = spot(cut)
+    for turn in cutlass.range_constexpr(F_AHEAD):
+        _load_f(Int32(turn), turns, here, base, f, cut)
     fn = _load_fn(here, base, given, target, cut)
     for turn in cutlass.range(turns, unroll=1):
         stage = turn % cut.stages
@@ -66,12 +75,16 @@ def make_all(
         cute.arch.barrier(barrier_id=BARRIER_ID, number_of_threads=cut.busy * WARP)
         if here.warp == 0:
             _store(turn, stage, here, base, residual, cut)
+        _load_f(turn + F_AHEAD, turns, here, base, f, cut)
         _add_partial(here, base, target, cut)
         cute.arch.barrier(barrier_id=BARRIER_ID, number_of_threads=cut.busy * WARP)
         _send_sums(stage, here, base, cut)
         if here.warp == 0:
             tma.wait_stores()
             ring.arrive_if(bars(base, stage, cut).stored, arith.select(here.lane == 0, Int32(1), Int32(0)))
+    if here.rank * cut.owned < cut.group:
+        ring.wait(logits_bar(base, cut), Int32(0))
+        _sinkhorn(turns, here, given, out, target, cut)
 
 
 def _load_fn(here: Spot, base: Int32, given: Inputs, target: Target, cut: Cut) -> list[Words]:
@@ -86,7 +99,8 @@ def _load_fn(here: Spot, base: Int32, given: Inputs, target: Target, cut: Cut) -
                 groups.append([*exchange.load16(start), *exchange.load16(start + LINE)])
             parts = prefill_mix.parts_of(groups, target)
             for half in range(2):
-                held, mine = cut.held(half), parts[half * PARTS : (half + 1) * PARTS]
+                number = (parity * STREAMS + s) * 2 + half
+                held, mine = cut.held(number), parts[half * PARTS : (half + 1) * PARTS]
                 kept += mine[:held]
                 for part in mine[held:]:
                     exchange.store16(_fn_slot(slot, here, base, cut), part)
@@ -118,7 +132,8 @@ def _make(
         half_of_group = number // cut.parities
         token, eight = here.made(number, cut)
         at = in_stage(base, stage, here.tile, token, eight, cut)
-        lines = [ring.load16(at + s * cut.stream_bytes) for s in (STREAMS, *range(STREAMS))]
+        lines = [ring.load16(in_f(base, turn, here.tile, token, eight, cut))]
+        lines += [ring.load16(at + s * cut.stream_bytes) for s in range(STREAMS)]
         known = cutlass.min(token, last)  # there are no factors of tokens that are not
         new = mhc.post_mix(lines, functools.partial(_factors, base, stage, known, cut), target)
         for s, words in enumerate(new):
@@ -126,9 +141,10 @@ def _make(
         found = prefill_mix.squares(new, here.row, target)
         squares[half_of_group] = arith.add(squares[half_of_group], found, target) if number % cut.parities else found
         quads = sums[half_of_group]
-        for words in new:
+        for s, words in enumerate(new):
             for half in range(2):
-                left = [next(kept) for _ in range(cut.held(half))]
+                held = cut.held((number % cut.parities * STREAMS + s) * 2 + half)
+                left = [next(kept) for _ in range(held)]
                 while len(left) < PARTS:
                     left.append(ring.load16(_fn_slot(slot, here, base, cut)))
                     slot += 1
@@ -194,9 +210,39 @@ def _send_sums(stage: Int32, here: Constexpr[Spot], base: Int32, cut: Constexpr[
 
 
 @cute.jit
+def _load_f(turn: Int32, turns: Int32, here: Constexpr[Spot], base: Int32, f: Boxes, cut: Constexpr[Cut]) -> None:
+    """Asks for F of a turn, if there is one; the second warp."""
+    if (here.warp == 1) & (turn < turns):
+        full = bars(base, turn % cut.stages, cut).full
+        multicast.load_box(f, first_of(turn, cut), 0, here.rank * cut.tiles, f_of(base, turn, cut), full)
+
+
+@cute.jit
 def _store(turn: Int32, stage: Int32, here: Constexpr[Spot], base: Int32, residual: Boxes, cut: Constexpr[Cut]) -> None:
     """Has the copy engine write the new streams; one warp."""
     for s in cutlass.range_constexpr(STREAMS):
         slot = base + stage * cut.stage_bytes + s * cut.stream_bytes
         tile_store.store_box(residual, first_of(turn, cut), s, here.rank * cut.tiles, slot)
     tma.commit_stores()
+
+
+@cute.jit
+def _sinkhorn(
+    turns: Int32,
+    here: Constexpr[Spot],
+    given: Constexpr[Inputs],
+    out: Constexpr[Outputs],
+    target: Constexpr[Target],
+    cut: Constexpr[Cut],
+) -> None:
+    """Turns the logits of this CTA's own tokens into comb; a thread a token."""
+    rows = rows_of_streams(out.comb)
+    for i in cutlass.range(here.warp * WARP + here.lane, turns * cut.owned, cut.busy * WARP, unroll=1):
+        row = first_of(i // cut.owned, cut) + here.rank * cut.owned + i % cut.owned
+        if row < tokens_of(given):
+            comb = cute.make_rmem_tensor(cute.make_layout((STREAMS, STREAMS), stride=(STREAMS, 1)), Float32)
+            for r in cutlass.range_constexpr(STREAMS):
+                cute.autovec_copy(rows[row * STREAMS + r, None], comb[r, None])
+            mhc.sinkhorn(comb, given.iters, given.hc_eps, target)
+            for r in cutlass.range_constexpr(STREAMS):
+                cute.autovec_copy(comb[r, None], rows[row * STREAMS + r, None])
