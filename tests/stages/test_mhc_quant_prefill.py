@@ -141,7 +141,7 @@ def test_the_kernel_compiles_without_spills(hidden: int, target: Target) -> None
     ("policy", "cut", "tokens", "layout"),
     [
         ("lazy", prefill_launch.cut(1024), 131, "128x4"),
-        ("random", prefill_launch.cut(1024), 70, "linear"),
+        ("random", prefill_launch.cut(1024), 84, "linear"),
         ("lazy", PRO._replace(ctas=2), 45, "128x4"),
     ],
 )

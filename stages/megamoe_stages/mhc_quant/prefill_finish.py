@@ -56,6 +56,7 @@ def finish_all(
     here = spot(cut)
     for turn in cutlass.range(cut.stages, unroll=1):
         _load(turn, turns, here, base, x, given, cut)
+    cute.arch.cluster_wait()  # all CTAs run: their shared memory may be written to
     _weigh(Int32(0), turns, here, base, given, out, target, cut)
     before, y = cute.make_rmem_tensor((8,), Uint32), cute.make_rmem_tensor((8,), Uint32)
     for i in cutlass.range_constexpr(8):

@@ -123,7 +123,6 @@ def mhc_quant_prefill(
     zero_padding(out, tokens_of(given), given.tiled, cta * THREADS + thread, ctas * THREADS)
     if cta + thread == 0:
         out.dec[()] = recipe.global_scale(given.enc[()], target).dec
-    cute.arch.cluster_wait()  # all CTAs run: their shared memory may be written to
     if warp.thread() < WARPS * WARP:
         cute.arch.setmaxregister_increase(MAKER_REGISTERS)
         if warp.warp_number() < cut.busy:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 
 import torch
@@ -36,8 +35,7 @@ def run(
 @functools.cache
 def cut(hidden: int) -> Cut:
     """The cut for H of `limits.MANY_HIDDEN`: fn of 448 hidden dims leaves room for fewer tokens."""
-    pro, flash = (tuple(map(int, os.environ.get(k, d).split(","))) for k, d in (("PRO", "4,25"), ("FLASH", "5,21")))
-    return Cut(16, 7, 8, *pro) if hidden > 4096 else Cut(hidden // 256, 4, 16, *flash)
+    return Cut(16, 7, 8, 4, 25) if hidden > 4096 else Cut(hidden // 256, 4, 16, 5, 21)
 
 
 @functools.cache

@@ -66,6 +66,7 @@ def make_all(
     for turn in cutlass.range_constexpr(F_AHEAD):
         _load_f(Int32(turn), turns, here, base, f, cut)
     fn = _load_fn(here, base, given, target, cut)
+    cute.arch.cluster_wait()  # all CTAs run: their shared memory may be written to
     for turn in cutlass.range(turns, unroll=1):
         stage = turn % cut.stages
         ring.wait(bars(base, stage, cut).full, turn // cut.stages & 1)
