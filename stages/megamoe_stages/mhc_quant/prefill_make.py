@@ -93,11 +93,10 @@ def _load_fn(here: Spot, base: Int32, given: Inputs, target: Target, cut: Cut) -
     kept, slot = [], 0
     for parity in range(cut.parities):
         _, eight = here.made(parity, cut)
-        for s in range(STREAMS):
-            groups = []
-            for group in range(LOGITS // ROWS):
-                start = exchange.global_address(given.fn) + Int64(source_of(group, s, eight, here, cut)) * WORD
-                groups.append([*exchange.load16(start), *exchange.load16(start + LINE)])
+        loaded = [
+            [_eight_of_fn(group, s, eight, here, given, cut) for group in range(LOGITS // ROWS)] for s in range(STREAMS)
+        ]
+        for s, groups in enumerate(loaded):  # all of these loads are under way by now
             parts = prefill_mix.parts_of(groups, target)
             for half in range(2):
                 number = (parity * STREAMS + s) * 2 + half
@@ -107,6 +106,11 @@ def _load_fn(here: Spot, base: Int32, given: Inputs, target: Target, cut: Cut) -
                     exchange.store16(_fn_slot(slot, here, base, cut), part)
                     slot += 1
     return kept
+
+
+def _eight_of_fn(group: int, stream: int, eight: Int32, here: Spot, given: Inputs, cut: Cut) -> Words:
+    start = exchange.global_address(given.fn) + Int64(source_of(group, stream, eight, here, cut)) * WORD
+    return [*exchange.load16(start), *exchange.load16(start + LINE)]
 
 
 def source_of(group: int, stream: int, eight: Int32, here: Spot, cut: Cut) -> Int32:
