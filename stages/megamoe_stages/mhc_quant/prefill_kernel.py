@@ -1,4 +1,4 @@
-"""mhc_quant for many tokens: a CuTe DSL kernel whose streams stay on the chip, one source for sm_90a and sm_100a.
+"""mhc_quant, made for many tokens: a CuTe DSL kernel whose streams stay on the chip, for sm_90a and sm_100a.
 
 A cluster has groups of 16 or 8 tokens one after the other, each of its CTAs a slice of the hidden dims. The copy engine
 brings streams and F to shared memory, some groups ahead. Half of the warps (`prefill_make`) make the new streams in

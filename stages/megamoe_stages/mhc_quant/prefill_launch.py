@@ -35,7 +35,7 @@ def run(
 @functools.cache
 def cut(hidden: int) -> Cut:
     """The cut for H of `limits.MANY_HIDDEN`: fn of 448 hidden dims leaves room for fewer tokens."""
-    return Cut(16, 7, 8, 4, 25) if hidden > 4096 else Cut(hidden // 256, 4, 16, 5, 21)
+    return Cut(16, 7, 8, 4, 25) if hidden > 4096 else Cut(hidden // 256, 4, 16, 4, 21)
 
 
 @functools.cache
