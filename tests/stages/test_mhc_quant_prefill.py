@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +15,20 @@ from megamoe.errors import ArgumentError
 from megamoe.numerics import nvfp4
 from megamoe_stages.mhc_quant import (
     limits,
-    places,
     prefill_cut,
     prefill_kernel,
     prefill_launch,
+    prefill_make,
     prefill_mix,
     reference,
     sm90_many,
 )
 from megamoe_stages.mhc_quant.cases import make
 from megamoe_stages.mhc_quant.contract import BOUNDS
+from megamoe_stages.mhc_quant.prefill_cut import Cut, Spot
 
 SHARED_MEMORY = 227 * 1024  # of a CTA on both architectures
-HIDDEN = 4 * places.CHUNK
+FLASH, PRO = (prefill_launch.cut(hidden) for hidden in (4096, 7168))
 
 
 def _split(low: float, high: float, target: Target) -> list[tuple[float, float]]:
@@ -39,83 +41,127 @@ def _split(low: float, high: float, target: Target) -> list[tuple[float, float]]
     return [(float(term[0]), float(term[1])) for term in terms]
 
 
+def _spots(cut: Cut, lanes: int, rank: int = 0) -> list[list[Spot]]:
+    """Those of a CTA's threads that make, or that finish, so many lanes at a time."""
+    of: Any = [(rank, w, lane, w // cut.halves, w % cut.halves) for w in range(cut.busy) for lane in range(32)]
+    return [[Spot(*spot) for spot in of[i : i + lanes]] for i in range(0, len(of), lanes)]
+
+
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`mma` as PTX lays out its operands, of the registers of 32 lanes: (32, 4, 2) and (32, 2, 2) to (16, 8)."""
     a = left.view(8, 4, 2, 2, 2).permute(3, 0, 2, 1, 4).reshape(16, 16)  # row half, g; column half, q
     return a @ right.view(8, 4, 2, 2).permute(2, 1, 3, 0).reshape(16, 8)
 
 
-def test_operands_are_where_mma_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Follows each lane's values through `mma`; fn keeps 16 bits, so a product is 2^-17 off."""
-    for module, name, plain in (
-        (arith, "number", lambda word: word),
-        (warp, "split_bf16", _split),
-        (prefill_mix, "Int64", int),
-    ):
-        monkeypatch.setattr(module, name, plain)
+@pytest.mark.parametrize("cut", [FLASH._replace(ctas=2), PRO._replace(ctas=2)])
+def test_operands_are_where_mma_wants_them(cut: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Follows each lane's values through `mma`, of the second of two CTAs. fn keeps 16 bits: 2^-17 off."""
+    monkeypatch.setattr(arith, "number", lambda word: word)
+    monkeypatch.setattr(warp, "split_bf16", _split)
     generator = torch.Generator().manual_seed(1)
-    streams = torch.randn(8, 4, HIDDEN, generator=generator).bfloat16().double()
-    fn = torch.randn(24, 4 * HIDDEN, generator=generator)
-    values, dots = fn.flatten().tolist(), torch.zeros(24, 8, dtype=torch.float64)
-    for piece in range(HIDDEN // places.CHUNK * limits.STREAMS):
-        parts = torch.zeros(prefill_cut.PARTS, 32, 4, 2, dtype=torch.float64)
-        for lane in range(32):
-            of: Any = (piece, lane)
-            starts: Any = [prefill_mix.source_of(of[0], g, of[1], cast("Any", 4 * HIDDEN)) for g in range(3)]
-            for part, words in enumerate(prefill_mix.parts_of([values[at : at + 8] for at in starts], Target.HOST)):
-                parts[part, lane] = torch.tensor(words, dtype=torch.float64)
-        chunk, stream = divmod(piece, limits.STREAMS)
-        first = chunk * places.CHUNK
-        held = streams[:, stream, first : first + places.CHUNK].reshape(32, 4, 2)  # lane, word, half
-        for half in range(2):
-            leading, mixed, small = (_product(parts[half * 3 + i], held[:, half * 2 : half * 2 + 2]) for i in range(3))
-            dots[:16] += leading + small
-            dots[16:] += mixed[:8] + mixed[8:]
-    want = fn.double() @ streams.flatten(1).T
-    most = 2**-16 * (fn.abs().double() @ streams.abs().flatten(1).T)
-    assert bool(((dots - want).abs() <= most).all())
-    assert not torch.allclose(dots, want, rtol=1e-9)  # so the bound above is not that of something else
+    streams = torch.randn(cut.group, 4, cut.hidden, generator=generator).bfloat16().double()
+    fn = torch.randn(24, 4 * cut.hidden, generator=generator)
+    values, dots = fn.flatten().tolist(), torch.zeros(24, cut.group, dtype=torch.float64)
+    for lanes in _spots(cut, 32, rank=1):
+        for number, stream in itertools.product(range(prefill_cut.PASSES), range(4)):
+            parts = torch.zeros(6, 32, 4, 2, dtype=torch.float64)
+            held = torch.zeros(32, 4, 2, dtype=torch.float64)
+            for lane, here in enumerate(lanes):
+                token, eight = here.made(number, cut)
+                starts: Any = [prefill_make.source_of(g, stream, eight, here, cut) for g in range(3)]
+                for part, words in enumerate(prefill_mix.parts_of([values[a : a + 8] for a in starts], Target.HOST)):
+                    parts[part, lane] = torch.tensor(words, dtype=torch.float64)
+                dims: Any = cut.dims + here.tile * prefill_cut.TILE + eight * 8
+                held[lane] = streams[token, stream, dims : dims + 8].view(4, 2)
+            first = 8 * (number // cut.parities)
+            for half in range(2):
+                leading, mixed, small = (
+                    _product(parts[half * 3 + i], held[:, half * 2 : half * 2 + 2]) for i in range(3)
+                )
+                dots[:16, first : first + 8] += leading + small
+                dots[16:, first : first + 8] += mixed[:8] + mixed[8:]
+    ours, theirs = (x.view(-1, 4, 2, cut.dims)[:, :, 1].flatten(1).double() for x in (fn, streams))
+    most = 2**-16 * (ours.abs() @ theirs.abs().T)
+    assert bool(((dots - ours @ theirs.T).abs() <= most).all())
+    assert not torch.allclose(dots, ours @ theirs.T, rtol=1e-9)  # so the bound above is not that of something else
 
 
 @pytest.mark.parametrize("hidden", limits.MANY_HIDDEN)
 def test_a_cut_covers_the_hidden_dims_and_fits(hidden: int) -> None:
     cut = prefill_launch.cut(hidden)
-    assert cut.tiles * cut.wide * cut.ctas == cut.hidden == hidden
-    assert cut.groups * cut.across == prefill_cut.WARPS and cut.chunks * cut.across * places.CHUNK == cut.wide
-    assert cut.owned * cut.ctas == cut.batch and cut.owned % prefill_cut.WARPS == 0  # tokens for every warp
-    assert cut.steps % prefill_kernel.STEPS == 0  # whose lines are in registers
-    assert cut.runs * prefill_cut.RUN == hidden and cut.runs % prefill_cut.AHEAD == 0
+    assert cut.ctas * cut.dims == cut.hidden == hidden
+    assert cut.busy <= prefill_cut.WARPS and cut.halves * prefill_cut.EIGHT == cut.group
+    assert cut.owned * cut.ctas >= cut.group and cut.owned < cut.busy  # the first of these warps loads
     assert cut.shared_bytes <= SHARED_MEMORY
-    assert cut.fn_bytes % 128 == cut.sums_at % 16 == cut.tile_at % 16 == cut.barriers_at % 8 == 0
+    assert cut.stage_bytes % 1024 == cut.stream_bytes % 1024 == 0
+    assert cut.factors_at % 16 == cut.fn_at % 16 == cut.partial_at % 16 == cut.sums_at % 16 == cut.arrived_at % 16 == 0
+    assert cut.pre_at % 16 == cut.tile_squares_at % 16 == cut.squares_at % 16 == cut.barriers_at % 8 == 0
 
 
-@pytest.mark.parametrize("target", [Target.SM90, Target.SM100])
-def test_the_kernel_for_flash_compiles_without_spills(target: Target) -> None:
-    artifact = compiler.compile_kernel(prefill_kernel.spec(prefill_launch.cut(4096), "float32", target))
+@pytest.mark.parametrize("cut", [FLASH, PRO])
+def test_every_eight_is_made_and_finished_once(cut: Cut) -> None:
+    every = set(itertools.product(range(cut.tiles), range(cut.group), range(8)))
+    (spots,) = _spots(cut, cut.busy * 32)
+    made = [(s.tile, *s.made(number, cut)) for s in spots for number in range(prefill_cut.PASSES)]
+    finished = [(s.tile, s.token, 2 * s.quad + j) for s in spots for j in range(2)]
+    for found in (made, finished):
+        assert set(found) == every and len(found) == len(every)
+
+
+@pytest.mark.parametrize("cut", [FLASH, PRO])
+def test_eight_lanes_find_no_bank_twice(cut: Cut) -> None:
+    """16 bytes a lane are moved for eight lanes at once."""
+    zero: Any = 0
+    for lanes in _spots(cut, 8):
+        for number in range(2):
+            making = [(s.tile, *s.made(number, cut)) for s in lanes]
+            finishing = [(s.tile, s.token, 2 * s.quad + number) for s in lanes]
+            for places in (making, finishing):
+                banks = {prefill_cut.in_stage(zero, zero, *place, cut) // 16 % 8 for place in places}
+                assert len(banks) == 8
+
+
+@pytest.mark.parametrize("cut", [FLASH, PRO])
+def test_sums_lie_where_they_are_looked_for(cut: Cut) -> None:
+    places: Any = [(quarter, i) for quarter in range(cut.group // 4) for i in range(4)]
+    for quarter, i in places:
+        assert prefill_cut.place_of(prefill_cut.token_at(quarter, i, cut), cut) == 4 * quarter + i
+
+
+@pytest.mark.parametrize(("hidden", "target"), [(4096, Target.SM90), (7168, Target.SM90), (4096, Target.SM100)])
+def test_the_kernel_compiles_without_spills(hidden: int, target: Target) -> None:
+    artifact = compiler.compile_kernel(prefill_kernel.spec(prefill_launch.cut(hidden), "float32", target))
     (found,) = inspect.kernels(artifact.cubin)
     assert not found.spills
-    assert found.registers <= 65536 // prefill_launch.cut(4096).threads
-    assert "cp.async.bulk.shared" in artifact.ptx
+    assert found.registers <= 65536 // prefill_cut.THREADS
+    assert "cp.async.bulk.tensor" in artifact.ptx and "setmaxnreg" in artifact.ptx
 
 
-@pytest.mark.parametrize(("policy", "hidden", "tokens"), [("lazy", 1024, 131), ("random", 1024, 70)])
-def test_the_emulated_kernel_computes_several_turns_and_races_nowhere(policy: str, hidden: int, tokens: int) -> None:
-    """PTX run by `ptxemu`, whose copies arrive as late as they may: one cluster has several batches."""
+@pytest.mark.parametrize(
+    ("policy", "cut", "tokens", "layout"),
+    [
+        ("lazy", prefill_launch.cut(1024), 101, "128x4"),
+        ("random", FLASH._replace(ctas=2), 90, "linear"),
+        ("lazy", PRO._replace(ctas=2), 45, "128x4"),
+    ],
+)
+def test_the_emulated_kernel_computes_several_turns_and_races_nowhere(
+    policy: str, cut: Cut, tokens: int, layout: str
+) -> None:
+    """PTX run by `ptxemu`, whose copies arrive as late as they may: one cluster has more groups than stages."""
     clusters = 1
-    inputs = make(torch.Generator().manual_seed(0), tokens=tokens, hidden=hidden, scale_layout="128x4", trouble=True)
-    layout = inputs.pop("scale_layout")
+    inputs = make(torch.Generator().manual_seed(0), tokens=tokens, hidden=cut.hidden, scale_layout=layout, trouble=True)
+    del inputs["scale_layout"]
     want = reference.mhc_quant(**inputs, scale_layout=layout)
     quantized = [want.quantized.codes, want.quantized.scales.view(torch.uint8), want.quantized.global_scale_dec]
     residual, normed, codes, scales, dec, post, comb = written = [
         torch.full_like(tensor, 7) for tensor in (want.residual, want.normed, *quantized, want.post, want.comb)
     ]
-    cut = prefill_launch.cut(hidden)
-    pieces = torch.zeros(prefill_mix.piece_bytes(hidden), dtype=torch.uint8)
-    order = ptxemu.run(compiler.compile_kernel(prefill_mix.spec(Target.SM90)), inputs["fn"], pieces)
+    assert -(-tokens // cut.group) > cut.stages
     artifact = compiler.compile_kernel(prefill_kernel.spec(cut, "float32", Target.SM90))
-    numbers = (20, 1e-6, 1e-6, 1, clusters)
-    report = ptxemu.run(artifact, *inputs.values(), *written, pieces, *numbers, policy=policy, seed=1)
-    assert not order.findings and not report.findings
+    numbers = (20, 1e-6, 1e-6, int(layout == "128x4"), clusters)
+    report = ptxemu.run(artifact, *inputs.values(), *written, *numbers, policy=policy, seed=1)
+    assert not report.findings
     for name, got in (("residual", residual), ("normed", normed), ("post", post), ("comb", comb)):
         assert _distance(got, getattr(want, name)) <= BOUNDS[name].rel_l2, name
     own = nvfp4.quantize(normed, inputs["global_scale_enc"], scale_layout=layout)
@@ -136,7 +182,6 @@ def _distance(got: torch.Tensor, want: torch.Tensor) -> float:
     ("facts", "reason"),
     [
         ({"hidden": 512}, "H = 512: the kernel has 1024, 2048, 4096, 7168"),
-        ({"hidden": 4096, "rows": 256}, "about 256 tokens"),
         ({"dtype": "float16"}, "float16"),
     ],
 )
@@ -146,8 +191,8 @@ def test_limits_name_the_reason(facts: dict[str, Any], reason: str) -> None:
 
 
 def test_limits_take_the_models() -> None:
-    for hidden in (4096, 7168):
-        assert limits.supports_many({"dtype": "bfloat16", "streams": 4, "hidden": hidden, "rows": 8192}) == []
+    for hidden, rows in itertools.product((4096, 7168), (1, 8192)):
+        assert limits.supports_many({"dtype": "bfloat16", "streams": 4, "hidden": hidden, "rows": rows}) == []
 
 
 @pytest.mark.parametrize("params", [{"hidden": 512, "tokens": 64}, {"hidden": 3072, "tokens": 48}])

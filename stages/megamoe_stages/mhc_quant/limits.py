@@ -12,8 +12,7 @@ CTAS = {SMALL: 1, 512: 2, 1024: 4, 2048: 8, 4096: 16, MAX_HIDDEN: 16}  # of a cl
 TEAMS = {MAX_HIDDEN: 2}  # of a CTA; 4 where not named
 WARPS = {MAX_HIDDEN: 7}  # of a team, 64 hidden dims each; 4 where not named
 PARTS = {MAX_HIDDEN: 6}  # fn as fp32; as three terms of bf16, 10, where not named
-MANY = 2048  # rows, as a problem counts them, from which on the kernel for many tokens is the faster one: above 1024
-MANY_HIDDEN = (1024, 2048, 4096, 7168)  # hidden dims that it has
+MANY_HIDDEN = (1024, 2048, 4096, 7168)  # of the kernel made for many tokens, the faster one from one token on
 
 
 def covered(hidden: int) -> int:
@@ -22,12 +21,10 @@ def covered(hidden: int) -> int:
 
 
 def supports_many(facts: Mapping[str, str | int | float | bool]) -> list[str]:
-    """Reasons why the kernel for many tokens cannot do a problem; facts that are not given count as fine."""
-    reasons, hidden, rows = supports(facts), int(facts.get("hidden", 4096)), int(facts.get("rows", MANY))
+    """Reasons why the kernel made for many tokens cannot do a problem; facts that are not given count as fine."""
+    reasons, hidden = supports(facts), int(facts.get("hidden", 4096))
     if hidden not in MANY_HIDDEN and not reasons:
         reasons.append(f"H = {hidden}: the kernel has {', '.join(map(str, MANY_HIDDEN))}")
-    if rows < MANY:
-        reasons.append(f"about {rows} tokens: the kernel is for {MANY} and more")
     return reasons
 
 

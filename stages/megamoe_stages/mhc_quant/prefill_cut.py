@@ -1,133 +1,232 @@
-"""Who owns what in the mhc_quant kernel for many tokens: tokens, hidden dims and shared memory.
+"""Who owns what in the mhc_quant kernel whose streams stay on the chip: tokens, hidden dims and shared memory.
 
-A cluster has a batch of some groups of 16 tokens at a time. In the first half each of its CTAs has a slice of the
-hidden dims of all of them, and goes through it tile by tile: all tokens of the batch, some hidden dims. Where the new
-streams are made, a warp has whole rows of the tile: 256 hidden dims in all, 8 a lane, of one token or of two, and
-then those of its next tokens. Where they are multiplied with fn, a warp has CHUNK hidden dims of one group, and then
-of the same group again: a lane (g, q) = (lane // 4, lane % 4) the eight number q of tokens g and g + 8.
-In the second half each CTA owns some of the tokens, and a warp has whole tokens, one after the other, in runs of 256
-hidden dims, 8 of each a lane.
+A cluster has a group of 16 or 8 tokens at a time, each of its CTAs some hidden dims of all of them: a stage of shared
+memory. Half of a CTA's warps make new streams and multiply them with fn; the others finish tokens: collapse, norm,
+quantisation.
+
+A stage holds tiles of (group, TILE) values of every stream, as the copy engine brings them: rows of 128 bytes whose
+eights (16 bytes) are swizzled by the token. A lane that makes is (g, q) = (lane // 4, lane % 4) and has eights
+2q + parity, so that a warp finds no bank twice: of tokens g and g + 8, one parity; or, of 8 tokens, both parities.
+A warp that finishes has a tile of 8 tokens, each lane a block of 16 values: eights 2q and 2q + 1 of token g.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import cutlass
-from cutlass import Int32, Int64, cute
+from cutlass import Float32, Int32, Int64, cute
 
-from megamoe.cute import exchange, warp
-from megamoe.cute.mhc import STREAMS
+from megamoe.cute import cluster, warp
+from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.warp import WARP
-from megamoe_stages.mhc_quant.places import CHUNK, FACTORS, GROUP, Inputs
+from megamoe_stages.mhc_quant.places import FACTORS, MATRIX, Inputs
 
-PARTS = 6  # of a piece of fn, see `prefill_mix`
 WORD = 4  # bytes
 LINE = 16  # bytes that a thread moves at once
-RUN = 256  # hidden dims of a warp in the second half, 8 a lane
-AHEAD = 4  # runs that it loads at once
 BARRIER = 8  # bytes
-WARPS = 8  # of a CTA
-MESSAGE = 28  # floats of a token's sums of a warp: LOGITS dots, the squares, padding
-PIECE = PARTS * WARP * LINE  # bytes of fn for CHUNK hidden dims of a stream
+PARTS = 3  # of fn, by which half an eight of a stream is multiplied, see `prefill_mix`
+TILE = 64  # hidden dims of a tile
+ROW_BYTES = 2 * TILE
+WARPS = 8  # that make, and as many that finish
+THREADS = 2 * WARPS * WARP
+EIGHT = 8  # tokens of an `mma`
+PASSES = 2  # in which a warp makes: of tokens g and g + 8, or of both parities of its tile
+SUMS = LOGITS + 1  # of a token: the dots and the squares of its streams
+MESSAGE = 28  # floats that they take
+F_AHEAD = 2  # groups for whose F there is room: it is needed for a short time only
+SQUARES = 4  # groups whose squares of y may be on their way
 
 
 class Cut(NamedTuple):
     """How the work is cut; compile-time.
 
     Attributes:
-        hidden: Hidden dims.
         ctas: Of a cluster.
-        groups: Of GROUP tokens, in a batch.
-        wide: Hidden dims of a tile: RUN, or half of it.
-        stages: Tiles for which fn finds room in shared memory.
+        tiles: Of a CTA's hidden dims.
+        group: Tokens that a cluster has at a time: EIGHT, or twice as many.
+        stages: Groups whose streams a CTA has room for.
+        kept: Of a lane's parts of fn, how many are in registers; the others are in shared memory.
     """
 
-    hidden: int
     ctas: int
-    groups: int
-    wide: int
+    tiles: int
+    group: int
     stages: int
+    kept: int
 
     @property
-    def threads(self) -> int:
-        """Of a CTA."""
-        return WARPS * WARP
+    def hidden(self) -> int:
+        """Hidden dims."""
+        return self.ctas * self.dims
 
     @property
-    def batch(self) -> int:
-        """Tokens that a cluster has at a time."""
-        return self.groups * GROUP
+    def dims(self) -> int:
+        """Hidden dims of a CTA."""
+        return self.tiles * TILE
+
+    @property
+    def halves(self) -> int:
+        """Eights of tokens in a group."""
+        return self.group // EIGHT
+
+    @property
+    def busy(self) -> int:
+        """Warps that make, and as many that finish: the others, if any, only give registers."""
+        return self.tiles * self.halves
 
     @property
     def owned(self) -> int:
-        """Of them a CTA's own in the second half."""
-        return self.batch // self.ctas
+        """Tokens of a group whose post and comb a CTA computes, if there are any for it."""
+        return max(self.group // self.ctas, 1)
 
     @property
-    def across(self) -> int:
-        """Warps that share a group when its streams are multiplied with fn."""
-        return WARPS // self.groups
+    def parities(self) -> int:
+        """Of eights of hidden dims that a warp makes."""
+        return PASSES // self.halves
 
     @property
-    def chunks(self) -> int:
-        """That a warp multiplies with fn in a tile."""
-        return self.wide // (CHUNK * self.across)
+    def halves_of_eights(self) -> int:
+        """Of all streams, that a lane multiplies with its own parts of fn."""
+        return 2 * STREAMS * self.parities
+
+    def held(self, number: int) -> int:
+        """Of the PARTS of a half of an eight, how many are in registers."""
+        return sum(part * self.halves_of_eights + number < self.kept for part in range(PARTS))
 
     @property
-    def tiles(self) -> int:
-        """Of a CTA's slice of the hidden dims."""
-        return self.hidden // (self.ctas * self.wide)
+    def tile_bytes(self) -> int:
+        """Of a tile of a stream."""
+        return self.group * ROW_BYTES
 
     @property
-    def lanes(self) -> int:
-        """That share a token of a tile when its streams are made."""
-        return self.wide // 8
+    def stream_bytes(self) -> int:
+        """Of a stream of a group, in a CTA; F takes as much."""
+        return self.tiles * self.tile_bytes
 
     @property
-    def steps(self) -> int:
-        """In which a warp goes through its tokens of a tile then."""
-        return self.batch * self.lanes // self.threads
+    def stage_bytes(self) -> int:
+        """Of a group's streams."""
+        return STREAMS * self.stream_bytes
 
     @property
-    def fn_bytes(self) -> int:
-        """Of fn for a tile."""
-        return self.wide // CHUNK * STREAMS * PIECE
+    def factor_bytes(self) -> int:
+        """comb of all tokens of a group, then post."""
+        return self.group * FACTORS * WORD
 
     @property
-    def runs(self) -> int:
-        """Of a token."""
-        return self.hidden // RUN
+    def fn_slots(self) -> int:
+        """Parts of fn of a lane that are in shared memory."""
+        return PARTS * self.halves_of_eights - self.kept
+
+    @property
+    def partial_bytes(self) -> int:
+        """Of a warp's sums of a group."""
+        return SUMS * self.group * WORD
+
+    @property
+    def f_at(self) -> int:
+        """Where F of F_AHEAD groups lies."""
+        return self.stages * self.stage_bytes
 
     @property
     def factors_at(self) -> int:
-        """Where post and comb of two batches lie, after fn."""
-        return self.stages * self.fn_bytes
+        """Where post and comb of each stage's tokens lie."""
+        return self.f_at + F_AHEAD * self.stream_bytes
+
+    @property
+    def fn_at(self) -> int:
+        """Where the parts of fn lie that are not in registers."""
+        return self.factors_at + self.stages * self.factor_bytes
+
+    @property
+    def partial_at(self) -> int:
+        """Where each warp's sums of a group lie: (busy, SUMS, group), see `place_of`."""
+        return self.fn_at + self.busy * self.fn_slots * WARP * LINE
 
     @property
     def sums_at(self) -> int:
-        """Where the sums of a CTA's own tokens arrive, of two batches: (owned, ctas, across, MESSAGE)."""
-        return self.factors_at + 2 * self.batch * FACTORS * WORD
+        """Where the CTA's sums of a group lie: (group, MESSAGE)."""
+        return self.partial_at + self.busy * self.partial_bytes
 
     @property
-    def sums_bytes(self) -> int:
-        """Of one batch."""
-        return self.owned * self.ctas * self.across * MESSAGE * WORD
+    def arrived_at(self) -> int:
+        """Where the sums of its own tokens arrive from all CTAs, for each stage: (owned, ctas, MESSAGE)."""
+        return self.sums_at + self.group * MESSAGE * WORD
 
     @property
-    def tile_at(self) -> int:
-        """Where a tile of new streams lies: (STREAMS, batch, wide) bf16. In the second half y of each warp's token."""
-        return self.sums_at + 2 * self.sums_bytes
+    def arrived_bytes(self) -> int:
+        """Of one stage."""
+        return self.owned * self.ctas * MESSAGE * WORD
+
+    @property
+    def pre_at(self) -> int:
+        """Where the weights of the collapse arrive, for each stage: (group, STREAMS)."""
+        return self.arrived_at + self.stages * self.arrived_bytes
+
+    @property
+    def pre_bytes(self) -> int:
+        """Of one stage."""
+        return self.group * STREAMS * WORD
+
+    @property
+    def tile_squares_at(self) -> int:
+        """Where the squares of y of each tile lie, of two groups: (tiles, group)."""
+        return self.pre_at + self.stages * self.pre_bytes
+
+    @property
+    def squares_at(self) -> int:
+        """Where the squares of y arrive from all CTAs, of SQUARES groups: (ctas, group)."""
+        return self.tile_squares_at + 2 * self.tiles * self.group * WORD
+
+    @property
+    def squares_bytes(self) -> int:
+        """Of one group."""
+        return self.ctas * self.group * WORD
 
     @property
     def barriers_at(self) -> int:
-        """mbarriers: for each stage one for its arrival, then one for having been read."""
-        return self.tile_at + max(STREAMS * self.batch * self.wide, WARPS * self.hidden) * 2
+        """mbarriers: five of each stage, one of each group whose squares may be on their way, that of all logits."""
+        return self.squares_at + SQUARES * self.squares_bytes
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self.barriers_at + 2 * self.stages * BARRIER
+        return self.barriers_at + (5 * self.stages + SQUARES + 1) * BARRIER
+
+
+class Bars(NamedTuple):
+    """mbarriers of a stage.
+
+    Attributes:
+        full: Streams, F, post and comb have come.
+        made: The new streams are there.
+        stored: They have been read by the copy engine.
+        sums: Those of this CTA's own tokens have come from all CTAs.
+        pre: So have the weights of the collapse.
+    """
+
+    full: Int32
+    made: Int32
+    stored: Int32
+    sums: Int32
+    pre: Int32
+
+
+def bars(base: Int32, stage: Int32 | int, cut: Cut) -> Bars:
+    """The mbarriers of a stage."""
+    at = base + (cut.barriers_at + stage * (5 * BARRIER))
+    return Bars(at, at + BARRIER, at + 2 * BARRIER, at + 3 * BARRIER, at + 4 * BARRIER)
+
+
+def squares_bar(base: Int32, turn: Int32 | int, cut: Cut) -> Int32:
+    """mbarrier: the squares of y of a turn's group have come from all CTAs."""
+    return base + (cut.barriers_at + (5 * cut.stages + turn % SQUARES) * BARRIER)
+
+
+def logits_bar(base: Int32, cut: Cut) -> Int32:
+    """mbarrier: the logits of comb of all this CTA's own tokens have been written."""
+    return base + (cut.barriers_at + (5 * cut.stages + SQUARES) * BARRIER)
 
 
 class Spot(NamedTuple):
@@ -135,46 +234,45 @@ class Spot(NamedTuple):
 
     Attributes:
         rank: Of its CTA in the cluster.
-        warp: Of its CTA.
+        warp: Of those that do the same.
         lane: Of its warp.
-        group: First half: which group of the batch its warp multiplies with fn.
-        member: First half: of the warps that share the group.
+        tile: Whose hidden dims it has.
+        half: Of the group's tokens, when it finishes; the parity of its eights, when it makes all tokens.
     """
 
     rank: Int32
     warp: Int32
     lane: Int32
-    group: Int32
-    member: Int32
+    tile: Int32
+    half: Int32
 
     @property
     def row(self) -> Int32:
-        """First half: its tokens in the group are row and row + 8."""
+        """Its token of an eight."""
         return self.lane // 4
 
     @property
     def quad(self) -> Int32:
-        """First half: 0..3, its place among the lanes of a row."""
+        """Its place among the lanes of a row."""
         return self.lane % 4
+
+    @property
+    def token(self) -> Int32:
+        """When it finishes: its token of the group."""
+        return self.lane // 4 + EIGHT * self.half
+
+    def made(self, number: int, cut: Cut) -> tuple[Int32, Int32]:
+        """When it makes: the token and the eight of its tile in a pass."""
+        if cut.parities == 1:
+            return self.row + EIGHT * number, 2 * self.quad + self.half
+        return self.row, 2 * self.quad + number
 
 
 def spot(cut: Cut) -> Spot:
-    """The thread's spot, computed anew for every part of the work, so that nothing of it waits in registers.
-
-    The whole warp comes here.
-    """
-    wide, thread = warp.warp_number(), warp.thread()
-    return Spot(rank_of(cut), wide, thread % WARP, wide // cut.across, wide % cut.across)
-
-
-def rank_of(cut: Cut) -> Int32:
-    """Of the CTA in its cluster."""
-    return cute.arch.block_idx()[0] % cut.ctas
-
-
-def clusters(cut: Cut) -> Int32:
-    """Of the launch: from one batch of a cluster to the next."""
-    return cute.arch.grid_dim()[0] // cut.ctas
+    """The thread's spot; the whole warp comes here."""
+    wide, thread = warp.warp_number() % WARPS, warp.thread()
+    rank = cute.arch.block_idx()[0] % cut.ctas
+    return Spot(rank, wide, thread % WARP, wide // cut.halves, wide % cut.halves)
 
 
 def tokens_of(given: Inputs) -> Int32:
@@ -182,40 +280,57 @@ def tokens_of(given: Inputs) -> Int32:
     return cute.size(given.f, mode=[0])
 
 
-def place_of(step: Int32 | int, here: Spot, cut: Cut) -> Int32:
-    """Which token of the batch a thread makes new streams of in a step."""
-    return here.warp * (cut.batch // WARPS) + step * (WARP // cut.lanes) + here.lane // cut.lanes
+def first_of(turn: Int32, cut: Cut) -> Int32:
+    """The first token of this cluster's turn."""
+    group = cute.arch.block_idx()[0] // cut.ctas + turn * (cute.arch.grid_dim()[0] // cut.ctas)
+    return group * cut.group
 
 
-def first_half(tensor: cute.Tensor, streams: int, row: Int32, tile: Int32, here: Spot, cut: Cut) -> Int64:
-    """Address of a thread's line of a bf16 tensor (tokens, streams, H), in stream 0."""
-    dims = (here.rank * cut.tiles + tile) * cut.wide + here.lane % cut.lanes * 8
-    return exchange.global_address(tensor) + (Int64(row) * (streams * cut.hidden * 2) + Int64(dims * 2))
+def in_stage(base: Int32, stage: Int32, tile: Int32, token: Int32, eight: Int32, cut: Cut) -> Int32:
+    """Where an eight of a token lies, of stream 0; the next ones are `stream_bytes` further."""
+    return base + stage * cut.stage_bytes + _in_tiles(tile, token, eight, cut)
 
 
-def second_half(tensor: cute.Tensor, streams: int, row: Int32, here: Spot, cut: Cut) -> Int64:
-    """Address of a lane's line of a bf16 tensor (tokens, streams, H), in stream 0 and run 0."""
-    return exchange.global_address(tensor) + (Int64(row) * (streams * cut.hidden * 2) + Int64(here.lane * LINE))
+def in_f(base: Int32, turn: Int32, tile: Int32, token: Int32, eight: Int32, cut: Cut) -> Int32:
+    """Where an eight of F of a turn's token lies."""
+    return f_of(base, turn, cut) + _in_tiles(tile, token, eight, cut)
 
 
-def in_tile(base: Int32, place: Int32, eight: Int32, cut: Cut) -> Int32:
-    """Where a token's eight hidden dims of a tile lie in shared memory, in stream 0.
-
-    Halves of 128 bytes are swapped for every other token, so that the lanes (g, q) find no bank twice.
-    """
-    return base + cut.tile_at + (place * cut.lanes + (eight ^ (place & 1) << 2)) * LINE
+def f_of(base: Int32, turn: Int32, cut: Cut) -> Int32:
+    """Where F of a turn lies."""
+    return base + (cut.f_at + turn % F_AHEAD * cut.stream_bytes)
 
 
-def sums_of(base: Int32, own: Int32 | int, parity: Int32, cut: Cut) -> Int32:
-    """Where the sums of one of a CTA's own tokens arrive."""
-    return base + (cut.sums_at + parity * cut.sums_bytes + own * (cut.ctas * cut.across * MESSAGE * WORD))
+def _in_tiles(tile: Int32, token: Int32, eight: Int32, cut: Cut) -> Int32:
+    return tile * cut.tile_bytes + (token * ROW_BYTES + (eight ^ token & 7) * LINE)
 
 
-def factors_of(base: Int32, place: Int32, parity: Int32, cut: Cut) -> Int32:
-    """Where post and comb of a batch's token lie."""
-    return base + (cut.factors_at + (parity * cut.batch + place) * (FACTORS * WORD))
+def factors_of(base: Int32, stage: Int32, token: Int32, row: int, cut: Cut) -> Int32:
+    """Where post (row 0) or a row of comb of a token of a stage lies."""
+    at = base + (cut.factors_at + stage * cut.factor_bytes)
+    if row == 0:
+        return at + (cut.group * MATRIX * WORD + token * LINE)
+    return at + (token * (MATRIX * WORD) + (row - 1) * LINE)
 
 
-def clamped(row: Int32, given: Inputs) -> Int32:
-    """A token that there is: the last one in place of those behind it."""
-    return cutlass.min(row, tokens_of(given) - 1)
+def place_of(token: Int32, cut: Cut) -> Int32:
+    """Where a token's sums lie among those of the group: a lane's of `mma` side by side, 2q, 2q + 1, 2q + 8, 2q + 9."""
+    return token if cut.halves == 1 else token % 8 // 2 * 4 + token // 8 * 2 + token % 2
+
+
+def token_at(quarter: Int32, i: int, cut: Cut) -> Int32:
+    """The token of place 4 * quarter + i."""
+    return 4 * quarter + i if cut.halves == 1 else 2 * quarter + (i % 2 + i // 2 * 8)
+
+
+def arrived_of(base: Int32, stage: Int32, own: Int32 | int, sender: Int32 | int, cut: Cut) -> Int32:
+    """Where a CTA's sums of one of this CTA's own tokens arrive."""
+    at = base + (cut.arrived_at + stage * cut.arrived_bytes)
+    return at + (own * cut.ctas + sender) * (MESSAGE * WORD)
+
+
+def send(values: Sequence[Float32], to: Int32, barrier: Int32, rank: Int32) -> None:
+    """Sends four numbers to an address of another CTA's shared memory, counted at its mbarrier."""
+    slot = cute.make_ptr(Float32, to, cute.AddressSpace.smem, assumed_align=LINE)
+    arrived = cute.make_ptr(Int64, barrier, cute.AddressSpace.smem, assumed_align=BARRIER)
+    cluster.send(values, slot, arrived, rank)

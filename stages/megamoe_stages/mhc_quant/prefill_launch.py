@@ -11,38 +11,31 @@ from torch import Tensor
 from megamoe.cute import compiler
 from megamoe.cute.arith import Target
 from megamoe.errors import ArgumentError
-from megamoe_stages.mhc_quant import launch, limits, prefill_kernel, prefill_mix
+from megamoe_stages.mhc_quant import launch, limits, prefill_kernel
 from megamoe_stages.mhc_quant.prefill_cut import Cut
 
 
 def run(
     target: Target, tensors: tuple[Tensor, ...], outputs: tuple[Tensor, ...], numbers: tuple[int | float, ...]
 ) -> None:
-    """Launches the kernel that brings fn in order, and behind it the kernel for many tokens; see `launch.mhc_quant`.
+    """Launches the kernel for many tokens; see `launch.mhc_quant`.
 
     Raises:
         ArgumentError: For hidden dims that are not of `limits.MANY_HIDDEN`.
     """
-    x, fn, norm_weight = tensors[0], tensors[4], tensors[7]
+    x, norm_weight = tensors[0], tensors[7]
     tokens, _, hidden = x.shape
     if hidden not in limits.MANY_HIDDEN:
         raise ArgumentError("x", f"shape {tuple(x.shape)}", f"H of {limits.MANY_HIDDEN}")
     parts = cut(hidden)
-    pieces = x.new_empty(prefill_mix.piece_bytes(hidden), dtype=torch.uint8)
-    _order(target)(fn, pieces)
-    sets = min(-(-tokens // parts.batch), launch.clusters_at_once(parts.ctas, x.device))
-    _launcher(parts, norm_weight.dtype, target)(*tensors, *outputs, pieces, *numbers, sets)
+    sets = min(-(-tokens // parts.group), launch.clusters_at_once(parts.ctas, x.device))
+    _launcher(parts, norm_weight.dtype, target)(*tensors, *outputs, *numbers, sets)
 
 
 @functools.cache
 def cut(hidden: int) -> Cut:
-    """The cut for H of `limits.MANY_HIDDEN`: rows of 512 bytes, or 256 where y takes the room of a tile's fn."""
-    return Cut(hidden, 2, 2, 256, 1) if hidden <= 4096 else Cut(hidden, 2, 4, 128, 1)
-
-
-@functools.cache
-def _order(target: Target) -> Callable[..., None]:
-    return compiler.load(prefill_mix.spec(target))
+    """The cut for H of `limits.MANY_HIDDEN`: fn of 448 hidden dims leaves room for fewer tokens."""
+    return Cut(16, 7, 8, 4, 25) if hidden > 4096 else Cut(hidden // 256, 4, 16, 4, 21)
 
 
 @functools.cache
@@ -53,5 +46,4 @@ def _launcher(parts: Cut, norm_dtype: torch.dtype, target: Target) -> Callable[.
 def kernels(target: Target) -> list[compiler.KernelSpec]:
     """What `megamoe compile` compiles: DeepSeek-V4 Flash and Pro, and one of each other kind."""
     cuts = [(4096, "float32"), (7168, "float32"), (2048, "float32"), (1024, "bfloat16")]
-    found = [prefill_kernel.spec(cut(hidden), norm_dtype, target) for hidden, norm_dtype in cuts]
-    return [prefill_mix.spec(target), *found]
+    return [prefill_kernel.spec(cut(hidden), norm_dtype, target) for hidden, norm_dtype in cuts]

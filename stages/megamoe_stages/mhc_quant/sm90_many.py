@@ -1,4 +1,4 @@
-"""`mhc_quant` for many tokens as one kernel on Hopper (sm_90a)."""
+"""`mhc_quant` as one kernel on Hopper (sm_90a), made for many tokens, and the faster one for few tokens too."""
 
 from __future__ import annotations
 

@@ -1,0 +1,253 @@
+"""The warps of `prefill_kernel` that make new streams, and multiply them with fn.
+
+They replace the streams where they lie. Each warp adds up its hidden dims' 24 dots and squares of every token, a few
+threads add up the warps', and what a CTA has found goes to the CTA that owns the token. At the end they do Sinkhorn's
+iteration for the CTA's own tokens, while the others finish the last ones.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import cutlass
+from cutlass import Constexpr, Float32, Int32, Int64, cute
+
+from megamoe.cute import arith, attention_mma, exchange, mhc, multicast, ring, tile_store, tma
+from megamoe.cute.arith import Target
+from megamoe.cute.fragments import mma
+from megamoe.cute.mhc import LOGITS, STREAMS
+from megamoe.cute.multicast import Boxes
+from megamoe.cute.warp import WARP
+from megamoe_stages.mhc_quant import prefill_mix
+from megamoe_stages.mhc_quant.places import ROWS, Inputs, Outputs, Words, rows_of_streams
+from megamoe_stages.mhc_quant.prefill_cut import (
+    EIGHT,
+    F_AHEAD,
+    LINE,
+    MESSAGE,
+    PARTS,
+    PASSES,
+    SUMS,
+    TILE,
+    WORD,
+    Cut,
+    Spot,
+    arrived_of,
+    bars,
+    f_of,
+    factors_of,
+    first_of,
+    in_f,
+    in_stage,
+    logits_bar,
+    place_of,
+    send,
+    spot,
+    token_at,
+    tokens_of,
+)
+
+BARRIER_ID = 1
+
+
+@cute.jit
+def make_all(
+    turns: Int32,
+    base: Int32,
+    f: Boxes,
+    residual: Boxes,
+    given: Constexpr[Inputs],
+    out: Constexpr[Outputs],
+    target: Constexpr[Target],
+    cut: Constexpr[Cut],
+) -> None:
+    """New streams, their dots with fn and their squares, turn by turn; comb of this CTA's own tokens at the end."""
+    here = spot(cut)
+    for turn in cutlass.range_constexpr(F_AHEAD):
+        _load_f(Int32(turn), turns, here, base, f, cut)
+    fn = _load_fn(here, base, given, target, cut)
+    cute.arch.cluster_wait()  # all CTAs run: their shared memory may be written to
+    for turn in cutlass.range(turns, unroll=1):
+        stage = turn % cut.stages
+        ring.wait(bars(base, stage, cut).full, turn // cut.stages & 1)
+        _make(fn, turn, stage, here, base, given, target, cut)
+        attention_mma.proxy_fence()
+        ring.arrive_if(bars(base, stage, cut).made, Int32(1))
+        cute.arch.barrier(barrier_id=BARRIER_ID, number_of_threads=cut.busy * WARP)
+        if here.warp == 0:
+            _store(turn, stage, here, base, residual, cut)
+        _load_f(turn + F_AHEAD, turns, here, base, f, cut)
+        _add_partial(here, base, target, cut)
+        cute.arch.barrier(barrier_id=BARRIER_ID, number_of_threads=cut.busy * WARP)
+        _send_sums(stage, here, base, cut)
+        if here.warp == 0:
+            tma.wait_stores()
+            ring.arrive_if(bars(base, stage, cut).stored, arith.select(here.lane == 0, Int32(1), Int32(0)))
+    if here.rank * cut.owned < cut.group:
+        ring.wait(logits_bar(base, cut), Int32(0))
+        _sinkhorn(turns, here, given, out, target, cut)
+
+
+def _load_fn(here: Spot, base: Int32, given: Inputs, target: Target, cut: Cut) -> list[Words]:
+    """This thread's parts of fn that stay in registers; the others go to shared memory."""
+    kept, slot = [], 0
+    for parity in range(cut.parities):
+        _, eight = here.made(parity, cut)
+        loaded = [
+            [_eight_of_fn(group, s, eight, here, given, cut) for group in range(LOGITS // ROWS)] for s in range(STREAMS)
+        ]
+        for s, groups in enumerate(loaded):  # all of these loads are under way by now
+            parts = prefill_mix.parts_of(groups, target)
+            for half in range(2):
+                number = (parity * STREAMS + s) * 2 + half
+                held, mine = cut.held(number), parts[half * PARTS : (half + 1) * PARTS]
+                kept += mine[:held]
+                for part in mine[held:]:
+                    exchange.store16(_fn_slot(slot, here, base, cut), part)
+                    slot += 1
+    return kept
+
+
+def _eight_of_fn(group: int, stream: int, eight: Int32, here: Spot, given: Inputs, cut: Cut) -> Words:
+    start = exchange.global_address(given.fn) + Int64(source_of(group, stream, eight, here, cut)) * WORD
+    return [*exchange.load16(start), *exchange.load16(start + LINE)]
+
+
+def source_of(group: int, stream: int, eight: Int32, here: Spot, cut: Cut) -> Int32:
+    """Where in fn the lane's 8 values of a row group and a stream begin."""
+    dims = here.rank * cut.dims + here.tile * TILE + eight * 8
+    return (group * ROWS + here.row) * (STREAMS * cut.hidden) + stream * cut.hidden + dims
+
+
+def _fn_slot(number: int, here: Spot, base: Int32, cut: Cut) -> Int32:
+    """Where one of the lane's parts of fn lies in shared memory."""
+    return base + (cut.fn_at + ((here.warp * cut.fn_slots + number) * WARP + here.lane) * LINE)
+
+
+def _make(
+    fn: list[Words], turn: Int32, stage: Int32, here: Spot, base: Int32, given: Inputs, target: Target, cut: Cut
+) -> None:
+    """Replaces this thread's eights by the new streams, and leaves the warp's sums."""
+    last = tokens_of(given) - 1 - first_of(turn, cut)
+    sums = [[[Float32(0.0)] * 4 for _ in range(PARTS)] for _ in range(cut.halves)]
+    squares = [Float32(0.0)] * cut.halves
+    for number in range(PASSES):
+        if number % cut.parities == 0:
+            kept, slot = iter(fn), 0
+        half_of_group = number // cut.parities
+        token, eight = here.made(number, cut)
+        at = in_stage(base, stage, here.tile, token, eight, cut)
+        lines = [ring.load16(in_f(base, turn, here.tile, token, eight, cut))]
+        lines += [ring.load16(at + s * cut.stream_bytes) for s in range(STREAMS)]
+        known = cutlass.min(token, last)  # there are no factors of tokens that are not
+        new = mhc.post_mix(lines, functools.partial(_factors, base, stage, known, cut), target)
+        for s, words in enumerate(new):
+            exchange.store16(at + s * cut.stream_bytes, words)
+        found = prefill_mix.squares(new, here.row, target)
+        squares[half_of_group] = arith.add(squares[half_of_group], found, target) if number % cut.parities else found
+        quads = sums[half_of_group]
+        for s, words in enumerate(new):
+            for half in range(2):
+                held = cut.held((number % cut.parities * STREAMS + s) * 2 + half)
+                left = [next(kept) for _ in range(held)]
+                while len(left) < PARTS:
+                    left.append(ring.load16(_fn_slot(slot, here, base, cut)))
+                    slot += 1
+                right = words[half * 2 : half * 2 + 2]
+                quads = [mma(a, right, quad) for a, quad in zip(left, quads, strict=True)]
+        sums[half_of_group] = quads
+    _keep_partial(prefill_mix.dots(sums, target), squares, here, base, cut)
+
+
+def _factors(base: Int32, stage: Int32, token: Int32, cut: Cut, row: int) -> list[Float32]:
+    return exchange.load_floats(factors_of(base, stage, token, row, cut), 4)
+
+
+@cute.jit
+def _keep_partial(
+    dots: Constexpr[list[list[Float32]]],
+    squares: Constexpr[list[Float32]],
+    here: Constexpr[Spot],
+    base: Int32,
+    cut: Constexpr[Cut],
+) -> None:
+    """Writes a warp's sums of a group to shared memory."""
+    at = base + (cut.partial_at + here.warp * cut.partial_bytes)
+    for part in cutlass.range_constexpr(LOGITS // ROWS):
+        values = [pair for rows in dots for pair in rows[2 * part : 2 * part + 2]]
+        to = at + ((part * ROWS + here.row) * cut.group + here.quad * len(values)) * WORD
+        if cutlass.const_expr(len(values) == 4):
+            exchange.store_floats(to, values)
+        else:
+            for i in cutlass.range_constexpr(2):
+                exchange.store_floats(to + i * WORD, [values[i]])
+    if here.quad == here.row // 2:
+        for t in cutlass.range_constexpr(cut.halves):
+            place = LOGITS * cut.group + place_of(here.row + EIGHT * t, cut)
+            exchange.store_floats(at + place * WORD, [squares[t]])
+
+
+@cute.jit
+def _add_partial(here: Constexpr[Spot], base: Int32, target: Constexpr[Target], cut: Constexpr[Cut]) -> None:
+    """Adds what the warps found, four tokens a thread, in the same order in every run."""
+    thread = here.warp * WARP + here.lane
+    if thread < SUMS * (cut.group // 4):
+        row, quarter = thread // (cut.group // 4), thread % (cut.group // 4)
+        at = base + (cut.partial_at + thread * LINE)
+        total = exchange.load_floats(at, 4)
+        for w in cutlass.range_constexpr(1, cut.busy):
+            more = exchange.load_floats(at + w * cut.partial_bytes, 4)
+            total = [arith.add(a, b, target) for a, b in zip(total, more, strict=True)]
+        for i in cutlass.range_constexpr(4):
+            place = token_at(quarter, i, cut) * MESSAGE + row
+            exchange.store_floats(base + (cut.sums_at + place * WORD), [total[i]])
+
+
+@cute.jit
+def _send_sums(stage: Int32, here: Constexpr[Spot], base: Int32, cut: Constexpr[Cut]) -> None:
+    """Sends this CTA's sums of each token to the CTA that owns it, 16 bytes a thread."""
+    thread = here.warp * WARP + here.lane
+    if thread < cut.group * (MESSAGE // 4):
+        token, part = thread // (MESSAGE // 4), thread % (MESSAGE // 4)
+        values = exchange.load_floats(base + (cut.sums_at + thread * LINE), 4)
+        to = arrived_of(base, stage, token % cut.owned, here.rank, cut) + part * LINE
+        send(values, to, bars(base, stage, cut).sums, token // cut.owned)
+
+
+@cute.jit
+def _load_f(turn: Int32, turns: Int32, here: Constexpr[Spot], base: Int32, f: Boxes, cut: Constexpr[Cut]) -> None:
+    """Asks for F of a turn, if there is one; the second warp."""
+    if (here.warp == 1) & (turn < turns):
+        full = bars(base, turn % cut.stages, cut).full
+        multicast.load_box(f, first_of(turn, cut), 0, here.rank * cut.tiles, f_of(base, turn, cut), full)
+
+
+@cute.jit
+def _store(turn: Int32, stage: Int32, here: Constexpr[Spot], base: Int32, residual: Boxes, cut: Constexpr[Cut]) -> None:
+    """Has the copy engine write the new streams; one warp."""
+    for s in cutlass.range_constexpr(STREAMS):
+        slot = base + stage * cut.stage_bytes + s * cut.stream_bytes
+        tile_store.store_box(residual, first_of(turn, cut), s, here.rank * cut.tiles, slot)
+    tma.commit_stores()
+
+
+@cute.jit
+def _sinkhorn(
+    turns: Int32,
+    here: Constexpr[Spot],
+    given: Constexpr[Inputs],
+    out: Constexpr[Outputs],
+    target: Constexpr[Target],
+    cut: Constexpr[Cut],
+) -> None:
+    """Turns the logits of this CTA's own tokens into comb; a thread a token."""
+    rows = rows_of_streams(out.comb)
+    for i in cutlass.range(here.warp * WARP + here.lane, turns * cut.owned, cut.busy * WARP, unroll=1):
+        row = first_of(i // cut.owned, cut) + here.rank * cut.owned + i % cut.owned
+        if row < tokens_of(given):
+            comb = cute.make_rmem_tensor(cute.make_layout((STREAMS, STREAMS), stride=(STREAMS, 1)), Float32)
+            for r in cutlass.range_constexpr(STREAMS):
+                cute.autovec_copy(rows[row * STREAMS + r, None], comb[r, None])
+            mhc.sinkhorn(comb, given.iters, given.hc_eps, target)
+            for r in cutlass.range_constexpr(STREAMS):
+                cute.autovec_copy(comb[r, None], rows[row * STREAMS + r, None])
