@@ -371,7 +371,7 @@ def _stage_rows(
             loaded = (
                 _quantized_pair(problem, row, pair, both, target)
                 if shape.quantized
-                else _plain_pair(problem, row, pair, both, target)
+                else _plain_pair(problem, row, pair, both)
             )
             for j in cutlass.range_constexpr(16):
                 words[j] = loaded[j]
@@ -380,18 +380,18 @@ def _stage_rows(
             bulk.store4(at + t * 16, operand)
 
 
-def _plain_pair(problem: Problem, row: Int32, pair: Int32, both: Boolean, target: Target) -> list[Uint32]:
-    """32 bf16 in slot order; a block that does not exist is zero."""
+def _plain_pair(problem: Problem, row: Int32, pair: Int32, both: Boolean) -> list[Uint32]:
+    """32 bf16; a block that does not exist is zero."""
     at = bulk.global_address(problem.a) + (Int64(row) * problem.k + pair * 32) * 2
     other = at + arith.select(both, Int64(32), Int64(0))
     first = [word for half in range(2) for word in bulk.load_global4(at + half * 16)]
     second = [word for half in range(2) for word in bulk.load_global4(other + half * 16)]
     second = [arith.select(both, word, Uint32(0)) for word in second]
-    return fragments.interleave(first, second, target)
+    return first + second
 
 
 def _quantized_pair(problem: Problem, row: Int32, pair: Int32, both: Boolean, target: Target) -> list[Uint32]:
-    """32 NVFP4 values in slot order, times 2^-7."""
+    """32 NVFP4 values, times 2^-7."""
     blocks = problem.k // 16
     at = bulk.global_address(problem.a) + (Int64(row) * problem.k + pair * 32 >> 1)
     other = at + arith.select(both, Int64(8), Int64(0))
@@ -403,7 +403,8 @@ def _quantized_pair(problem: Problem, row: Int32, pair: Int32, both: Boolean, ta
         tiled = layout.offset_128x4(row, col, blocks)
         bytes_.append(Uint32(scales[arith.select(problem.a_tiled == 1, tiled, row * blocks + col)]))
     second = [arith.select(both, word, Uint32(0)) for word in second]
-    return fragments.activation_pairs(first, second, (bytes_[0], bytes_[1]), target)
+    pairs = [fragments.activation_pairs(*block, target) for block in ((first, bytes_[0]), (second, bytes_[1]))]
+    return pairs[0] + pairs[1]
 
 
 @cute.jit

@@ -1,6 +1,6 @@
-"""Packs activations for `weight_gemm`: gathers rows, decodes NVFP4, and lays k out as the weights' slots want it.
+"""Packs activations for `weight_gemm`: gathers rows and decodes NVFP4.
 
-    packed  (k / 64, capacity, 64) bf16: a row of 64 slots is 128 bytes, whose 16-byte chunks are swizzled as shared
+    packed  (k / 64, capacity, 64) bf16: a row of 64 k is 128 bytes, whose 16-byte chunks are swizzled as shared
             memory is for wgmma, so that one bulk copy brings any run of rows of a block of k. Rows of an expert are
             neighbours and start at a multiple of 8. NVFP4 comes out as 2^-7 of its value, without its global scale.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Constexpr, Int32, Int64, Uint8, Uint16, Uint32, cute
+from cutlass import BFloat16, Constexpr, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from megamoe.cute import arith, bulk, fragments, weight_pieces
@@ -23,7 +23,7 @@ from megamoe.cute.recipe import BLOCK
 from megamoe.cute.warp import WARP
 
 THREADS = 256
-CHUNKS = 8  # of 16 bytes, of a row of 64 slots
+CHUNKS = 8  # of 16 bytes, of a row of 64 k
 AT_ONCE = 4  # chunks that a lane asks for before it waits
 ENOUGH_ROWS = 8192  # for a warp each, 62 an SM; fewer are shared, or too few bytes would be on their way
 KINDS = ("bfloat16", "linear", "128x4")  # plain activations, or NVFP4 by the layout of its scales
@@ -126,33 +126,29 @@ def _expert_of(row: Int32, lane: Int32, offsets: cute.Tensor) -> Int32:
     return expert
 
 
-def _load(values: cute.Tensor, scales: cute.Tensor, source: Int32, chunk: Int32, kind: str) -> list[list[Uint32]]:
-    """What a chunk, 8 slots, is made of: a quarter of each of two blocks, and NVFP4's scale; zeros beyond k."""
+def _load(values: cute.Tensor, scales: cute.Tensor, source: Int32, chunk: Int32, kind: str) -> list[Uint32]:
+    """What a chunk, half a block, is made of: its bf16, or its codes and their scale; zeros beyond k."""
     plain = kind == "bfloat16"
     blocks = cute.size(values, mode=[1]) // (BLOCK if plain else BLOCK // 2)
-    parts = []
-    for b in range(2):
-        exists = chunk // 4 * 2 + b < blocks
-        number = cutlass.min(chunk // 4 * 2 + b, blocks - 1)
-        quarter = (Int64(source) * blocks + number) * 4 + chunk % 4
-        if plain:
-            words = bulk.load_global2(bulk.global_address(values) + quarter * 8)
-        else:
-            codes = cute.make_tensor(
-                cute.recast_ptr(values.iterator, dtype=Uint16), cute.make_layout(cute.size(values) // 2)
-            )
-            bytes_ = cute.make_tensor(scales.iterator, cute.make_layout(cute.size(scales)))
-            offset = (offset_128x4 if kind == "128x4" else offset_linear)(source, number, blocks)
-            words = [Uint32(codes[quarter]), Uint32(bytes_[offset])]
-        parts.append([arith.select(exists, word, Uint32(0)) for word in words])
-    return parts
+    exists = chunk // 2 < blocks
+    number = cutlass.min(chunk, 2 * blocks - 1)
+    place = Int64(source) * (2 * blocks) + number
+    if plain:
+        words = bulk.load_global4(bulk.global_address(values) + place * 16)
+    else:
+        codes = cute.make_tensor(
+            cute.recast_ptr(values.iterator, dtype=Uint32), cute.make_layout(cute.size(values) // 4)
+        )
+        bytes_ = cute.make_tensor(scales.iterator, cute.make_layout(cute.size(scales)))
+        offset = (offset_128x4 if kind == "128x4" else offset_linear)(source, number // 2, blocks)
+        words = [Uint32(codes[place]), Uint32(bytes_[offset])]
+    return [arith.select(exists, word, Uint32(0)) for word in words]
 
 
-def _words(parts: list[list[Uint32]], kind: str, target: Target) -> list[Uint32]:
+def _words(loaded: list[Uint32], kind: str, target: Target) -> list[Uint32]:
     if kind == "bfloat16":
-        return fragments.interleave(parts[0], parts[1], target)
-    (first, low), (second, high) = parts
-    return fragments.activation_pairs([first], [second], (low, high), target)[:4]
+        return loaded
+    return fragments.activation_pairs(loaded[:1], loaded[1], target)
 
 
 def parts_of(rows: int, k: int) -> int:

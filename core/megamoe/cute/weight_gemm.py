@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Numeric, Uint8, Uint32, cute
 
-from megamoe.cute import arith, fragments, ring, split_sums, wgmma
+from megamoe.cute import arith, fragments, multicast, ring, split_sums, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
 from megamoe.cute.weight_pieces import (
@@ -54,13 +54,16 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
     number, turns = turn(shape, operands)
     first_stage, k_stages = stages_of(shape, operands)
     expert, stage, parity = Int32(0), Int32(0), Int32(1)
-    if warp < 2:
-        cute.arch.griddepcontrol_wait()  # the tokens are packed; all else was there before `pack` let this grid start
+    if cutlass.const_expr(not shape.direct):
+        if warp < 2:
+            cute.arch.griddepcontrol_wait()  # the tokens are packed; all else was there before `pack` let this grid start
     while number < total:
         if cutlass.const_expr(not shape.dense):
             expert = expert_of(number, expert, base, operands, shape)
         piece = piece_of(number, expert, base, operands, shape)
-        if lane == 0:
+        if cutlass.const_expr(shape.direct):
+            stage, parity = _produce_piece(base, piece, operands, stage, parity, shape)
+        elif lane == 0:
             place = Int64(expert * operands.slabs + piece.row_piece * shape.slabs + mine) * operands.k_stages
             place = place + first_stage
             codes = ring.address(operands.codes.iterator) + place * SLAB_CODES
@@ -92,6 +95,47 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
 
 
 @cute.jit
+def _produce_piece(
+    base: Int32,
+    piece: Constexpr[Piece],
+    operands: Constexpr[Operands],
+    stage: Int32,
+    parity: Int32,
+    shape: Constexpr[Shape],
+) -> tuple[Int32, Int32]:
+    """`produce` for a piece whose tokens come as they are: a box at a time, and a whole warp starts it."""
+    lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+    mine = warp - (GROUP // WARP - shape.slabs)
+    first_stage, k_stages = stages_of(shape, operands)
+    place = Int64(piece.row_piece * shape.slabs + mine) * operands.k_stages + first_stage
+    codes = ring.address(operands.codes.iterator) + place * SLAB_CODES
+    scales = ring.address(operands.scales.iterator) + place * SLAB_SCALES
+    weights = (mine >= 0) & (mine < slabs_of(piece, operands, shape))
+    size = arith.select(warp < 2, piece.width * wgmma.ROW_BYTES, Int32(0))
+    size = size + arith.select(weights, Int32(SLAB_CODES + SLAB_SCALES), Int32(0))
+    block = 2 * first_stage + warp
+    rank = cute.arch.block_idx()[0] % shape.cluster
+    for _ in cutlass.range(k_stages, unroll=1):
+        full = base + shape.barriers_at + stage * 16
+        at = base + stage * shape.stage_bytes
+        ring.wait(full + 8, parity)
+        multicast.expect_if(full, size, arith.select(lane == 0, Int32(1), Int32(0)))
+        if warp < 2:
+            for i in cutlass.range_constexpr(shape.tokens // shape.box):
+                if (i * shape.box < piece.width) & (i % shape.cluster == rank):
+                    slot = at + warp * (shape.weights_at // 2) + i * (shape.box * wgmma.ROW_BYTES)
+                    multicast.load_box(operands.packed, piece.first + i * shape.box, Int32(0), block, slot, full)
+        if weights & (lane == 0):
+            there = at + shape.weights_at + mine * SLAB_CODES
+            ring.copy(codes, there, Int32(SLAB_CODES), full)
+            there = at + (shape.weights_at + shape.slabs * SLAB_CODES) + mine * SLAB_SCALES
+            ring.copy(scales, there, Int32(SLAB_SCALES), full)
+        codes, scales, block = codes + SLAB_CODES, scales + SLAB_SCALES, block + 2
+        stage, parity = stage_after(stage, parity, shape)
+    return stage, parity
+
+
+@cute.jit
 def accumulate(
     acc: cute.Tensor,
     base: Int32,
@@ -113,6 +157,8 @@ def accumulate(
     masks = fragments.masks(Target.SM90)
     lane = cute.arch.lane_idx()
     tile = cutlass.min(warp_of_consumers(), slabs * (SLAB_TILES // tiles) - 1) * tiles  # one that exists, in any case
+    if cutlass.const_expr(shape.cluster > 1):
+        tile = cutlass.max(tile, 0)  # the last of a cluster may have no rows
     codes = base + (shape.weights_at + lane * 16) + tile * TILE_CODES
     scales = base + (shape.weights_at + shape.slabs * SLAB_CODES + lane // 4 * 16) + tile * TILE_SCALES
     ready = cute.make_rmem_tensor(8, Uint32)  # decoded for the first group
@@ -176,8 +222,12 @@ def _first_words(tile: int, codes: Int32, scales: Int32) -> list[Uint32]:
 
 def _release(base: Int32, stage: Int32, condition: Int32, shape: Shape) -> None:
     """Gives a stage back, one arrival a warp."""
-    mine = arith.select((cute.arch.lane_idx() == 0) & (condition != 0), Int32(1), Int32(0))
-    ring.arrive_if(base + shape.barriers_at + stage * 16 + 8, mine)
+    barrier, lane = base + shape.barriers_at + stage * 16 + 8, cute.arch.lane_idx()
+    mine = arith.select((lane < shape.cluster) & (condition != 0), Int32(1), Int32(0))
+    if shape.cluster > 1:
+        ring.arrive_at_if(barrier, lane, mine)  # any of the cluster may write there next
+    else:
+        ring.arrive_if(barrier, mine)
 
 
 def decode(raw: list[Uint32], step: int, masks: fragments.Masks) -> list[Uint32]:
@@ -207,10 +257,15 @@ def work(
     if thread == 0:
         for stage in cutlass.range_constexpr(shape.stages):
             ring.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
-            ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS)
+            ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS * shape.cluster)
         ring.init_fence()
+    if cutlass.const_expr(shape.direct):
+        cute.arch.griddepcontrol_wait()  # there is no `pack` that did
     cute.arch.griddepcontrol_launch_dependents()
-    if cutlass.const_expr(shape.dense):
+    if cutlass.const_expr(shape.cluster > 1):
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+    elif cutlass.const_expr(shape.dense):
         cute.arch.sync_threads()
     else:
         count_tiles(base, thread, operands, shape)
@@ -242,3 +297,6 @@ def work(
                     else:
                         finish(acc, piece, width, base + shape.staging_at, factors)
             number = number + turns
+    if cutlass.const_expr(shape.cluster > 1):
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()  # nobody writes to a CTA that has ended

@@ -6,12 +6,14 @@ there are fewer pieces than SMs, several CTAs share the k of each (`Shape.split`
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import cutlass
 from cutlass import Constexpr, Int32, cute
 
 from megamoe.cute import arith, ring
+from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 
 GROUP = 128  # threads of a warpgroup
@@ -42,6 +44,8 @@ class Shape(NamedTuple):
         experts: Most there may be.
         split: CTAs may share the k of a piece.
         in_flight: Groups of products that may run while an operand is decoded; with two tiles ptxas lets only one.
+        direct: Activations come as they are, by a tensor map; else `pack` has brought them in order.
+        cluster: CTAs, neighbours in weight rows, that bring the tokens of a piece together; only if dense and direct.
     """
 
     widths: tuple[int, ...]
@@ -51,6 +55,8 @@ class Shape(NamedTuple):
     experts: int = MAX_EXPERTS
     split: bool = False
     in_flight: int = 1
+    direct: bool = False
+    cluster: int = 1
 
     @property
     def dense(self) -> bool:
@@ -61,6 +67,11 @@ class Shape(NamedTuple):
     def rows(self) -> int:
         """Weight rows of a piece."""
         return CONSUMER_WARPS * self.tiles * TILE_ROWS
+
+    @property
+    def box(self) -> int:
+        """Tokens that are copied at once if `direct`."""
+        return math.gcd(*self.widths)
 
     @property
     def slabs(self) -> int:
@@ -109,7 +120,7 @@ class Operands(NamedTuple):
     Attributes:
         codes: (experts, padded rows, padded k / 2) uint8, prepared.
         scales: (experts, padded rows, padded k / 16) uint8, prepared.
-        packed: (padded k / 64, capacity, 64) bf16: see `pack`.
+        packed: (padded k / 64, capacity, 64) bf16: see `pack`; if `Shape.direct` boxes of (`Shape.box` tokens, 64 k).
         offsets: (experts + 1,) int32.
         sums: fp32, room for `sums_of` each piece's parts; not touched unless `Shape.split`.
         arrived: (pieces * CONSUMER_WARPS,) int32, zeros.
@@ -120,7 +131,7 @@ class Operands(NamedTuple):
 
     codes: cute.Tensor
     scales: cute.Tensor
-    packed: cute.Tensor
+    packed: cute.Tensor | Boxes
     offsets: cute.Tensor
     sums: cute.Tensor
     arrived: cute.Tensor
@@ -139,8 +150,9 @@ class Operands(NamedTuple):
         return cute.size(self.codes, mode=[1]) // SLAB_ROWS
 
     def row_pieces(self, shape: Shape) -> Int32:
-        """Pieces side by side that cover the weight rows of an expert."""
-        return (cute.size(self.codes, mode=[1]) + (shape.rows - 1)) // shape.rows
+        """Pieces, or those of a cluster, side by side that cover the weight rows of an expert."""
+        rows = shape.rows * shape.cluster
+        return (cute.size(self.codes, mode=[1]) + (rows - 1)) // rows
 
     @property
     def k_stages(self) -> Int32:
@@ -272,10 +284,13 @@ def _dense_piece(number: Int32, operands: Operands, shape: Shape) -> Piece:
     together = cutlass.min(operands.tiles - first_tile, TILES_TOGETHER)
     local = number - first_tile * operands.row_pieces(shape)
     row_piece = local // together
+    column = row_piece
+    if shape.cluster > 1:
+        column = row_piece * shape.cluster + cute.arch.block_idx()[0] % shape.cluster
     width = _width_of((operands.rows + operands.tiles - 1) // operands.tiles, shape)
     first = (first_tile + local - row_piece * together) * width
     valid = cutlass.min(width, operands.rows - first)
-    return Piece(Int32(0), row_piece, first, valid, _width_of(valid, shape), Int32(0))
+    return Piece(Int32(0), column, first, valid, _width_of(valid, shape), Int32(0))
 
 
 def _width_of(tokens: Int32, shape: Shape) -> Int32:
@@ -288,6 +303,8 @@ def _width_of(tokens: Int32, shape: Shape) -> Int32:
 def turn(shape: Shape, operands: Operands) -> tuple[Int32, Int32]:
     """This CTA's first piece, and how many CTAs, or groups of them, take turns."""
     _, parts = share_of(shape, operands)
+    if shape.cluster > 1:
+        parts = shape.cluster
     return cute.arch.block_idx()[0] // parts, cute.arch.grid_dim()[0] // parts
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megamoe.cute import compiler, pack, split_sums, weight_pieces
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.weight_pieces import STAGE_K, Shape
+from megamoe.cute.weight_pieces import BLOCK_K, STAGE_K, Shape
 from megamoe.numerics.fragments import padded_shape
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe_stages.grouped_gemm import prefill_kernel
@@ -39,13 +39,16 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
     sums = torch.empty(split * ctas * split_sums.sums_bytes(shape) // 4, dtype=torch.float32, device=out.device)
     counters = split * ctas // sharing * weight_pieces.CONSUMER_WARPS
     arrived = torch.empty(counters, dtype=torch.int32, device=out.device)
-    packed = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape, arrived)
+    if shape.dense and not split and isinstance(a, Tensor) and row_index is None and a.shape[1] % BLOCK_K == 0:
+        shape, tokens = shape._replace(direct=True), a
+    else:
+        tokens = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape, arrived)
     alpha = weights.global_scale_dec
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
     dec = a.global_scale_dec if isinstance(a, NVFP4Tensor) else alpha.view(-1)[0]
     launch = _launcher(isinstance(a, NVFP4Tensor), out.shape[1] % 8 == 0, shape)
     codes, scales = weights.codes, weights.scales.view(torch.uint8)
-    launch(codes, scales, packed, offsets, alpha.view(-1), dec, out, sums, arrived, parts, ctas, sharing, tiles)
+    launch(codes, scales, tokens, offsets, alpha.view(-1), dec, out, sums, arrived, parts, ctas, sharing, tiles)
 
 
 def pack_rows(

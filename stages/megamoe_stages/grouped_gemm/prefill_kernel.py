@@ -7,9 +7,10 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, bf16, ring, weight_gemm
+from megamoe.cute import arith, bf16, multicast, ring, weight_gemm
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.multicast import Boxes
 from megamoe.cute.weight_gemm import DECODED_UNIT
 from megamoe.cute.weight_pieces import CONSUMER_WARPS, THREADS, Operands, Piece, Shape, warp_of_consumers
 
@@ -31,7 +32,7 @@ DENSE = DENSE_NARROW, DENSE_MEDIUM, DENSE_WIDE = (  # for one expert, whose piec
 def launch(
     codes: cute.Tensor,
     scales: cute.Tensor,
-    packed: cute.Tensor,
+    packed: cute.Tensor,  # see `weight_pieces.Operands`; the activations (rows, K) themselves if `Shape.direct`
     offsets: cute.Tensor,
     alpha: cute.Tensor,  # (experts * parts,) fp32, or one for all
     dec: cute.Tensor,  # () fp32 of NVFP4 activations; not read for others
@@ -48,11 +49,17 @@ def launch(
     shape: Constexpr[Shape],
 ) -> None:
     """Launches so many CTAs."""
-    tensors = (codes, scales, packed, offsets, alpha, dec, out, sums, arrived)
+    tokens = packed
+    if cutlass.const_expr(shape.direct):
+        rows, k = packed.shape
+        seen = cute.make_tensor(packed.iterator, cute.make_layout((rows, 1, k), stride=(k, k, 1)))
+        tokens = multicast.boxes(seen, shape.box, 1, shape.cluster)
+    tensors = (codes, scales, tokens, offsets, alpha, dec, out, sums, arrived)
     kernel(*tensors, parts, sharing, tiles, quantized, aligned, shape).launch(
         grid=[ctas, 1, 1],
         block=[THREADS, 1, 1],
         smem=shape.shared_bytes,
+        cluster=[shape.cluster, 1, 1],
         min_blocks_per_mp=1,
         use_pdl=True,
         stream=stream,
@@ -63,7 +70,7 @@ def launch(
 def kernel(
     codes: cute.Tensor,
     scales: cute.Tensor,
-    packed: cute.Tensor,
+    packed: cute.Tensor | Boxes,
     offsets: cute.Tensor,
     alpha: cute.Tensor,
     dec: cute.Tensor,
@@ -186,7 +193,7 @@ def spec(quantized: bool, aligned: bool, shape: Shape) -> KernelSpec:
         size = cute.sym_int32
         codes = _compact(Uint8, (size(), size(divisibility=64), size(divisibility=64)), 16)
         scales = _compact(Uint8, (size(), size(divisibility=64), size(divisibility=8)), 16)
-        packed = _compact(BFloat16, (size(), size(), 64), 16)
+        packed = _compact(BFloat16, (size(), size(divisibility=64)) if shape.direct else (size(), size(), 64), 16)
         offsets, alpha = _compact(Int32, (size(),), 4), _compact(Float32, (size(),), 4)
         dec = make_fake_tensor(Float32, (), (), assumed_align=4)
         out = _compact(BFloat16, (size(), size(divisibility=8) if aligned else size()), 16 if aligned else 2)
@@ -197,7 +204,8 @@ def spec(quantized: bool, aligned: bool, shape: Shape) -> KernelSpec:
         return (*tensors, *numbers, stream, quantized, aligned, shape)
 
     kind = f"dense_{shape.rows}" if shape.dense else "prefill"
-    name = f"{kind}_{shape.tokens}{'_quantized' if quantized else ''}{'' if aligned else '_unaligned'}"
+    flags = {"quantized": quantized, "unaligned": not aligned, "direct": shape.direct, "cluster": shape.cluster > 1}
+    name = "_".join([kind, str(shape.tokens), *(flag for flag, given in flags.items() if given)])
     return KernelSpec(name, Target.SM90.value, launch, arguments, (quantized, aligned, *shape.widths, *shape[1:]))
 
 
