@@ -40,15 +40,6 @@ def arrive_if(barrier: Int32, condition: Int32) -> None:
     _asm("{.reg .pred p; setp.ne.s32 p, $1, 0; @p mbarrier.arrive.shared::cta.b64 _, [$0];}", barrier, condition)
 
 
-def arrive_at_if(barrier: Int32, rank: Int32, condition: Int32) -> None:
-    """Arrives at the same mbarrier of a CTA of the cluster, from the threads whose condition is not 0; no branch."""
-    text = (
-        "{.reg .pred p; .reg .b32 there; setp.ne.s32 p, $2, 0; @p mapa.shared::cluster.u32 there, $0, $1;"
-        " @p mbarrier.arrive.shared::cluster.b64 _, [there];}"
-    )
-    _asm(text, barrier, rank, condition)
-
-
 def wait(barrier: Int32, parity: Int32) -> None:
     """Until the phase of that parity is complete."""
     text = "{.reg .pred p; L: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @p bra D; bra L; D: }"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Numeric, Uint8, Uint32, cute
 
-from megamoe.cute import arith, fragments, multicast, ring, split_sums, wgmma
+from megamoe.cute import arith, fragments, multicast, peers, ring, split_sums, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
 from megamoe.cute.weight_pieces import (
@@ -225,7 +225,7 @@ def _release(base: Int32, stage: Int32, condition: Int32, shape: Shape) -> None:
     barrier, lane = base + shape.barriers_at + stage * 16 + 8, cute.arch.lane_idx()
     mine = arith.select((lane < shape.cluster) & (condition != 0), Int32(1), Int32(0))
     if shape.cluster > 1:
-        ring.arrive_at_if(barrier, lane, mine)  # any of the cluster may write there next
+        peers.arrive_at_if(barrier, lane, mine)  # any of the cluster may write there next
     else:
         ring.arrive_if(barrier, mine)
 
