@@ -4,8 +4,7 @@
             memory is for wgmma, so that one bulk copy brings any run of rows of a block of k. Rows of an expert are
             neighbours and start at a multiple of 8. NVFP4 comes out as 2^-7 of its value, without its global scale.
 
-A warp or several a row; a lane makes a chunk, 8 lanes write 128 bytes in a row. The kernel also clears the counters of
-`weight_gemm`'s split pieces.
+A warp or several a row; a lane makes a chunk, 8 lanes write 128 bytes in a row.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ def launch(
     index: cute.Tensor,  # (rows,) int32, not read unless `indexed`
     offsets: cute.Tensor,  # (experts + 1,) int32
     packed: cute.Tensor,  # (padded K / 64, capacity, 64) bf16
-    cleared: cute.Tensor,  # (any,) int32, gets zeros
     rows: Int32,
     parts: Int32,  # warps that share a row
     stream: CUstream,
@@ -44,7 +42,7 @@ def launch(
     indexed: Constexpr[bool],
 ) -> None:
     """Launches `parts` warps for each row."""
-    kernel(values, scales, index, offsets, packed, cleared, rows, kind, indexed).launch(
+    kernel(values, scales, index, offsets, packed, rows, kind, indexed).launch(
         grid=[cute.ceil_div(rows, THREADS // WARP), parts, 1], block=[THREADS, 1, 1], use_pdl=True, stream=stream
     )
 
@@ -56,7 +54,6 @@ def kernel(
     index: cute.Tensor,
     offsets: cute.Tensor,
     packed: cute.Tensor,
-    cleared: cute.Tensor,
     rows: Int32,
     kind: Constexpr[str],
     indexed: Constexpr[bool],
@@ -67,9 +64,6 @@ def kernel(
     _, parts, _ = cute.arch.grid_dim()
     cute.arch.griddepcontrol_wait()  # what came before in the stream is done; up to here it may still have run
     cute.arch.griddepcontrol_launch_dependents()
-    if cta + part == 0:
-        for place in cutlass.range(thread, cute.size(cleared), THREADS):
-            cleared[place] = Int32(0)
     row = cta * (THREADS // WARP) + thread // WARP
     if row < rows:
         lane = thread % WARP
@@ -171,10 +165,10 @@ def spec(kind: str, indexed: bool) -> KernelSpec:
         else:
             values = _compact(Uint8, (size(), size(divisibility=BLOCK // 2)), 8)
         scales = _compact(Uint8, (size(), size()), 1)
-        index, offsets, cleared = (_compact(Int32, (size(),), 4) for _ in range(3))
+        index, offsets = (_compact(Int32, (size(),), 4) for _ in range(2))
         packed = _compact(BFloat16, (size(), size(), 64), 16)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return (values, scales, index, offsets, packed, cleared, Int32(0), Int32(1), stream, kind, indexed)
+        return (values, scales, index, offsets, packed, Int32(0), Int32(1), stream, kind, indexed)
 
     name = f"pack_{kind}{'_indexed' if indexed else ''}"
     return KernelSpec(name, Target.SM90.value, launch, arguments, (kind, indexed))

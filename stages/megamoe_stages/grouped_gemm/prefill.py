@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megamoe.cute import compiler, pack, split_sums, weight_pieces
 from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.counters import counters
 from megamoe.cute.weight_pieces import BLOCK_K, STAGE_K, Shape
 from megamoe.numerics.fragments import padded_shape
 from megamoe.numerics.nvfp4 import NVFP4Tensor
@@ -37,12 +38,11 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
     shape, ctas, sharing, tiles = cut(out.shape[0], weights, processors(out.device))
     split = sharing > 1
     sums = torch.empty(split * ctas * split_sums.sums_bytes(shape) // 4, dtype=torch.float32, device=out.device)
-    counters = split * ctas // sharing * weight_pieces.CONSUMER_WARPS
-    arrived = torch.empty(counters, dtype=torch.int32, device=out.device)
-    if shape.dense and not split and isinstance(a, Tensor) and row_index is None and a.shape[1] % BLOCK_K == 0:
+    arrived = counters("weight_gemm", split * ctas // sharing * weight_pieces.CONSUMER_WARPS, out)
+    if shape.dense and isinstance(a, Tensor) and row_index is None and a.shape[1] % BLOCK_K == 0:
         shape, tokens = shape._replace(direct=True), a
     else:
-        tokens = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape, arrived)
+        tokens = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape)
     alpha = weights.global_scale_dec
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
     dec = a.global_scale_dec if isinstance(a, NVFP4Tensor) else alpha.view(-1)[0]
@@ -58,9 +58,8 @@ def pack_rows(
     rows: int,
     k: int,
     shape: Shape,
-    cleared: Tensor,
 ) -> Tensor:
-    """Activations as `cute.pack` lays them out, bf16 (padded K / 64, capacity, 64); zeros int32 `cleared`."""
+    """Activations as `cute.pack` lays them out, bf16 (padded K / 64, capacity, 64)."""
     capacity = weight_pieces.packed_capacity(rows, offsets.shape[0] - 1, shape.tokens)
     packed = torch.empty((padded_shape(1, k)[1] // 64, capacity, 64), dtype=torch.bfloat16, device=offsets.device)
     index = offsets if row_index is None else row_index
@@ -69,7 +68,7 @@ def pack_rows(
     else:
         kind, values, scales = "bfloat16", a, a.view(torch.uint8)
     parts = pack.parts_of(rows, k)
-    _packer(kind, row_index is not None)(values, scales, index, offsets, packed, cleared, rows, parts)
+    _packer(kind, row_index is not None)(values, scales, index, offsets, packed, rows, parts)
     return packed
 
 
