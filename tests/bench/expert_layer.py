@@ -6,8 +6,8 @@ All weights are resident and random, routing is uniform. "experts" is L1 and L2,
 row per (token, expert); "layer" is all of it, permutation to combine. Everything is captured in CUDA graphs, over
 several routings so that few tokens meet weights that are not in the L2. Two figures: spaced (one replay after 20 ms of
 rest), and for whole layers and pairs of GEMMs sustained (back to back, where the power cap decides), with the SM clock
-during the latter. All sizes are checked before any is timed, the bf16 layer's too. For Pro not all weights fit 80 GB at once:
-two runs, with `--skip bf16` and with `--skip fallback`.
+during the latter. All sizes are checked before any is timed, the bf16 layer's too. For Pro not all weights fit 80 GB
+at once: two runs, with `--skip bf16` and with `--skip fallback`.
 """
 
 from __future__ import annotations

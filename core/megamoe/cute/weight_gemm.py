@@ -54,9 +54,8 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
     number, turns = turn(shape, operands)
     first_stage, k_stages = stages_of(shape, operands)
     expert, stage, parity = Int32(0), Int32(0), Int32(1)
-    if cutlass.const_expr(not shape.direct):
-        if warp < 2:
-            cute.arch.griddepcontrol_wait()  # the tokens are packed; all else was there before `pack` let this grid start
+    if warp < 2:
+        cute.arch.griddepcontrol_wait()  # the tokens are packed; all else was there before `pack` let this grid start
     while number < total:
         if cutlass.const_expr(not shape.dense):
             expert = expert_of(number, expert, base, operands, shape)

@@ -2,8 +2,8 @@
 
 A lane of a warp reads 16 bytes and has its part of m16k16 fragments for 64 k, bit-interleaved so that a shift, a mask
 and one multiplication by a pair of scales decode two values (measured: 18 instructions per 8 values, where nibbles in
-order take 29). A k32 group is two scale blocks, a k16 step each, so k is in order and activations need no other one; the
-pair of scales of a row serves both steps, since a multiplication takes either half of a register for both of its values.
+order take 29). A k32 group is two scale blocks, a k16 step each, so k is in order, and so are activations; the pair of
+scales of a row serves both steps, since a multiplication takes either half of a register for both of its values.
 
     unit    16 rows x 128 k: 2 halves of 64 k, 32 lanes, 4 words (x, y of two k32 groups); 8 scale words x 4 k32 groups
     slab    4 units, 64 rows x 128 k: 4096 bytes of codes, 512 bytes of scales
@@ -138,8 +138,8 @@ def _check(codes: Tensor, scales: Tensor) -> None:
 def _pack(codes: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 (B, rows, K/2) to the same bytes in hopper order, of the same shape."""
     rows, k = size
-    # nibble 8 h + 2 t + e of a block goes to lane t, half h of its step, element e of a pair; word >> 4 i leaves nibbles
-    # i, i + 4, ... in 16-bit fields, so i = 2 (t % 2) + e and the field is 2 h + t // 2
+    # nibble 8 h + 2 t + e of a block goes to lane t, half h of its step, element e of a pair; word >> 4 i leaves i,
+    # i + 4, ... in 16-bit fields, so i = 2 (t % 2) + e and the field is 2 h + t // 2
     words = codes.contiguous().view(torch.int64)  # (B, rows, K/16)
     turned = torch.stack([_shift_right(words, 4 * i) for i in range(4)], dim=-1)  # (B, rows, K/16, i)
     spread = (turned & 0x0007000700070007) | (turned & 0x0008000800080008) << 6
