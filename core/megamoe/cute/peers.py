@@ -24,7 +24,7 @@ def arrive_at_if(barrier: Int32, rank: Int32, condition: Int32) -> None:
 
 
 def count_round(at: Int64, last: Int32) -> Int32:
-    """Counts in global memory up to `last`, then from 0 again, and returns what was there; orders what this thread sees."""
+    """Counts in global memory up to `last`, then from 0 again; returns what was there, orders what this thread sees."""
     out = llvm.inline_asm(
         Int32.mlir_type,
         [at.ir_value(), last.ir_value()],

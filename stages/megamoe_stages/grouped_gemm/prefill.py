@@ -1,4 +1,4 @@
-"""The host side of the grouped GEMM for many rows an expert: packs the activations, then multiplies."""
+"""The host side of the grouped GEMM for many rows an expert: packs the activations where it must, then multiplies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
 
 
 def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_index: Tensor | None, out: Tensor) -> None:
-    """Two launches on the current stream, no synchronisation; see `reference.grouped_gemm`.
+    """One launch or two on the current stream, no synchronisation; see `reference.grouped_gemm`.
 
     Args:
         a: bf16 or NVFP4 activations.
@@ -35,11 +35,13 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
         out: bf16 (M, N), written; M is not 0.
     """
     experts = weights.codes.shape[0]
-    shape, ctas, sharing, tiles = cut(out.shape[0], weights, processors(out.device))
+    plain = isinstance(a, Tensor) and row_index is None and a.shape[1] % BLOCK_K == 0
+    dense = experts == 1 and (plain or isinstance(a, NVFP4Tensor))
+    shape, ctas, sharing, tiles = cut(out.shape[0], weights, processors(out.device), dense=dense)
     split = sharing > 1
     sums = torch.empty(split * ctas * split_sums.sums_bytes(shape) // 4, dtype=torch.float32, device=out.device)
     arrived = counters("weight_gemm", split * ctas // sharing * weight_pieces.CONSUMER_WARPS, out)
-    if shape.dense and isinstance(a, Tensor) and row_index is None and a.shape[1] % BLOCK_K == 0:
+    if shape.dense and isinstance(a, Tensor):
         shape, tokens = shape._replace(direct=True), a
     else:
         tokens = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape)
@@ -88,16 +90,17 @@ class Cut(NamedTuple):
     tiles: int = 1
 
 
-def cut(rows: int, weights: NVFP4Tensor, sms: int) -> Cut:
+def cut(rows: int, weights: NVFP4Tensor, sms: int, *, dense: bool) -> Cut:
     """How the work is cut; one expert may have fewer pieces than there are SMs, then several CTAs share the k of each.
 
     Args:
         rows: Of the result.
         weights: In the hopper layout.
         sms: Of the device.
+        dense: There is one expert, and its activations are NVFP4 or come by a tensor map.
     """
     experts, n, stages = weights.codes.shape[0], weights.codes.shape[1], weights.codes.shape[2] * 2 // STAGE_K
-    if experts > 1:
+    if not dense:
         return Cut(shape_for(rows, experts), sms)
     return _dense_cut(rows, n, stages, sms)
 
@@ -151,4 +154,9 @@ def kernels() -> list[KernelSpec]:
     packers = [pack.spec(kind, indexed) for kind in pack.KINDS for indexed in (False, True)]
     shapes = prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE, *prefill_kernel.DENSE
     flags = itertools.product((False, True), (False, True))
-    return [*packers, *(prefill_kernel.spec(*both, shape) for both in flags for shape in shapes)]
+    gemms = (
+        prefill_kernel.spec(quantized, aligned, shape._replace(direct=shape.dense and not quantized))
+        for quantized, aligned in flags
+        for shape in shapes
+    )
+    return [*packers, *gemms]
