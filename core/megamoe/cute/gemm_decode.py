@@ -287,8 +287,6 @@ def _consume(
             bulk.barrier_wait(_barrier(shared + _FULL, slab), slab >> 6 & 1)
             codes = [[bulk.load4(slot + lane_codes + (t * 2 + h) * 512) for h in range(2)] for t in range(PAIR_TILES)]
             scales = [bulk.load4(slot + lane_scales + t * 128) for t in range(PAIR_TILES)]
-            cute.arch.sync_warp()
-            bulk.barrier_arrive_if(_barrier(shared + _EMPTY, slab), lane == 0)
             rows = shared + ROWS + unit * (4 * shape.tiles * 512) + lane * 16
             if cutlass.const_expr(shape.tiles == 1):
                 _multiply(acc, codes, scales, rows, 1, masks, target, shape)
@@ -296,6 +294,8 @@ def _consume(
                 for i in cutlass.range_constexpr(shape.tiles):
                     if live == i + 1:
                         _multiply(acc, codes, scales, rows, i + 1, masks, target, shape)
+            cute.arch.sync_warp()  # and not before the products: until then the loads above may be on their way
+            bulk.barrier_arrive_if(_barrier(shared + _EMPTY, slab), lane == 0)
             unit, slab, stage = unit + SLICES, slab + SLICES, stage + SLICES
             if stage >= problem.stages:
                 stage = stage - problem.stages
