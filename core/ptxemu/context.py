@@ -227,6 +227,14 @@ class Context:
         """Marks bytes as being read ("read") or written ("write") by something in flight, until it is released."""
         return self._accessor.hold(np.asarray(addresses), width, access, space)
 
+    def overwrite(self, addresses: object, width: int) -> None:
+        """Says that the asynchronous proxy is to write these bytes of shared memory: no load of them may be pending."""
+        self.machine.overwrite(np.ascontiguousarray(addresses, np.int64).reshape(-1), width, self)
+
+    def loads_shared(self, targets: Sequence[Operand], addresses: Lanes, width: int) -> None:
+        """Says that registers will hold what lies in shared memory at up to 32 addresses; see native/order.c."""
+        self.machine.load_issued([t for t in targets if isinstance(t, Register)], addresses, width, self)
+
     def region(self, address: int, space: str) -> Region | None:
         """The region that an address lies in."""
         return self._accessor.find(int(address), space)

@@ -32,6 +32,8 @@ def note(machine: Machine, found: Any, kind: FindingKind, instruction: Instructi
         FindingKind.TRAP: "the kernel gave up",
         FindingKind.UNINITIALISED: "bytes were never written",
         FindingKind.ASYNC_RACE: f"bytes that an operation in flight {'writes' if detail & 2 else 'reads'}",
+        FindingKind.PENDING_LOAD: _pending_load(machine, detail) if kind is FindingKind.PENDING_LOAD else "",
+        FindingKind.UNORDERED_READ: f"stored by warp {machine.name_of(detail)}, which has not released it to this one",
         FindingKind.PENDING_REGISTER: "a register is touched before the wait that makes its value defined",
     }
     if kind is FindingKind.PENDING_REGISTER and (warp := machine.warps.get(found.warp)):
@@ -44,6 +46,17 @@ def note(machine: Machine, found: Any, kind: FindingKind, instruction: Instructi
         ]
         return "; ".join(names) or texts[kind], ""
     return texts[kind], region
+
+
+def _pending_load(machine: Machine, lines: int) -> str:
+    copy, signal = (_line(machine, pc) for pc in (lines >> 32 & 0xFFFFFFFF, lines & 0xFFFFFFFF))
+    told = f"; before it was used, the warp signalled at {signal}" if signal else ""
+    return f"the copy at {copy} may overtake this load, whose value was not used before a signal to that copy{told}"
+
+
+def _line(machine: Machine, pc: int) -> str:
+    instructions = machine.program.kernel.instructions
+    return f"PTX line {instructions[pc].line} ({instructions[pc].text})" if pc < len(instructions) else ""
 
 
 def _divergence(members: int, why: int) -> str:

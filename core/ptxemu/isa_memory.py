@@ -14,7 +14,13 @@ _SPACES = {
     "shared::cluster": 2,
     "local": 3,
 }  # as SPACE_* in ptxemu.h
-_SIGNED, _SPACE_SHIFT, _NARROW, _SINK_SHIFT = 1 << 8, 9, 1 << 11, 16  # aux of ld and st, see native/memory.c
+_SIGNED, _SPACE_SHIFT, _NARROW, _STRONG, _SINK_SHIFT = (
+    1 << 8,
+    9,
+    1 << 11,
+    1 << 12,
+    16,
+)  # aux of ld and st, see native/memory.c
 _TWO_WORDS = 8 | 8 << 4  # elements of 8 bytes, in registers of 8
 _OPERATIONS = {name: k for k, name in enumerate(["and", "or", "xor", "add", "inc", "dec", "min", "max", "exch", "cas"])}
 _ATOMIC_TYPES = {
@@ -87,7 +93,7 @@ def _load(form: Form) -> Native:
     if is_param and not (isinstance(address := form.at(1), Address) and isinstance(address.base, Register)):
         return Native("ld_param", places, aux, _parameter_offset(form, width * vector))
     base, offset, narrow = form.address(form.at(1), narrow=space == 2)
-    aux |= space << _SPACE_SHIFT | (_NARROW if narrow else 0)
+    aux |= space << _SPACE_SHIFT | (_NARROW if narrow else 0) | (_STRONG if strong else 0)
     return Native("ld_strong" if strong and space < 2 else "ld", (*places, base), aux, offset)
 
 
@@ -109,12 +115,12 @@ def _parameter_offset(form: Form, size: int) -> int:
 def _store(form: Form) -> Native:
     kind = form.type()
     vector = int(form.one_of(("v2", "v4", "v8"), "v1")[1])
-    _memory_modifiers(form)
+    strong = _STRONG if _memory_modifiers(form) else 0
     space = _space(form)
     if kind == "b128":
         _drop_cache_policy(form, 2)
         base, offset, narrow = form.address(form.at(0), narrow=space == 2)
-        aux = _TWO_WORDS | space << _SPACE_SHIFT | (_NARROW if narrow else 0)
+        aux = strong | _TWO_WORDS | space << _SPACE_SHIFT | (_NARROW if narrow else 0)
         return Native("st", (base, *form.halves(form.at(1), destination=False)), aux, offset)
     values = form.items(form.at(1))
     width = width_of(kind)
@@ -126,7 +132,7 @@ def _store(form: Form) -> Native:
         form.place(value, room if isinstance(value, Register) else max(room, 2), wider=True) for value in values
     )
     base, offset, narrow = form.address(form.at(0), narrow=space == 2)
-    aux = width | room << 4 | space << _SPACE_SHIFT | (_NARROW if narrow else 0)
+    aux = strong | width | room << 4 | space << _SPACE_SHIFT | (_NARROW if narrow else 0)
     return Native("st", (base, *places), aux, offset)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ptxemu.instruction import Address, Operand, Register, Sink
 from ptxemu.lowering import SINK, Form, Native, rule, width_of
 
-_NARROW, _EXPECT_TX, _DROP, _NO_COMPLETE, _STATE, _PARITY, _BLOCKING, _COUNT = (1 << k for k in range(8))
+_NARROW, _EXPECT_TX, _DROP, _NO_COMPLETE, _STATE, _PARITY, _BLOCKING, _COUNT, _RELAXED = (1 << k for k in range(9))
 _SCOPES = ("cta", "cluster", "gpu", "sys")
 _MBARRIER_OPERATIONS = (
     *("init", "inval", "expect_tx", "complete_tx", "arrive", "arrive_drop", "test_wait", "try_wait", "pending_count"),
@@ -111,8 +111,8 @@ def _active(form: Form) -> Native:
 def _barrier(form: Form) -> Native:
     if form.flag("cluster"):
         name = form.one_of(("arrive", "wait"))
-        form.ignore("release", "relaxed", "acquire")
-        return Native(f"cluster_{name}", (), form.flag("aligned"))
+        form.ignore("release", "acquire")
+        return Native(f"cluster_{name}", (), form.flag("aligned") | form.flag("relaxed", 2))
     if form.flag("warp"):
         form.one_of(("sync",))
         return Native("bar_warp", (form.place(form.at(0), 4),))
@@ -157,7 +157,7 @@ def _fence(form: Form) -> Native:
         return Native("fence_async" if asynchronous else "nop")
     form.ignore("sc", "acq_rel", "acquire", "release", "gl", *_SCOPES)
     form.ignore_prefix("sync_restrict::")
-    return Native("nop")
+    return Native("fence")
 
 
 @rule("mbarrier", "9.7.13.15")
@@ -170,11 +170,12 @@ def _mbarrier(form: Form) -> Native:
         d, state = form.operands
         return Native("mbarrier_pending", (form.destination(d, 4), form.place(state, 8)))
     form.type("b64")
-    form.ignore("shared", "shared::cta", "shared::cluster", "release", "relaxed", "acquire", *_SCOPES)
+    form.ignore("shared", "shared::cta", "shared::cluster", "release", "acquire", *_SCOPES)
+    relaxed = form.flag("relaxed", _RELAXED)
     if operation in {"arrive", "arrive_drop"}:
-        return _arrive(form, _DROP if operation == "arrive_drop" else 0)
+        return _arrive(form, relaxed | (_DROP if operation == "arrive_drop" else 0))
     if operation in {"test_wait", "try_wait"}:
-        return _wait(form, _BLOCKING if operation == "try_wait" else 0)
+        return _wait(form, relaxed | (_BLOCKING if operation == "try_wait" else 0))
     base, offset, narrow = _mbarrier_address(form, form.at(0))
     if operation == "inval":
         return Native("mbarrier_inval", (base,), narrow, offset)

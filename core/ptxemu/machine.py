@@ -277,6 +277,9 @@ class Machine:
         m.rng = (seed * 0x9E3779B97F4A7C15 + 0x1234567) & ((1 << 64) - 1) or 1
         m.budget = budget
         m.block_threads = self.launch.threads
+        if self.program.touch_start.size:
+            m.touched, m.touch_start = self.program.touched.ctypes.data, self.program.touch_start.ctypes.data
+        m.register_words = self.program.places.register_bytes // 4 + 1
         if trace is not None:
             self._trace = native.TRACE(lambda warp, pc, mask: trace(self, self.warps[warp], pc, mask))
             m.trace = self._trace
@@ -308,6 +311,19 @@ class Machine:
         if not found:
             accessor.finding("mbarrier", f"mbarrier {address:#x}: {WHY[1]}", address, stop=True)
         return MBarrier(self, accessor, address, found)
+
+    def overwrite(self, addresses: NDArray[np.int64], width: int, ctx: Context) -> None:
+        """See `Context.overwrite`."""
+        place = (addresses.ctypes.data, addresses.size, width)
+        self._core.emu_overwrite(self.native, ctx.warp.struct, self.native.contents.event_pc, *place)
+
+    def load_issued(self, targets: Sequence[Register], addresses: NDArray[Any], width: int, ctx: Context) -> None:
+        """See `Context.loads_shared`."""
+        padded = np.zeros(32, np.uint64)
+        padded[: addresses.size] = addresses
+        slots = ctx.warp.slots(tuple([r.index for r in targets])).astype(np.uint32)
+        where = (self.native.contents.event_pc, (1 << addresses.size) - 1, padded.ctypes.data, width)
+        self._core.emu_load_issued(self.native, ctx.warp.struct, *where, slots.ctypes.data, slots.size)
 
     def finding(
         self,
@@ -372,15 +388,10 @@ class Machine:
         (cx, cy, _), origin = cluster.shape, cluster.origin
         index = (origin[0] + rank % cx, origin[1] + rank // cx % cy, origin[2] + rank // (cx * cy))
         data = self._room(self.shared_bytes)
-        shared = memory.region(f"shared memory of CTA {index}", (rank << 24) + SHARED_BASE, data, initialised=False)
+        name, base = f"shared memory of CTA {index}", (rank << 24) + SHARED_BASE
+        shared = memory.region(name, base, data, initialised=False, stamped=self.launch.cluster != (1, 1, 1))
         cta = CTA(self, cluster, index, rank, shared)
-        pointers = (
-            shared.data.ctypes.data,
-            shared.flags.ctypes.data,
-            shared.epoch.ctypes.data,
-            shared.writer.ctypes.data,
-        )
-        cta.struct = self._core.emu_cta_new(cluster.struct, rank, warps, *pointers, self.shared_bytes)
+        cta.struct = self._core.emu_cta_new(cluster.struct, rank, warps, *shared.pointers, self.shared_bytes)
         cluster.ctas.append(cta)
         for k in range(warps):
             self._add_warp(cta, k)

@@ -78,7 +78,8 @@ class MBarrier:
         self._update(0, -count)
 
     def _update(self, arrivals: int, tx: int) -> None:
-        if why := native.core().emu_mbarrier_update(self.machine.native, self._state, arrivals, tx):
+        warp = self.accessor.warp.struct
+        if why := native.core().emu_mbarrier_update(self.machine.native, warp, self._state, arrivals, tx):
             text = f"mbarrier {self.address:#x}: {WHY[why]} ({self.describe()})"
             self.accessor.finding("mbarrier", text, self.address, stop=True)
 

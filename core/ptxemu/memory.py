@@ -33,10 +33,11 @@ class Region:
         flags: `Flag` of each byte, (size,).
         epoch: For each 4 bytes from the base on: the proxy epoch of the last write by a thread, 0 without one.
         writer: For each 4 bytes: number of the warp that wrote.
+        stamp: For each 4 bytes: that warp's clock then, see native/order.c; only in clusters.
         read_only: Threads must not write to it.
         readers: For each byte: reads in flight; made when the first one is.
         keep: What must live as long as this does.
-        pointers: Addresses of data, flags, epoch and writer.
+        pointers: Addresses of data, flags, epoch, writer and stamp.
     """
 
     name: str
@@ -48,11 +49,15 @@ class Region:
     read_only: bool = False
     readers: NDArray[np.uint16] | None = None
     keep: object = field(default=None, repr=False)
-    pointers: tuple[int, int, int, int] = field(init=False, repr=False)
+    stamp: NDArray[np.uint32] | None = None
+    pointers: tuple[int, int, int, int, int | None] = field(init=False, repr=False)
     _readers_pointer: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
-        self.pointers = (self.data.ctypes.data, self.flags.ctypes.data, self.epoch.ctypes.data, self.writer.ctypes.data)
+        stamp = None if self.stamp is None else self.stamp.ctypes.data
+        arrays = (self.data, self.flags, self.epoch, self.writer)
+        data, flags, epoch, writer = (array.ctypes.data for array in arrays)
+        self.pointers = (data, flags, epoch, writer, stamp)
 
     @property
     def size(self) -> int:
@@ -68,12 +73,21 @@ class Region:
 
 
 def region(
-    name: str, base: int, data: Bytes, *, initialised: bool, read_only: bool = False, keep: object = None
+    name: str,
+    base: int,
+    data: Bytes,
+    *,
+    initialised: bool,
+    read_only: bool = False,
+    keep: object = None,
+    stamped: bool = False,
 ) -> Region:
-    """A region over bytes that lie somewhere."""
+    """A region over bytes that lie somewhere; `stamped`: with a clock of each store."""
     words = data.size // 4 + 2
     flags = np.full(data.size, Flag.INIT if initialised else 0, np.uint8)
-    return Region(name, base, data, flags, np.zeros(words, np.uint32), np.zeros(words, np.uint32), read_only, keep=keep)
+    epoch, writer = np.zeros(words, np.uint32), np.zeros(words, np.uint32)
+    stamp = np.zeros(words, np.uint32) if stamped else None
+    return Region(name, base, data, flags, epoch, writer, read_only, keep=keep, stamp=stamp)
 
 
 def over(name: str, array: np.ndarray, *, initialised: bool = True, read_only: bool = False) -> Region:

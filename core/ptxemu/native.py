@@ -39,6 +39,8 @@ KINDS = (  # as the enumeration in ptxemu.h
     FindingKind.UNINITIALISED,
     FindingKind.ASYNC_RACE,
     FindingKind.PENDING_REGISTER,
+    FindingKind.PENDING_LOAD,
+    FindingKind.UNORDERED_READ,
 )
 
 
@@ -63,6 +65,7 @@ class Region(ctypes.Structure):
         ("flags", c_void_p),
         ("epoch", c_void_p),
         ("writer", c_void_p),
+        ("stamp", c_void_p),
         ("read_only", c_uint32),
         ("id", c_uint32),
     ]
@@ -80,6 +83,7 @@ class Mbarrier(ctypes.Structure):
         ("phase", c_uint64),
         ("init_warp", c_uint32),
         ("init_epoch", c_uint32),
+        ("clock", c_void_p),
     ]
 
 
@@ -92,6 +96,7 @@ class NamedBarrier(ctypes.Structure):
         ("reduced", c_uint32),
         ("phase", c_uint64),
         ("result", c_uint32),
+        ("clock", c_void_p),
     ]
 
 
@@ -105,6 +110,7 @@ class Cta(ctypes.Structure):
         ("live_warps", c_uint32),
         ("named", NamedBarrier * 16),
         ("cluster", c_void_p),
+        ("crossed", c_uint32),
     ]
 
 
@@ -119,6 +125,11 @@ class Cluster(ctypes.Structure):
         ("barrier_pending", c_uint32),
         ("live_lanes", c_uint32),
         ("barrier_phase", c_uint64),
+        ("warp_count", c_uint32),
+        ("warps", c_void_p),
+        ("clocks", c_void_p),
+        ("barrier_clock", c_void_p),
+        ("flag_clock", c_void_p),
     ]
 
 
@@ -160,6 +171,11 @@ class Warp(ctypes.Structure):
         ("cluster_waiting", c_uint32),
         ("local", Region),
         ("executed", c_uint64),
+        ("place", c_uint32),
+        ("clock", c_void_p),
+        ("fenced", c_void_p),
+        ("seen", c_void_p),
+        ("loads", c_void_p),
     ]
 
 
@@ -237,6 +253,9 @@ class Machine(ctypes.Structure):
         ("lag_rounds", c_uint32),
         ("lag_warp", c_uint32),
         ("lag_cta", c_void_p),
+        ("touched", c_void_p),
+        ("touch_start", c_void_p),
+        ("register_words", c_uint32),
     ]
 
 
@@ -252,7 +271,7 @@ _FUNCTIONS = {
     "emu_cluster_free": (None, [POINTER(Cluster)]),
     "emu_cta_new": (
         POINTER(Cta),
-        [POINTER(Cluster), c_uint32, c_uint32, c_void_p, c_void_p, c_void_p, c_void_p, c_uint64],
+        [POINTER(Cluster), c_uint32, c_uint32, *[c_void_p] * 5, c_uint64],
     ),
     "emu_warp_new": (
         POINTER(Warp),
@@ -264,14 +283,19 @@ _FUNCTIONS = {
     "emu_gather": (c_uint32, [*[c_void_p] * 3, c_uint64, c_uint64, c_void_p, c_uint64, c_uint32, c_void_p, c_void_p]),
     "emu_scatter": (
         c_uint32,
-        [*[c_void_p] * 4, c_uint64, c_uint64, c_void_p, c_uint64, c_uint32, c_void_p, c_uint32, c_uint32, c_void_p],
+        [*[c_void_p] * 5, c_uint64, c_uint64, c_void_p, c_uint64, c_uint32, c_void_p, c_uint32, c_uint32, c_void_p],
     ),
     "emu_hold": (c_uint32, [c_void_p, c_void_p, c_uint64, c_uint64, c_void_p, c_uint64, c_uint32, c_void_p]),
     "emu_release": (None, [c_void_p, c_void_p, c_uint64, c_void_p, c_uint64, c_uint32]),
     "emu_product": (None, [POINTER(Product), c_uint32, c_void_p, c_void_p]),
     "emu_fma": (ctypes.c_double, [ctypes.c_double] * 3),
     "emu_wgmma": (None, [POINTER(Product), c_void_p, c_void_p, c_void_p]),
-    "emu_mbarrier_update": (ctypes.c_int, [POINTER(Machine), POINTER(Mbarrier), c_uint32, c_int64]),
+    "emu_mbarrier_update": (ctypes.c_int, [POINTER(Machine), POINTER(Warp), POINTER(Mbarrier), c_uint32, c_int64]),
+    "emu_load_issued": (
+        None,
+        [POINTER(Machine), POINTER(Warp), c_uint32, c_uint32, c_void_p, c_uint32, c_void_p, c_uint32],
+    ),
+    "emu_overwrite": (None, [POINTER(Machine), POINTER(Warp), c_uint32, c_void_p, c_uint64, c_uint32]),
 }
 
 

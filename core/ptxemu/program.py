@@ -9,8 +9,8 @@ import numpy as np
 
 from ptxemu import isa, isa_convert, isa_memory, isa_sync, memory, native, registry, tensor
 from ptxemu.errors import ArgumentError, UnsupportedInstruction
-from ptxemu.instruction import Address, Instruction, Kernel, Operand, Pair, Symbol, Vector
-from ptxemu.lowering import LOCAL_BASE, NO_GUARD, SHARED_BASE, Native, Places, lower
+from ptxemu.instruction import Address, Instruction, Kernel, Operand, Pair, Register, Symbol, Vector
+from ptxemu.lowering import LANES, LOCAL_BASE, NO_GUARD, SHARED_BASE, Native, Places, lower
 from ptxemu.memory import Region
 from ptxemu.registry import Execute
 
@@ -19,6 +19,7 @@ __all__ = ["Program", "isa", "isa_convert", "isa_memory", "isa_sync", "tensor"] 
 Argument = int | float | bytes | np.ndarray
 _REAL = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
 _PARAMETER_ALIGNMENT = 128
+_NO_RESULT = frozenset({"bar", "barrier", "nanosleep", "wgmma"})  # whose first operand is read; wgmma adds to it
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Program:
     Attributes:
         kernel: What it was made from.
         code: Native instructions, (instructions,).
+        touched: Registers of all instructions, from `touch_start` of each on: first word in the register file times 2,
+            plus 1 for a result. What is read comes first. Both empty for a kernel in which nothing asynchronous
+            writes shared memory.
         operations: By instruction number, those that Python executes.
         places: Where registers, constants and special values lie.
         parameters: All parameters, as one region of memory.
@@ -64,6 +68,7 @@ class Program:
         self.operations: dict[int, PythonOperation] = {}
         self.code = self._code()
         self.constants = self.places.constants()
+        self.touched, self.touch_start = self._touched()
 
     def _symbols(self) -> tuple[dict[str, tuple[str, int]], int, int]:
         kernel = self.kernel
@@ -112,6 +117,27 @@ class Program:
             code[name] = column
         return code
 
+    def _touched(self) -> tuple[np.ndarray, np.ndarray]:
+        if not any(map(_writes_shared, self.kernel.instructions)):
+            return np.empty(0, np.uint32), np.empty(0, np.uint32)
+        rows = [self._registers_of(instruction) for instruction in self.kernel.instructions]
+        rows.append([])  # the ret behind the last one
+        touched = np.array([entry for row in rows for entry in row], np.uint32)
+        return touched, np.cumsum([0, *map(len, rows)], dtype=np.uint32)
+
+    def _registers_of(self, instruction: Instruction) -> list[int]:
+        """Entries of `touched`; predicates are left out."""
+        results, sources = _results_and_sources(instruction)
+        read = [word << 1 for operand in sources for word in self._words(operand)]
+        return read + [word << 1 | 1 for operand in results for word in self._words(operand)]
+
+    def _words(self, operand: Operand) -> list[int]:
+        """Where the registers of an operand begin in the register file, in words; both halves of 128 bits."""
+        if isinstance(operand, Register):
+            first = self.places.register(operand) >> 2
+            return [first, first + 2 * LANES][: 2 if operand.width == 16 else min(operand.width, 1)]
+        return [word for part in _parts(operand) for word in self._words(part)]
+
     def _lower(self, number: int, instruction: Instruction) -> Native:
         operation = registry.find(instruction)
         if operation is None:
@@ -123,13 +149,8 @@ class Program:
     def _make_places(self, operands: Sequence[Operand]) -> None:
         """Shared addresses that Python operations read have a place of their own too."""
         for operand in operands:
-            if isinstance(operand, Vector):
-                self._make_places(operand.items)
-            elif isinstance(operand, Pair):
-                self._make_places((operand.first, operand.second))
-            elif isinstance(operand, Address):
-                self._make_places((operand.base, *operand.coordinates))
-            elif isinstance(operand, Symbol) and self.symbols.get(operand.name, ("", 0))[0] == "shared":
+            self._make_places(_parts(operand))
+            if isinstance(operand, Symbol) and self.symbols.get(operand.name, ("", 0))[0] == "shared":
                 self.places.special_value("shared address", self.symbols[operand.name][1] + operand.offset, 8)
 
     def set_parameters(self, arguments: Sequence[Argument]) -> None:
@@ -146,6 +167,31 @@ class Program:
             if len(data) != parameter.size:
                 raise ArgumentError(parameter.name, f"{len(data)} bytes", f"{parameter.size} bytes")
             self.parameters.data[offset : offset + parameter.size] = np.frombuffer(data, np.uint8)
+
+
+def _parts(operand: Operand) -> tuple[Operand, ...]:
+    """The operands that one holds."""
+    if isinstance(operand, Vector):
+        return operand.items
+    if isinstance(operand, Pair):
+        return operand.first, operand.second
+    return (operand.base, *operand.coordinates) if isinstance(operand, Address) else ()
+
+
+def _writes_shared(instruction: Instruction) -> bool:
+    """Whether the asynchronous proxy writes shared memory: copies to it, and answers of launch control."""
+    memories = [m for m in instruction.modifiers if m.startswith("shared") or m == "global"]
+    to_shared = instruction.has("bulk") and bool(memories) and memories[0] != "global"
+    return to_shared or instruction.opcode == "clusterlaunchcontrol"
+
+
+def _results_and_sources(instruction: Instruction) -> tuple[tuple[Operand, ...], tuple[Operand, ...]]:
+    """Operands that are only written, and the others."""
+    first, rest = instruction.operands[:1], instruction.operands[1:]
+    writes = instruction.opcode not in _NO_RESULT or instruction.has("red")
+    if writes and first and not isinstance(first[0], Address):
+        return first, rest
+    return (), instruction.operands
 
 
 def _parameter_bytes(kind: str, size: int, argument: Argument) -> bytes:

@@ -22,6 +22,8 @@ class FindingKind(enum.StrEnum):
     MISSING_PROXY_FENCE = "missing_proxy_fence"  # the asynchronous proxy reads what the generic one wrote, unfenced
     ASYNC_RACE = "async_race"  # bytes touched while an asynchronous operation reads or writes them
     PENDING_REGISTER = "pending_register"  # a register touched before the wait that makes its value defined
+    PENDING_LOAD = "pending_load"  # an asynchronous copy overwrites what a load of shared memory has yet to read
+    UNORDERED_READ = "unordered_read"  # a store of another CTA read without a release and an acquire in between
     MISSING_FENCE = "missing_fence"  # another fence that the PTX ISA demands (tcgen05.fence, wgmma.fence)
     MBARRIER = "mbarrier"  # not initialised, arrived at too often, transaction count out of range; stops the launch
     BARRIER = "barrier"  # bar.sync or barrier.cluster used in a way that is not defined; stops the launch

@@ -32,7 +32,7 @@ u32 emu_gather(const u8 *data, const u8 *flags, const u32 *epoch, u64 base, u64 
     return seen ? BAD : 0;
 }
 /* Copies rows of `width` bytes to each address and marks them as written; *before: all flags that were there. */
-u32 emu_scatter(u8 *data, u8 *flags, u32 *epoch, u32 *writer, u64 base, u64 size, const s64 *addresses, u64 count, u32 width, const u8 *rows, u32 now, u32 warp, u32 *before) {
+u32 emu_scatter(u8 *data, u8 *flags, u32 *epoch, u32 *writer, u32 *stamp, u64 base, u64 size, const s64 *addresses, u64 count, u32 width, const u8 *rows, u32 now, u32 warp, u32 *before) {
     if (outside(base, size, addresses, count, width)) return OUTSIDE;
     u32 found = 0;
     for (u64 k = 0; k < count; k++) {
@@ -40,6 +40,7 @@ u32 emu_scatter(u8 *data, u8 *flags, u32 *epoch, u32 *writer, u64 base, u64 size
         memcpy(data + at, rows + k * width, width);
         for (u32 b = 0; b < width; b++) found |= flags[at + b], flags[at + b] |= INIT;
         for (u64 word = at >> 2; word <= (at + width - 1) >> 2; word++) epoch[word] = now, writer[word] = warp;
+        if (stamp) for (u64 word = at >> 2; word <= (at + width - 1) >> 2; word++) stamp[word] = 0;
     }
     *before = found;
     return 0;

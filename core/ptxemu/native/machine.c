@@ -69,6 +69,7 @@ static int turn(Machine *m, Warp *w, u64 quantum) {
             Outcome outcome = NEXT;
             if (mask) {
                 if (w->pending_count) check_pending(m, w, i, mask);
+                if (w->loads && w->loads->pending) loads_touched(m, w, g->pc);
                 outcome = handlers[i->op](m, w, i, mask);
                 if (outcome == WAIT) { g->blocked = 1; break; }
                 if (outcome == FAULT) return OVER;
@@ -192,11 +193,13 @@ Cluster *emu_cluster_new(u32 ctas, u32 warps_per_cta, u32 threads_per_cta, u32 i
     Cluster *c = calloc(1, sizeof *c);
     c->ctas = calloc(ctas, sizeof *c->ctas);
     c->cta_count = ctas, c->live_warps = ctas * warps_per_cta, c->live_lanes = c->barrier_pending = ctas * threads_per_cta, c->id = id;
+    c->warp_count = ctas * warps_per_cta;
+    c->warps = calloc(c->warp_count, sizeof *c->warps);
     return c;
 }
-Cta *emu_cta_new(Cluster *c, u32 rank, u32 warps, u8 *data, u8 *flags, u32 *epoch, u32 *writer, u64 size) {
+Cta *emu_cta_new(Cluster *c, u32 rank, u32 warps, u8 *data, u8 *flags, u32 *epoch, u32 *writer, u32 *stamp, u64 size) {
     Cta *cta = calloc(1, sizeof *cta);
-    Region shared = {((u64)rank << 24) + 0x400, size, data, flags, epoch, writer, 0, 0};
+    Region shared = {((u64)rank << 24) + 0x400, size, data, flags, epoch, writer, stamp, 0, 0};
     cta->shared = shared, cta->rank = rank, cta->live_warps = warps, cta->cluster = c;
     cta->bars = calloc(size / 8 + 1, sizeof *cta->bars);
     c->ctas[rank] = cta;
@@ -208,6 +211,7 @@ Warp *emu_warp_new(Machine *m, Cta *cta, u32 id, u32 index, u32 live, u8 *regist
     w->cta = cta, w->live = live, w->exited = ~live, w->index = index, w->id = id, w->pending = pending;
     w->group_count = 1, w->groups[0].mask = live, w->spin_pc = ~0u;
     w->cluster_phase = ~0ull;
+    order_start(w);
     if (id >= m->warp_room) {
         m->warp_room = 2 * id + 32;
         m->warps = realloc(m->warps, m->warp_room * sizeof *m->warps);
@@ -218,15 +222,17 @@ Warp *emu_warp_new(Machine *m, Cta *cta, u32 id, u32 index, u32 live, u8 *regist
     return w;
 }
 void emu_warp_local(Warp *w, u8 *data, u8 *flags, u64 bytes_per_lane) {
-    Region local = {0x100, bytes_per_lane, data, flags, NULL, NULL, 0, 0};
+    Region local = {0x100, bytes_per_lane, data, flags, NULL, NULL, NULL, 0, 0};
     w->local = local;
 }
 void emu_warp_free(Machine *m, Warp *w) {
     m->warps[w->id] = NULL;
-    free(w);
+    w->cta->cluster->warps[w->place] = NULL;
+    free(w->loads), free(w);
 }
 void emu_cluster_free(Cluster *c) {
     for (u32 k = 0; k < c->cta_count; k++) free(c->ctas[k]->bars), free(c->ctas[k]);
+    order_free(c);
     free(c->ctas), free(c);
 }
 Mbarrier *emu_mbarrier(const Cluster *c, u32 address) {
@@ -239,11 +245,12 @@ Mbarrier *emu_mbarrier(const Cluster *c, u32 address) {
     return b->valid ? b : NULL;
 }
 /* 0, or why not: 3 bad count, 4 over-arrive, 5 transaction count out of range. */
-int emu_mbarrier_update(Machine *m, Mbarrier *b, u32 arrivals, s64 tx) {
+int emu_mbarrier_update(Machine *m, Warp *w, Mbarrier *b, u32 arrivals, s64 tx) {
     enum { MOST = (1 << 20) - 1 };
     b->tx += tx;
     if (b->tx > MOST || b->tx < -MOST) return 5;
     if (arrivals > b->pending) return 4;
+    order_complete(w, &b->clock);
     b->pending -= arrivals;
     mbarrier_settle(b);
     m->progress++;

@@ -5,7 +5,7 @@
 
 enum { MOST = (1 << 20) - 1 };
 /* aux; the same numbers as in isa_sync.py. */
-enum { NARROW = 1, EXPECT_TX = 2, DROP = 4, NO_COMPLETE = 8, STATE = 16, PARITY = 32, BLOCKING = 64, COUNT = 128 };
+enum { NARROW = 1, EXPECT_TX = 2, DROP = 4, NO_COMPLETE = 8, STATE = 16, PARITY = 32, BLOCKING = 64, COUNT = 128, RELAXED = 256 };
 /* Note.detail of a BAD_MBARRIER fault, for the message. */
 enum { NOT_INITIALISED = 1, BAD_ADDRESS, BAD_COUNT, OVER_ARRIVE, TX_RANGE, TWICE };
 
@@ -42,7 +42,7 @@ static Outcome op_mbarrier_init(Machine *m, Warp *w, const Ins *i, u32 mask) {
         u64 offset = (u32)address[l] - cta->shared.base;
         Mbarrier *b = &cta->bars[offset >> 3];
         if (b->valid) return fault(m, w, i, BAD_MBARRIER, 1u << l, address[l], TWICE);
-        *b = (Mbarrier){(u32)address[l], count, count, 1, 0, 0, w->id, m->epoch};
+        *b = (Mbarrier){(u32)address[l], count, count, 1, 0, 0, w->id, m->epoch, b->clock};
         memset(cta->shared.flags + offset, MBARRIER | INIT, 8);
     }
     return NEXT;
@@ -80,6 +80,7 @@ static Outcome op_mbarrier_tx(Machine *m, Warp *w, const Ins *i, u32 mask) {
 static Outcome op_mbarrier_arrive(Machine *m, Warp *w, const Ins *i, u32 mask) {
     u64 address[LANES];
     int bad, at = i->aux & STATE ? 1 : 0;
+    const Mbarrier *told = NULL;
     addresses(w, i, at, i->aux & NARROW, address);
     w->spin_count = 0;
     EACH_LANE if (mask >> l & 1) {
@@ -91,6 +92,7 @@ static Outcome op_mbarrier_arrive(Machine *m, Warp *w, const Ins *i, u32 mask) {
         if (!count || count > MOST) return fault(m, w, i, BAD_MBARRIER, 1u << l, address[l], BAD_COUNT);
         if (count > b->pending) return fault(m, w, i, BAD_MBARRIER, 1u << l, address[l], OVER_ARRIVE);
         if (at) DST(u64, 0)[l] = b->phase << 32 | b->pending;
+        if (b != told) i->aux & RELAXED ? order_signal(m, w, i, &b->clock) : order_release(m, w, i, &b->clock), told = b;
         b->pending -= count;
         if (i->aux & DROP) b->expected -= count;
         mbarrier_settle(b);
@@ -102,12 +104,14 @@ static Outcome op_mbarrier_wait(Machine *m, Warp *w, const Ins *i, u32 mask) {
     u64 address[LANES];
     u32 done = 0;
     int bad;
+    const Mbarrier *heard = NULL;
     addresses(w, i, 1, i->aux & NARROW, address);
     EACH_LANE if (mask >> l & 1) {
         Mbarrier *b = find_mbarrier(m, w, i, 1u << l, address[l], &bad);
         if (bad) return FAULT;
         int over = i->aux & PARITY ? (b->phase & 1) != (SRC(u32, 2)[l] & 1) : b->phase > SRC(u64, 2)[l] >> 32;
         done |= (u32)over << l;
+        if (over && b != heard) i->aux & RELAXED ? order_see(w, b->clock) : order_acquire(w, b->clock), heard = b;
     }
     if (!done && i->aux & BLOCKING) return WAIT;
     put_mask(DST(u32, 0), mask, done);

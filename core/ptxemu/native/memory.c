@@ -103,7 +103,14 @@ Outcome reach(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 
             return fault(m, w, i, OUT_OF_BOUNDS, 1u << lane, first, bytes);
         if (r->read_only && access != ACCESS_LOAD) return fault(m, w, i, READ_ONLY, 1u << lane, first, bytes);
         u64 stride = here == SPACE_LOCAL ? r->size : 0, base = r->base + window, room = r->size - bytes;
-        u32 group = 0;
+        u32 group = 0, *stamp = here == SPACE_SHARED ? r->stamp : NULL;
+        u32 crossed = 0, now = 0;
+        if (stamp) {
+            now = w->clock[w->place];
+            Cta *cta = (Cta *)(void *)r; /* whose first member the region is */
+            crossed = cta->crossed || cta != w->cta;
+            cta->crossed |= access != ACCESS_LOAD && cta != w->cta;
+        }
         for (u32 rest = left; rest; rest &= rest - 1) {
             int l = first_lane(rest);
             u64 offset = address[l] - base;
@@ -113,10 +120,12 @@ Outcome reach(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 
             place[l] = r->data + offset;
             u8 *f = r->flags + offset;
             if (access != ACCESS_STORE && !readable(f, bytes)) blame(m, w, i, l, address[l], f, bytes, 0);
+            if (crossed && access == ACCESS_LOAD) check_order(m, w, i, l, address[l], r, offset, bytes);
             if (access != ACCESS_LOAD) {
                 if (!writable(f, bytes)) blame(m, w, i, l, address[l], f, bytes, 1);
                 for (u32 k = 0; k < bytes; k++) f[k] |= INIT;
                 if (r->epoch) for (u64 k = offset >> 2; k <= (offset + bytes - 1) >> 2; k++) r->epoch[k] = m->epoch, r->writer[k] = w->id;
+                if (stamp) for (u64 k = offset >> 2; k <= (offset + bytes - 1) >> 2; k++) stamp[k] = now;
             }
         }
         left &= ~group;
@@ -125,15 +134,22 @@ Outcome reach(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 
 }
 
 /* aux of ld and st; the same numbers as in isa_memory.py. */
-enum { ELEMENT = 15, ROOM_SHIFT = 4, SIGNED = 1 << 8, SPACE_SHIFT = 9, NARROW = 1 << 11, SINK_SHIFT = 16, SPINS = 16 };
+enum { ELEMENT = 15, ROOM_SHIFT = 4, SIGNED = 1 << 8, SPACE_SHIFT = 9, NARROW = 1 << 11, STRONG = 1 << 12, SINK_SHIFT = 16, SPINS = 16 };
 
 static Outcome op_ld(Machine *m, Warp *w, const Ins *i, u32 mask) {
     u64 address[LANES];
     u8 *place[LANES];
     u32 n = i->count - 1u, element = i->aux & ELEMENT, room = i->aux >> ROOM_SHIFT & 15;
     addresses(w, i, (int)n, !!(i->aux & NARROW), address);
-    Outcome r = reach(m, w, i, mask, (int)(i->aux >> SPACE_SHIFT & 3), address, element * n, ACCESS_LOAD, place);
+    int space = (int)(i->aux >> SPACE_SHIFT & 3);
+    if (i->aux & STRONG) order_acquire(w, w->cta->cluster->flag_clock);
+    Outcome r = reach(m, w, i, mask, space, address, element * n, ACCESS_LOAD, place);
     if (r != NEXT) return r;
+    if (m->touch_start && (space == SPACE_SHARED || (space == SPACE_GENERIC && (address[first_lane(mask)] & WINDOW_MASK) == SHARED_WINDOW))) {
+        u32 targets[MOST_TARGETS], count = 0;
+        for (u32 k = 0; k < n; k++) if (!(i->aux >> SINK_SHIFT >> k & 1)) targets[count++] = i->o[k] >> 2;
+        load_issued(m, w, (u32)(i - m->code), mask, address, element * n, targets, count);
+    }
     for (u32 k = 0; k < n; k++) {
         if (i->aux >> SINK_SHIFT >> k & 1) continue;
         u8 *d = DST(u8, k);
@@ -164,6 +180,7 @@ static Outcome op_st(Machine *m, Warp *w, const Ins *i, u32 mask) {
     w->spin_count = 0;
     Outcome r = reach(m, w, i, mask, (int)(i->aux >> SPACE_SHIFT & 3), address, element * n, ACCESS_STORE, place);
     if (r != NEXT) return r;
+    if (i->aux & STRONG) order_release(m, w, i, &w->cta->cluster->flag_clock);
     for (u32 k = 0; k < n; k++) {
         const u8 *s = SRC(u8, k + 1);
         EACH_LANE if (mask >> l & 1) memcpy(place[l] + element * k, s + (u32)l * room, element);

@@ -24,7 +24,7 @@ enum { INIT = 1, IN_FLIGHT_WRITE = 2, IN_FLIGHT_READ = 4, MBARRIER = 8 };
 /* Findings; the same order as in native.py. Those up to LAST_STOPPING end the launch. */
 enum {
     NO_FINDING, OUT_OF_BOUNDS, MISALIGNED, READ_ONLY, BAD_MBARRIER, BAD_BARRIER, DIVERGENCE, TRAP,
-    LAST_STOPPING = TRAP, UNINITIALISED, ASYNC_RACE, PENDING_REGISTER
+    LAST_STOPPING = TRAP, UNINITIALISED, ASYNC_RACE, PENDING_REGISTER, PENDING_LOAD, UNORDERED_READ
 };
 
 /* What a handler returns. */
@@ -47,6 +47,7 @@ typedef struct {
     u8 *data, *flags;
     u32 *epoch;  /* per 4 bytes: proxy epoch of the last generic write, 0 when there is none */
     u32 *writer; /* per 4 bytes: warp that wrote */
+    u32 *stamp;  /* per 4 bytes: its own clock when it did; 0 for what order.c does not judge, NULL outside clusters */
     u32 read_only, id;
 } Region;
 
@@ -55,12 +56,14 @@ typedef struct {
     s64 tx;
     u64 phase;
     u32 init_warp, init_epoch; /* when mbarrier.init was executed, to see whether a fence followed */
+    u32 *clock; /* of all who arrived, see order.c */
 } Mbarrier;
 
 typedef struct {
     u32 arrived, needed, reduced; /* needed: 0 for all warps that have not exited */
     u64 phase;
     u32 result; /* of the reduction of the last phase */
+    u32 *clock;
 } NamedBarrier;
 
 struct Cluster;
@@ -70,6 +73,7 @@ typedef struct {
     u32 rank, live_warps;
     NamedBarrier named[NAMED_BARRIERS];
     struct Cluster *cluster;
+    u32 crossed; /* a warp of another CTA has stored to its shared memory */
 } Cta;
 
 typedef struct Cluster {
@@ -78,6 +82,10 @@ typedef struct Cluster {
     u32 barrier_pending; /* lanes that have yet to arrive */
     u32 live_lanes;
     u64 barrier_phase;
+    u32 warp_count;
+    struct Warp **warps;          /* by their places */
+    struct ClockRoom *clocks;     /* all clocks of the cluster, to free them */
+    u32 *barrier_clock, *flag_clock; /* of its barrier; of strong accesses and atomics */
 } Cluster;
 
 /* Lanes that share a program counter. */
@@ -89,7 +97,7 @@ typedef struct {
     u64 python_epoch; /* machine.progress when a Python operation was blocked */
 } Group;
 
-typedef struct {
+typedef struct Warp {
     u8 *base[4]; /* 0 registers, 1 constants of the kernel, 2 special registers of the warp */
     Cta *cta;
     Group groups[GROUPS];
@@ -106,6 +114,9 @@ typedef struct {
     u32 cluster_waiting; /* lanes that have arrived and not yet waited */
     Region local;      /* of lane 0; the others follow, local.size apart */
     u64 executed;
+    u32 place;         /* in its cluster */
+    u32 *clock, *fenced, *seen; /* now; at the last fence; of what was waited for without acquire */
+    struct Loads *loads; /* of shared memory whose values nobody has used yet; NULL before the first */
 } Warp;
 
 typedef struct {
@@ -148,6 +159,10 @@ typedef struct Machine {
     /* of the random schedule: who is held back, for how many more rounds */
     u32 lag, lag_rounds, lag_warp;
     const Cta *lag_cta;
+    /* registers of each instruction, from touch_start[pc] on: first word in the file << 1 | written; reads come first.
+       NULL for a kernel in which no load of shared memory is watched. */
+    const u32 *touched, *touch_start;
+    u32 register_words;
 } Machine;
 
 /* A matrix product of numbers that f32 holds, see product.c. */
@@ -164,6 +179,22 @@ typedef struct {
     const char *name;
     Handler run;
 } Op;
+
+/* Loads of shared memory that are under way, see order.c. */
+enum { MOST_LOADS = 64, MOST_TARGETS = 8 };
+typedef struct {
+    u32 address[LANES], mask, bytes, low, high; /* low up to high: all that it reads */
+    u32 pc, signal_pc, hit_pc; /* the load; the first signal while it was pending; the copy that overwrites it */
+    u32 target[MOST_TARGETS]; /* registers, as words of the file */
+    u8 target_count, unread, signalled, used, hit;
+    u32 after; /* the warp's own clock at the first release after the value was used, 0 before that */
+} Load;
+typedef struct Loads {
+    u64 taken, pending; /* one bit a record; pending: the value has not been used */
+    u32 victim;
+    u8 *loading; /* record + 1 of each word of the register file */
+    Load of[MOST_LOADS];
+} Loads;
 
 extern const Op integer_ops[], compare_ops[], float_ops[], half_ops[], convert_ops[], memory_ops[], atomic_ops[], warp_ops[], sync_ops[], mbarrier_ops[];
 
@@ -204,6 +235,22 @@ void addresses(const Warp *w, const Ins *i, int k, int narrow, u64 *out);
 Mbarrier *find_mbarrier(Machine *m, Warp *w, const Ins *i, u32 lane_mask, u64 address, int *bad);
 void mbarrier_settle(Mbarrier *b);
 void retire_lanes(Machine *m, Warp *w, u32 mask);
+
+/* order.c. A release publishes to an object what the warp has done, an acquire takes over what an object was told. */
+#define NO_PC 0xffffffffu
+void order_start(Warp *w);
+void order_release(Machine *m, Warp *w, const Ins *i, u32 **object);
+void order_signal(Machine *m, Warp *w, const Ins *i, u32 **object); /* relaxed: what the last fence covered */
+void order_complete(Warp *w, u32 **object); /* something asynchronous that the warp started */
+void order_acquire(Warp *w, const u32 *object);
+void order_see(Warp *w, const u32 *object); /* relaxed: counts from the next fence on */
+void order_fence(Machine *m, Warp *w);
+void order_exit(Warp *w);
+void order_free(Cluster *c);
+void check_order(Machine *m, Warp *w, const Ins *i, int lane, u64 address, const Region *r, u64 offset, u32 bytes);
+void load_issued(Machine *m, Warp *w, u32 pc, u32 mask, const u64 *address, u32 bytes, const u32 *targets, u32 count);
+void loads_touched(Machine *m, Warp *w, u32 pc);
+void loads_performed(Machine *m, Warp *w);
 
 /* Generic addresses of shared and local memory; a real address never has these top bytes. */
 #define SHARED_WINDOW (0x53ull << 56)

@@ -22,6 +22,8 @@ static Outcome op_bar(Machine *m, Warp *w, const Ins *i, u32 mask) {
                    : kind == BAR_AND ? b->reduced && p == w->live : kind == BAR_OR ? b->reduced || p : b->reduced;
         b->needed = count;
         b->arrived += LANES;
+        loads_performed(m, w);
+        order_release(m, w, i, &b->clock);
         g->arrived = 1;
         g->wait_phase = b->phase;
     }
@@ -32,6 +34,7 @@ static Outcome op_bar(Machine *m, Warp *w, const Ins *i, u32 mask) {
     }
     if (kind != BAR_ARRIVE && b->phase == g->wait_phase) return WAIT;
     g->arrived = 0;
+    if (kind != BAR_ARRIVE) order_acquire(w, b->clock);
     if (kind == BAR_POPC) {
         u32 r[LANES];
         EACH_LANE r[l] = b->result;
@@ -43,26 +46,30 @@ static Outcome op_bar(Machine *m, Warp *w, const Ins *i, u32 mask) {
 static void settle_cluster(Cluster *c) {
     if (!c->barrier_pending && c->live_lanes) c->barrier_phase++, c->barrier_pending = c->live_lanes;
 }
-/* barrier.cluster 9.7.13.4; aux 1: .aligned. */
+/* barrier.cluster 9.7.13.4. */
+enum { ALIGNED = 1, RELAXED = 2 };
 static Outcome op_cluster_arrive(Machine *m, Warp *w, const Ins *i, u32 mask) {
     Cluster *c = w->cta->cluster;
     Group *g = &w->groups[w->running];
-    if (i->aux && g->mask != w->live) return WAIT;
+    if (i->aux & ALIGNED && g->mask != w->live) return WAIT;
     if (mask & w->cluster_waiting) return fault(m, w, i, BAD_BARRIER, mask, 0, -1);
     if (w->cluster_phase != c->barrier_phase) w->cluster_arrived = 0;
     w->cluster_phase = c->barrier_phase;
     w->cluster_arrived |= mask;
     w->cluster_waiting |= mask;
     c->barrier_pending -= (u32)__builtin_popcount(mask);
+    if (i->aux & RELAXED) order_signal(m, w, i, &c->barrier_clock);
+    else loads_performed(m, w), order_release(m, w, i, &c->barrier_clock);
     settle_cluster(c);
     return NEXT;
 }
 static Outcome op_cluster_wait(Machine *m, Warp *w, const Ins *i, u32 mask) {
     Group *g = &w->groups[w->running];
-    if (i->aux && g->mask != w->live) return WAIT;
+    if (i->aux & ALIGNED && g->mask != w->live) return WAIT;
     if (mask & ~w->cluster_waiting) return fault(m, w, i, BAD_BARRIER, mask & ~w->cluster_waiting, 0, -2);
     if (w->cta->cluster->barrier_phase == w->cluster_phase) return WAIT;
     w->cluster_waiting &= ~mask;
+    order_acquire(w, w->cta->cluster->barrier_clock);
     return NEXT;
 }
 
@@ -75,6 +82,7 @@ void retire_lanes(Machine *m, Warp *w, u32 mask) {
     w->exited |= mask;
     c->live_lanes -= (u32)__builtin_popcount(mask);
     c->barrier_pending -= (u32)__builtin_popcount(mask & ~arrived);
+    if (!w->live) order_exit(w);
     settle_cluster(c);
     if (!w->live) w->cta->live_warps--, c->live_warps--;
 }
@@ -82,6 +90,7 @@ void retire_lanes(Machine *m, Warp *w, u32 mask) {
 /* fence.proxy.async 9.7.13.4: what this warp wrote before may be read by the asynchronous proxy. */
 static Outcome op_fence_async(Machine *m, Warp *w, const Ins *i, u32 mask) {
     UNUSED(i), UNUSED(mask);
+    loads_performed(m, w);
     w->fence_epoch = w->init_fence_epoch = ++m->epoch;
     return NEXT;
 }
@@ -91,5 +100,12 @@ static Outcome op_fence_mbarrier_init(Machine *m, Warp *w, const Ins *i, u32 mas
     return NEXT;
 }
 
+/* fence, membar 9.7.13.4 */
+static Outcome op_fence(Machine *m, Warp *w, const Ins *i, u32 mask) {
+    UNUSED(i), UNUSED(mask);
+    order_fence(m, w);
+    return NEXT;
+}
+
 #define ENTRY(name) {#name, op_##name},
-const Op sync_ops[] = {ENTRY(bar) ENTRY(cluster_arrive) ENTRY(cluster_wait) ENTRY(fence_async) ENTRY(fence_mbarrier_init) {0, 0}};
+const Op sync_ops[] = {ENTRY(bar) ENTRY(cluster_arrive) ENTRY(cluster_wait) ENTRY(fence) ENTRY(fence_async) ENTRY(fence_mbarrier_init) {0, 0}};

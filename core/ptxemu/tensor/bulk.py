@@ -242,6 +242,7 @@ def _bulk(ins: Instruction, name: str, kind: str) -> Execute:
         for rank in ranks:
             where = ((to & OFFSET) | rank << 24) + pieces
             bar = completion_barrier(ctx, signal, rank, multicast=multicast, pair=False)
+            ctx.overwrite(where, 16)
             write_hold = None if name else ctx.hold(where, 16, "write", space="shared")
 
             def arrive(where: Any = where, bar: Any = bar, hold: Any = write_hold) -> None:

@@ -158,6 +158,7 @@ def ldmatrix(ins: Instruction) -> Execute:
         addresses = _row_addresses(ctx, source, count * fragment.rows)
         rows = ctx.load(addresses, 16, space="shared", proxy="generic").reshape(count, fragment.rows, 16)
         ctx.write_all(targets, gather(fragment, expand(rows, packed) if packed else rows))
+        ctx.loads_shared(targets, addresses, 16)
 
     return execute
 

@@ -52,6 +52,8 @@ def try_cancel(ins: Instruction) -> Execute:
         ]
         if not everywhere:
             places = [(np.array([to]), signal)]
+        for where, _ in places:
+            ctx.overwrite(where, RESPONSE_BYTES)
         targets = [
             (where, async_barrier(ctx, bar), ctx.hold(where, RESPONSE_BYTES, "write", space="shared"))
             for where, bar in places

@@ -198,6 +198,7 @@ def _load(ins: Instruction) -> Execute:
         for rank in ranks:
             chunks = offsets | rank << 24
             bar = completion_barrier(ctx, signal, rank, multicast=multicast, pair=pair)
+            ctx.overwrite(chunks, 16)
             hold = ctx.hold(chunks, 16, "write", space="shared")
 
             def step(chunks: npt.NDArray[np.int64] = chunks, bar: Any = bar, hold: Any = hold) -> None:

@@ -22,6 +22,8 @@ REASONS = {
     r"tcgen05_f16/drop-after-fence/[012]": _TMA,
     r"tcgen05_nvfp4_pair/drop-after-fence/[01]": _TMA,
     r"tcgen05_nvfp4_pair/drop-init-fence/[01]": _SECOND,
+    r"(exchange|tcgen05_\w+)/relax-cluster-arrive/0": "no data cross it: only mbarriers, and their fence is before it",
+    r"(exchange|moe_permute)/relax-cluster-arrive/1": "the last one: it keeps shared memory alive, no data cross it",
     r"tcgen05_f16/drop-cluster-wait/0": "a cluster of one CTA, and a barrier of all its threads directly after",
     r"tcgen05_\w+/drop-barrier/0": _CLUSTER,
     r"grouped_gemm_prefill/(drop-wgmma-wait|later-group)/[12]": _QUARTERS,

@@ -111,6 +111,13 @@ def drop_barrier(s: Statement) -> str | None:
     return "" if s.has("bar.sync", "barrier.sync", "barrier.cta.sync") else None
 
 
+@operator("relax-cluster-arrive", "what makes stores before the barrier of the cluster visible to the other CTAs")
+def relax_cluster_arrive(s: Statement) -> str | None:
+    if not s.has("barrier.cluster.arrive") or ".relaxed" in s.name:
+        return None
+    return f"{s.guard}barrier.cluster.arrive.relaxed{'.aligned' if s.name.endswith('.aligned') else ''};"
+
+
 @operator("pass-wait", "a wait for an mbarrier's phase: it never waits")
 def pass_wait(s: Statement) -> str | None:
     if not s.has("mbarrier.try_wait", "mbarrier.test_wait"):

@@ -45,8 +45,8 @@ FULL:
   @!%p3 bra FULL;
   mul.lo.u32 %r12, %r6, {SLAB}; add.u32 %r12, %r12, %r20; add.u32 %r13, %r3, %r12; add.u32 %r14, %r4, %r12;
   ld.shared.v4.b32 {{%r30, %r31, %r32, %r33}}, [%r13];
-  mbarrier.arrive.shared.b64 _, [%r9];
   add.u32 %r30, %r30, 1; add.u32 %r31, %r31, 1; add.u32 %r32, %r32, 1; add.u32 %r33, %r33, 1;
+  mbarrier.arrive.shared.b64 _, [%r9];
   @%p6 cp.async.bulk.wait_group.read {STAGES - 1};
   bar.sync 1, 32;
   st.shared.v4.b32 [%r14], {{%r30, %r31, %r32, %r33}};
