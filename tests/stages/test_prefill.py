@@ -112,7 +112,7 @@ def test_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, 
         (11, 320, 448, "NARROW", 3, 1),
         (60, 320, 448, "NARROW", 2, 2),
         (200, 144, 512, "MEDIUM", 3, 2),
-        (120, 320, 256, "WIDE", 2, 1),
+        (300, 560, 448, "WIDE", 1, 3),
         (2500, 144, 128, "MEDIUM", 1, 20),
     ],
 )

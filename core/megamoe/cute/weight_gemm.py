@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Numeric, Uint8, Uint32, cute
+from cutlass.cute.nvgpu import cpasync
 
-from megamoe.cute import arith, fragments, multicast, peers, ring, split_sums, wgmma
+from megamoe.cute import arith, fragments, multicast, peers, ring, split_sums, tma, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
 from megamoe.cute.weight_pieces import (
@@ -94,6 +95,23 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
 
 
 @cute.jit
+def _prefetch(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape]) -> None:
+    """Has the first weights brought to L2, whatever they are by then: what came before in the stream may still run."""
+    mine = cute.arch.warp_idx() - (GROUP // WARP - shape.slabs)
+    number, _ = turn(shape, operands)
+    first_stage, k_stages = stages_of(shape, operands)
+    piece = piece_of(number, Int32(0), base, operands, shape)
+    if (number < pieces(base, operands, shape)) & (mine >= 0) & (mine < slabs_of(piece, operands, shape)):
+        if cute.arch.lane_idx() == 0:
+            place = Int64(piece.row_piece * shape.slabs + mine) * operands.k_stages + first_stage
+            count = cutlass.min(k_stages, shape.stages)
+            peers.prefetch(ring.address(operands.codes.iterator) + place * SLAB_CODES, count * SLAB_CODES)
+            peers.prefetch(ring.address(operands.scales.iterator) + place * SLAB_SCALES, count * SLAB_SCALES)
+    if cute.arch.warp_idx() == 0:
+        cpasync.prefetch_descriptor(operands.packed.info.atom)
+
+
+@cute.jit
 def _produce_piece(
     base: Int32,
     piece: Constexpr[Piece],
@@ -110,7 +128,8 @@ def _produce_piece(
     codes = ring.address(operands.codes.iterator) + place * SLAB_CODES
     scales = ring.address(operands.scales.iterator) + place * SLAB_SCALES
     weights = (mine >= 0) & (mine < slabs_of(piece, operands, shape))
-    size = arith.select(warp < 2, piece.width * wgmma.ROW_BYTES, Int32(0))
+    rows = (piece.width + (shape.box - 1)) // shape.box * shape.box
+    size = arith.select(warp < 2, rows * wgmma.ROW_BYTES, Int32(0))
     size = size + arith.select(weights, Int32(SLAB_CODES + SLAB_SCALES), Int32(0))
     block = 2 * first_stage + warp
     rank = cute.arch.block_idx()[0] % shape.cluster
@@ -148,7 +167,7 @@ def accumulate(
     """Sums so many stages of a piece with so many slabs: acc[tile, i], i as `wgmma.mma`; returns the next stage.
 
     The products of a tile and a step, 32 of k, are a group; while groups run, the operand of the next one is decoded.
-    At the end of a piece that is an operand nobody needs, of the last stage again.
+    At the end of a piece that is an operand nobody needs, of words that were there before.
     """
     count, tiles = width // 2, shape.tiles
     for t in cutlass.range_constexpr(tiles):
@@ -174,7 +193,7 @@ def accumulate(
         tokens = wgmma.descriptor(base + stage * shape.stage_bytes)
         next_stage, next_parity = stage_after(stage, parity, shape)
         more = arith.select(k + 1 < k_stages, Int32(1), Int32(0))
-        there = arith.select(more == 1, next_stage, stage) * shape.stage_bytes
+        there = next_stage * shape.stage_bytes
         for group in cutlass.range_constexpr(STEPS * tiles):
             step, t = group // tiles, group % tiles
             wgmma.fence()
@@ -188,7 +207,9 @@ def accumulate(
             if cutlass.const_expr(step == STEPS - 1):
                 if cutlass.const_expr(t == 0):
                     ring.wait_if(base + shape.barriers_at + next_stage * 16, next_parity, more)
-                raw[t] = _first_words(t, codes + there, scales + there)
+                kept = [raw[t][:4], raw[t][4:]]
+                places = (codes + there + t * TILE_CODES, scales + there + t * TILE_SCALES)
+                raw[t] = [word for i in range(2) for word in peers.load16_if(places[i], kept[i], more)]
             after, other = (group + 1) // tiles % STEPS, (group + 1) % tiles
             left = decode(raw[other], after, masks)
             if cutlass.const_expr(after == 1):
@@ -259,6 +280,9 @@ def work(
             ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS * shape.cluster)
         ring.init_fence()
     if cutlass.const_expr(shape.direct):
+        if cutlass.const_expr(shape.ahead):
+            if thread < GROUP:
+                _prefetch(base, operands, shape)
         cute.arch.griddepcontrol_wait()  # there is no `pack` that did
     cute.arch.griddepcontrol_launch_dependents()
     if cutlass.const_expr(shape.cluster > 1):
@@ -296,6 +320,7 @@ def work(
                     else:
                         finish(acc, piece, width, base + shape.staging_at, factors)
             number = number + turns
+        tma.wait_stores()  # an epilogue may have left some
     if cutlass.const_expr(shape.cluster > 1):
         cute.arch.cluster_arrive()
         cute.arch.cluster_wait()  # nobody writes to a CTA that has ended

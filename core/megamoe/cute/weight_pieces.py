@@ -27,7 +27,7 @@ SLAB_CODES, SLAB_SCALES = SLAB_ROWS * STAGE_K // 2, SLAB_ROWS * STAGE_K // 16  #
 SLAB_TILES = SLAB_ROWS // TILE_ROWS
 TILE_CODES, TILE_SCALES = SLAB_CODES // SLAB_TILES, SLAB_SCALES // SLAB_TILES
 BLOCK_K = 64  # k of a swizzled row of activations
-TILES_TOGETHER = 8  # token tiles of one expert
+TOKENS_TOGETHER = 1024  # of one expert, in neighbouring tiles
 ALIGNMENT = 8  # packed rows of an expert start at its multiples, or the swizzle would not fit
 MAX_EXPERTS = 2 * THREADS
 
@@ -56,6 +56,9 @@ class Shape(NamedTuple):
     split: bool = False
     in_flight: int = 1
     direct: bool = False
+    ahead: bool = True
+    copied: int = 0
+    late: int = 0
     cluster: int = 1
 
     @property
@@ -71,7 +74,7 @@ class Shape(NamedTuple):
     @property
     def box(self) -> int:
         """Tokens that are copied at once if `direct`."""
-        return math.gcd(*self.widths)
+        return self.copied or math.gcd(*self.widths)
 
     @property
     def slabs(self) -> int:
@@ -278,10 +281,11 @@ def piece_of(number: Int32, expert: Int32, base: Int32, operands: Operands, shap
 
 
 def _dense_piece(number: Int32, operands: Operands, shape: Shape) -> Piece:
-    """The same for the only expert, up to TILES_TOGETHER token tiles at a time, so that they stay in L2."""
-    around = operands.row_pieces(shape) * TILES_TOGETHER
-    first_tile = number // around * TILES_TOGETHER
-    together = cutlass.min(operands.tiles - first_tile, TILES_TOGETHER)
+    """The same for the only expert, up to TOKENS_TOGETHER tokens at a time, so that they stay in L2."""
+    most = TOKENS_TOGETHER // shape.tokens
+    around = operands.row_pieces(shape) * most
+    first_tile = number // around * most
+    together = cutlass.min(operands.tiles - first_tile, most)
     local = number - first_tile * operands.row_pieces(shape)
     row_piece = local // together
     column = row_piece

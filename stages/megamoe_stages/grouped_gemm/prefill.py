@@ -113,7 +113,7 @@ def _dense_cut(rows: int, n: int, stages: int, sms: int) -> Cut:
         tiles = -(-rows // most)
         pieces = -(-n // shape.rows) * tiles
         width = next(w for w in shape.widths if w * tiles >= rows)
-        for sharing in range(1, max(1, min(sms // pieces, stages)) + 1):
+        for sharing in range(1, max(1, min(sms // pieces, stages) * shape.split) + 1):
             of_stage = STAGE_CLOCKS[shape.tiles] + TOKEN_CLOCKS * width * shape.tiles
             clocks = -(-pieces * sharing // sms) * -(-stages // sharing) * of_stage
             if sharing > 1:
