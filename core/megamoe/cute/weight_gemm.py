@@ -3,8 +3,9 @@
 Swapped: the weights are wgmma's left operand, tokens its columns. A CTA has four producer warps and two consumer
 warpgroups, and walks over pieces of work: 128 or 256 weight rows of an expert times up to `Shape.tokens` of its tokens.
 A consumer warp owns 16 or 32 neighbouring weight rows of a piece, a tile of 16 or two. The producers fill a ring of
-stages, 128 of k each, with bulk copies of prepared weights (`numerics.fragments`) and of packed activations (`pack`); a
-consumer decodes 32 of k of a tile while the tensor cores multiply what it decoded before.
+stages, 128 of k each, with bulk copies of prepared weights (`numerics.fragments`) and of activations, packed (`pack`)
+or, if `Shape.direct`, as they are; a consumer decodes 32 of k of a tile while the tensor cores multiply what it decoded
+before.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from collections.abc import Callable, Sequence
 
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Numeric, Uint8, Uint32, cute
-from cutlass.cute.nvgpu import cpasync
 
-from megamoe.cute import arith, fragments, multicast, peers, ring, split_sums, tma, wgmma
+from megamoe.cute import arith, fragments, multicast, placed, ring, split_sums, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
 from megamoe.cute.weight_pieces import (
@@ -84,31 +84,11 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
                 if warp < 2:
                     ring.copy(tokens, at + warp * (shape.weights_at // 2), rows, full)
                 if weights:
-                    there = at + shape.weights_at + mine * SLAB_CODES
-                    ring.copy(codes, there, Int32(SLAB_CODES), full)
-                    there = at + (shape.weights_at + shape.slabs * SLAB_CODES) + mine * SLAB_SCALES
-                    ring.copy(scales, there, Int32(SLAB_SCALES), full)
+                    _copy_slab(codes, scales, mine, at, full, shape)
                 tokens, codes, scales = tokens + 2 * block, codes + SLAB_CODES, scales + SLAB_SCALES
                 stage, parity = stage_after(stage, parity, shape)
         stage, parity = cute.arch.shuffle_sync(stage, 0), cute.arch.shuffle_sync(parity, 0)
         number = number + turns
-
-
-@cute.jit
-def _prefetch(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape]) -> None:
-    """Has the first weights brought to L2, whatever they are by then: what came before in the stream may still run."""
-    mine = cute.arch.warp_idx() - (GROUP // WARP - shape.slabs)
-    number, _ = turn(shape, operands)
-    first_stage, k_stages = stages_of(shape, operands)
-    piece = piece_of(number, Int32(0), base, operands, shape)
-    if (number < pieces(base, operands, shape)) & (mine >= 0) & (mine < slabs_of(piece, operands, shape)):
-        if cute.arch.lane_idx() == 0:
-            place = Int64(piece.row_piece * shape.slabs + mine) * operands.k_stages + first_stage
-            count = cutlass.min(k_stages, shape.stages)
-            peers.prefetch(ring.address(operands.codes.iterator) + place * SLAB_CODES, count * SLAB_CODES)
-            peers.prefetch(ring.address(operands.scales.iterator) + place * SLAB_SCALES, count * SLAB_SCALES)
-    if cute.arch.warp_idx() == 0:
-        cpasync.prefetch_descriptor(operands.packed.info.atom)
 
 
 @cute.jit
@@ -128,11 +108,9 @@ def _produce_piece(
     codes = ring.address(operands.codes.iterator) + place * SLAB_CODES
     scales = ring.address(operands.scales.iterator) + place * SLAB_SCALES
     weights = (mine >= 0) & (mine < slabs_of(piece, operands, shape))
-    rows = (piece.width + (shape.box - 1)) // shape.box * shape.box
-    size = arith.select(warp < 2, rows * wgmma.ROW_BYTES, Int32(0))
+    size = arith.select(warp < 2, piece.width * wgmma.ROW_BYTES, Int32(0))
     size = size + arith.select(weights, Int32(SLAB_CODES + SLAB_SCALES), Int32(0))
     block = 2 * first_stage + warp
-    rank = cute.arch.block_idx()[0] % shape.cluster
     for _ in cutlass.range(k_stages, unroll=1):
         full = base + shape.barriers_at + stage * 16
         at = base + stage * shape.stage_bytes
@@ -140,17 +118,21 @@ def _produce_piece(
         multicast.expect_if(full, size, arith.select(lane == 0, Int32(1), Int32(0)))
         if warp < 2:
             for i in cutlass.range_constexpr(shape.tokens // shape.box):
-                if (i * shape.box < piece.width) & (i % shape.cluster == rank):
+                if i * shape.box < piece.width:
                     slot = at + warp * (shape.weights_at // 2) + i * (shape.box * wgmma.ROW_BYTES)
                     multicast.load_box(operands.packed, piece.first + i * shape.box, Int32(0), block, slot, full)
         if weights & (lane == 0):
-            there = at + shape.weights_at + mine * SLAB_CODES
-            ring.copy(codes, there, Int32(SLAB_CODES), full)
-            there = at + (shape.weights_at + shape.slabs * SLAB_CODES) + mine * SLAB_SCALES
-            ring.copy(scales, there, Int32(SLAB_SCALES), full)
+            _copy_slab(codes, scales, mine, at, full, shape)
         codes, scales, block = codes + SLAB_CODES, scales + SLAB_SCALES, block + 2
         stage, parity = stage_after(stage, parity, shape)
     return stage, parity
+
+
+def _copy_slab(codes: Int64, scales: Int64, number: Int32, stage: Int32, full: Int32, shape: Shape) -> None:
+    """Starts the copies of a slab of a piece to its place in a stage."""
+    weights = stage + shape.weights_at
+    ring.copy(codes, weights + number * SLAB_CODES, Int32(SLAB_CODES), full)
+    ring.copy(scales, weights + shape.slabs * SLAB_CODES + number * SLAB_SCALES, Int32(SLAB_SCALES), full)
 
 
 @cute.jit
@@ -175,8 +157,6 @@ def accumulate(
     masks = fragments.masks(Target.SM90)
     lane = cute.arch.lane_idx()
     tile = cutlass.min(warp_of_consumers(), slabs * (SLAB_TILES // tiles) - 1) * tiles  # one that exists, in any case
-    if cutlass.const_expr(shape.cluster > 1):
-        tile = cutlass.max(tile, 0)  # the last of a cluster may have no rows
     codes = base + (shape.weights_at + lane * 16) + tile * TILE_CODES
     scales = base + (shape.weights_at + shape.slabs * SLAB_CODES + lane // 4 * 16) + tile * TILE_SCALES
     ready = cute.make_rmem_tensor(8, Uint32)  # decoded for the first group
@@ -209,7 +189,7 @@ def accumulate(
                     ring.wait_if(base + shape.barriers_at + next_stage * 16, next_parity, more)
                 kept = [raw[t][:4], raw[t][4:]]
                 places = (codes + there + t * TILE_CODES, scales + there + t * TILE_SCALES)
-                raw[t] = [word for i in range(2) for word in peers.load16_if(places[i], kept[i], more)]
+                raw[t] = [word for i in range(2) for word in placed.load16_if(places[i], kept[i], more)]
             after, other = (group + 1) // tiles % STEPS, (group + 1) % tiles
             left = decode(raw[other], after, masks)
             if cutlass.const_expr(after == 1):
@@ -242,12 +222,8 @@ def _first_words(tile: int, codes: Int32, scales: Int32) -> list[Uint32]:
 
 def _release(base: Int32, stage: Int32, condition: Int32, shape: Shape) -> None:
     """Gives a stage back, one arrival a warp."""
-    barrier, lane = base + shape.barriers_at + stage * 16 + 8, cute.arch.lane_idx()
-    mine = arith.select((lane < shape.cluster) & (condition != 0), Int32(1), Int32(0))
-    if shape.cluster > 1:
-        peers.arrive_at_if(barrier, lane, mine)  # any of the cluster may write there next
-    else:
-        ring.arrive_if(barrier, mine)
+    mine = arith.select((cute.arch.lane_idx() == 0) & (condition != 0), Int32(1), Int32(0))
+    ring.arrive_if(base + shape.barriers_at + stage * 16 + 8, mine)
 
 
 def decode(raw: list[Uint32], step: int, masks: fragments.Masks) -> list[Uint32]:
@@ -277,18 +253,12 @@ def work(
     if thread == 0:
         for stage in cutlass.range_constexpr(shape.stages):
             ring.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
-            ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS * shape.cluster)
+            ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS)
         ring.init_fence()
     if cutlass.const_expr(shape.direct):
-        if cutlass.const_expr(shape.ahead):
-            if thread < GROUP:
-                _prefetch(base, operands, shape)
         cute.arch.griddepcontrol_wait()  # there is no `pack` that did
     cute.arch.griddepcontrol_launch_dependents()
-    if cutlass.const_expr(shape.cluster > 1):
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
-    elif cutlass.const_expr(shape.dense):
+    if cutlass.const_expr(shape.dense):
         cute.arch.sync_threads()
     else:
         count_tiles(base, thread, operands, shape)
@@ -320,7 +290,3 @@ def work(
                     else:
                         finish(acc, piece, width, base + shape.staging_at, factors)
             number = number + turns
-        tma.wait_stores()  # an epilogue may have left some
-    if cutlass.const_expr(shape.cluster > 1):
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()  # nobody writes to a CTA that has ended

@@ -27,7 +27,7 @@ SLAB_CODES, SLAB_SCALES = SLAB_ROWS * STAGE_K // 2, SLAB_ROWS * STAGE_K // 16  #
 SLAB_TILES = SLAB_ROWS // TILE_ROWS
 TILE_CODES, TILE_SCALES = SLAB_CODES // SLAB_TILES, SLAB_SCALES // SLAB_TILES
 BLOCK_K = 64  # k of a swizzled row of activations
-TOKENS_TOGETHER = 1024  # of one expert, in neighbouring tiles
+TILES_TOGETHER = 8  # token tiles of one expert
 ALIGNMENT = 8  # packed rows of an expert start at its multiples, or the swizzle would not fit
 MAX_EXPERTS = 2 * THREADS
 
@@ -45,7 +45,6 @@ class Shape(NamedTuple):
         split: CTAs may share the k of a piece.
         in_flight: Groups of products that may run while an operand is decoded; with two tiles ptxas lets only one.
         direct: Activations come as they are, by a tensor map; else `pack` has brought them in order.
-        cluster: CTAs, neighbours in weight rows, that bring the tokens of a piece together; only if dense and direct.
     """
 
     widths: tuple[int, ...]
@@ -56,10 +55,6 @@ class Shape(NamedTuple):
     split: bool = False
     in_flight: int = 1
     direct: bool = False
-    ahead: bool = True
-    copied: int = 0
-    late: int = 0
-    cluster: int = 1
 
     @property
     def dense(self) -> bool:
@@ -74,7 +69,7 @@ class Shape(NamedTuple):
     @property
     def box(self) -> int:
         """Tokens that are copied at once if `direct`."""
-        return self.copied or math.gcd(*self.widths)
+        return math.gcd(*self.widths)
 
     @property
     def slabs(self) -> int:
@@ -153,9 +148,8 @@ class Operands(NamedTuple):
         return cute.size(self.codes, mode=[1]) // SLAB_ROWS
 
     def row_pieces(self, shape: Shape) -> Int32:
-        """Pieces, or those of a cluster, side by side that cover the weight rows of an expert."""
-        rows = shape.rows * shape.cluster
-        return (cute.size(self.codes, mode=[1]) + (rows - 1)) // rows
+        """Pieces side by side that cover the weight rows of an expert."""
+        return (cute.size(self.codes, mode=[1]) + (shape.rows - 1)) // shape.rows
 
     @property
     def k_stages(self) -> Int32:
@@ -281,20 +275,16 @@ def piece_of(number: Int32, expert: Int32, base: Int32, operands: Operands, shap
 
 
 def _dense_piece(number: Int32, operands: Operands, shape: Shape) -> Piece:
-    """The same for the only expert, up to TOKENS_TOGETHER tokens at a time, so that they stay in L2."""
-    most = TOKENS_TOGETHER // shape.tokens
-    around = operands.row_pieces(shape) * most
-    first_tile = number // around * most
-    together = cutlass.min(operands.tiles - first_tile, most)
+    """The same for the only expert, up to TILES_TOGETHER token tiles at a time, so that they stay in L2."""
+    around = operands.row_pieces(shape) * TILES_TOGETHER
+    first_tile = number // around * TILES_TOGETHER
+    together = cutlass.min(operands.tiles - first_tile, TILES_TOGETHER)
     local = number - first_tile * operands.row_pieces(shape)
     row_piece = local // together
-    column = row_piece
-    if shape.cluster > 1:
-        column = row_piece * shape.cluster + cute.arch.block_idx()[0] % shape.cluster
     width = _width_of((operands.rows + operands.tiles - 1) // operands.tiles, shape)
     first = (first_tile + local - row_piece * together) * width
     valid = cutlass.min(width, operands.rows - first)
-    return Piece(Int32(0), column, first, valid, _width_of(valid, shape), Int32(0))
+    return Piece(Int32(0), row_piece, first, valid, _width_of(valid, shape), Int32(0))
 
 
 def _width_of(tokens: Int32, shape: Shape) -> Int32:
@@ -307,8 +297,6 @@ def _width_of(tokens: Int32, shape: Shape) -> Int32:
 def turn(shape: Shape, operands: Operands) -> tuple[Int32, Int32]:
     """This CTA's first piece, and how many CTAs, or groups of them, take turns."""
     _, parts = share_of(shape, operands)
-    if shape.cluster > 1:
-        parts = shape.cluster
     return cute.arch.block_idx()[0] // parts, cute.arch.grid_dim()[0] // parts
 
 

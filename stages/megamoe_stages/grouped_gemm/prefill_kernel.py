@@ -7,27 +7,30 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, bf16, multicast, peers, ring, tma, weight_gemm
+from megamoe.cute import arith, bf16, multicast, ring, weight_gemm
 from megamoe.cute.arith import Target
-from megamoe.cute.attention_mma import proxy_fence
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.multicast import Boxes
-from megamoe.cute.warp import WARP
 from megamoe.cute.weight_gemm import DECODED_UNIT
-from megamoe.cute.weight_pieces import CONSUMER_WARPS, CONSUMERS, THREADS, Operands, Piece, Shape, warp_of_consumers
+from megamoe.cute.weight_pieces import CONSUMER_WARPS, THREADS, Operands, Piece, Shape, warp_of_consumers
 
 _TURNED = 8 * 32 * 2  # bytes of 8 tokens by 32 columns, or of 16 by 16
 _STAGING = CONSUMER_WARPS * 2 * _TURNED
-_GROUP_WARPS = CONSUMER_WARPS // CONSUMERS
 WIDE, NARROW, SPARSE = (
     Shape((96, 104, 128), 4, _STAGING),
     Shape((32, 40, 48, 56, 64), 6, _STAGING),
     Shape((16, 24, 32, 40, 48), 6, _STAGING),
 )
-DENSE = DENSE_NARROW, DENSE_MEDIUM, DENSE_WIDE = (  # for one expert, whose pieces may be too few for all SMs
+DENSE = (
+    DENSE_NARROW,
+    DENSE_MEDIUM,
+    DENSE_WIDE,
+    DENSE_WIDEST,
+) = (  # for one expert, whose pieces may be too few for all SMs
     Shape((16, 32, 64), 8, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
     Shape((96, 128), 5, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
-    Shape((96, 128), 3, 2 * 128 * 272, experts=1),
+    Shape((96, 128), 4, _STAGING, experts=1),
+    Shape((144,), 3, _STAGING, experts=1),
 )
 
 
@@ -56,16 +59,16 @@ def launch(
     if cutlass.const_expr(shape.direct):
         rows, k = packed.shape
         seen = cute.make_tensor(packed.iterator, cute.make_layout((rows, 1, k), stride=(k, k, 1)))
-        tokens = multicast.boxes(seen, shape.box, 1, shape.cluster)
+        tokens = multicast.boxes(seen, shape.box, 1, 1)
     tensors = (codes, scales, tokens, offsets, alpha, dec, out, sums, arrived)
     kernel(*tensors, parts, sharing, tiles, quantized, aligned, shape).launch(
         grid=[ctas, 1, 1],
         block=[THREADS, 1, 1],
         smem=shape.shared_bytes,
+        cluster=[1, 1, 1],  # said or not makes a difference: see the notes
         min_blocks_per_mp=1,
-        use_pdl=shape.late >= 0,
+        use_pdl=True,
         stream=stream,
-        **({"cluster": [shape.cluster, 1, 1]} if shape.cluster > 1 else {}),
     )
 
 
@@ -95,10 +98,7 @@ def kernel(
         return [factor_of(alpha, entry, dec, quantized) for entry in entries]
 
     def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, factors: list[Float32]) -> None:
-        if cutlass.const_expr(aligned and shape.staging >= whole_staging(shape)):
-            store_rows(acc, piece, staging, factors, out, width, shape)
-        else:
-            store(acc, piece, staging, factors, out, aligned, width, shape)
+        store(acc, piece, staging, factors, out, aligned, width, shape)
 
     rows = cute.size(out, mode=[0])
     operands = Operands(codes, scales, packed, offsets, sums, arrived, sharing, rows, tiles)
@@ -131,87 +131,27 @@ def store(
     left = _column(piece, shape) + chunk * 8
     place = ring.address(out.iterator) + (Int64(piece.start + piece.first + token) * n + left) * 2
     cute.arch.sync_warp()  # the piece before has been read
-    at_once = max(1, buffers // 2)  # then nobody waits for who reads the other half
-    for start in cutlass.range_constexpr(0, width, tokens * at_once):
-        if start < piece.valid:
-            turn = start // (tokens * at_once) % 2 * at_once
-            if cutlass.const_expr(buffers == 1):
-                turn = 0
-                cute.arch.sync_warp()
-            firsts = range(start, min(start + tokens * at_once, width), tokens)
-            for u, first in enumerate(firsts):
-                words = []
-                for i in cutlass.range_constexpr(4):
-                    t, at = i % chunks // 2, (first // 8 + i // chunks) * 4 + i % 2 * 2
-                    pair = [arith.mul(acc[t, at + j], factors[i % chunks], target) for j in range(2)]
-                    words.append(bf16.pack(pair[0], pair[1], target))  # two tokens of a column
-                ring.store_transposed(write_at + (turn + u) * _TURNED, words)
-            cute.arch.sync_warp()
-            turned = [ring.load16(read_at + (turn + u) * _TURNED) for u in range(len(firsts))]
-            for u, first in enumerate(firsts):
-                inside = first + token < piece.valid
-                to = place + Int64(first) * n * 2
-                if cutlass.const_expr(aligned):
-                    ring.store_global16_if(to, turned[u], arith.select(inside & (left < n), Int32(1), Int32(0)))
-                else:
-                    for i in cutlass.range_constexpr(8):
-                        half = turned[u][i // 2] >> (16 * (i % 2))
-                        exists = inside & (left + i < n)
-                        ring.store_global2_if(to + i * 2, half, arith.select(exists, Int32(1), Int32(0)))
-
-
-@cute.jit
-def store_rows(
-    acc: cute.Tensor,
-    piece: Constexpr[Piece],
-    staging: Int32,
-    factors: Constexpr[list[Float32]],
-    out: cute.Tensor,
-    width: Constexpr[int],
-    shape: Constexpr[Shape],
-) -> None:
-    """Writes a piece of an aligned result: a warpgroup leaves its columns in shared memory, a bulk copy takes each token's.
-
-    The copies read while the next piece is multiplied.
-    """
-    target = Target.SM90
-    lane, warp = cute.arch.lane_idx(), warp_of_consumers()
-    group, n, chunks = warp // _GROUP_WARPS, cute.size(out, mode=[1]), _chunks(shape)
-    pitch = _row_pitch(shape)
-    area = staging + group * (shape.tokens * pitch)
-    matrix = lane // 8
-    token = lane % 8 + matrix // chunks * 8
-    write_at = area + token * pitch + (warp % _GROUP_WARPS * chunks + matrix % chunks) * 16
-    step = 4 // chunks * 8  # tokens at a time
-    tma.wait_stores()
-    peers.barrier(1 + group, _GROUP_WARPS * WARP)  # the piece before has been read
-    for first in cutlass.range_constexpr(0, width, step):
+    for first in cutlass.range_constexpr(0, width, tokens):
         if first < piece.valid:
             words = []
             for i in cutlass.range_constexpr(4):
                 t, at = i % chunks // 2, (first // 8 + i // chunks) * 4 + i % 2 * 2
                 pair = [arith.mul(acc[t, at + j], factors[i % chunks], target) for j in range(2)]
                 words.append(bf16.pack(pair[0], pair[1], target))  # two tokens of a column
-            ring.store_transposed(write_at + first * pitch, words)
-    proxy_fence()
-    peers.barrier(1 + group, _GROUP_WARPS * WARP)
-    left = piece.row_piece * shape.rows + group * (shape.rows // CONSUMERS)
-    size = cutlass.min(n - left, shape.rows // CONSUMERS) * 2
-    mine = warp % _GROUP_WARPS * WARP + lane
-    if (mine < piece.valid) & (size > 0):
-        to = ring.address(out.iterator) + (Int64(piece.start + piece.first + mine) * n + left) * 2
-        tma.store_bulk(to, area + mine * pitch, size)
-    tma.commit_stores()
-
-
-def _row_pitch(shape: Shape) -> int:
-    """Bytes from a token to the next in shared memory; 16 more than its columns, or eight tokens would meet in a bank."""
-    return shape.rows // CONSUMERS * 2 + 16
-
-
-def whole_staging(shape: Shape) -> int:
-    """Bytes that `store_rows` needs."""
-    return CONSUMERS * shape.tokens * _row_pitch(shape)
+            turn = first // tokens % buffers * _TURNED
+            if cutlass.const_expr(buffers == 1):
+                cute.arch.sync_warp()
+            ring.store_transposed(write_at + turn, words)
+            cute.arch.sync_warp()
+            turned = ring.load16(read_at + turn)
+            inside = first + token < piece.valid
+            to = place + Int64(first) * n * 2
+            if cutlass.const_expr(aligned):
+                ring.store_global16_if(to, turned, arith.select(inside & (left < n), Int32(1), Int32(0)))
+            else:
+                for i in cutlass.range_constexpr(8):
+                    half = turned[i // 2] >> (16 * (i % 2))
+                    ring.store_global2_if(to + i * 2, half, arith.select(inside & (left + i < n), Int32(1), Int32(0)))
 
 
 def _chunks(shape: Shape) -> int:
@@ -274,8 +214,7 @@ def spec(quantized: bool, aligned: bool, shape: Shape) -> KernelSpec:
         return (*tensors, *numbers, stream, quantized, aligned, shape)
 
     kind = f"dense_{shape.rows}" if shape.dense else "prefill"
-    flags = {"quantized": quantized, "unaligned": not aligned, "direct": shape.direct, "cluster": shape.cluster > 1}
-    name = "_".join([kind, str(shape.tokens), *(flag for flag, given in flags.items() if given)])
+    name = f"{kind}_{shape.tokens}{'_quantized' if quantized else ''}{'' if aligned else '_unaligned'}"
     return KernelSpec(name, Target.SM90.value, launch, arguments, (quantized, aligned, *shape.widths, *shape[1:]))
 
 

@@ -11,7 +11,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, convert, peers, recipe, ring, weight_gemm
+from megamoe.cute import arith, convert, placed, recipe, ring, weight_gemm
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.layout import offset_128x4, offset_linear
@@ -94,8 +94,8 @@ def kernel(
 
     def fetch(piece: Piece) -> list[Float32]:
         first = piece.expert * parts  # multiplied only when the sums are there: the loads are not waited for before
-        alphas = [peers.ask(alpha, first + i * (parts // 2)) for i in range(2)]  # of gate and up
-        return [*alphas, peers.ask(dec, Int32(0))] if quantized else alphas
+        alphas = [placed.ask(alpha, first + i * (parts // 2)) for i in range(2)]  # of gate and up
+        return [*alphas, placed.ask(dec, Int32(0))] if quantized else alphas
 
     def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, asked: list[Float32]) -> None:
         factors = [decoded_factor(alpha, asked[2] if quantized else None) for alpha in asked[:2]]

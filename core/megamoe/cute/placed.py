@@ -1,4 +1,4 @@
-"""What CTAs of one launch tell each other: arrivals at the mbarriers of a cluster, and counts in global memory."""
+"""What `weight_gemm` and its epilogues need besides `ring`: accesses that stay where they are written."""
 
 from __future__ import annotations
 
@@ -9,23 +9,6 @@ from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 
 from megamoe.cute import ring
-
-
-def arrive_at_if(barrier: Int32, rank: Int32, condition: Int32) -> None:
-    """Arrives at the same mbarrier of a CTA of the cluster, from the threads whose condition is not 0; no branch."""
-    text = (
-        "{.reg .pred p; .reg .b32 there; setp.ne.s32 p, $2, 0; @p mapa.shared::cluster.u32 there, $0, $1;"
-        " @p mbarrier.arrive.shared::cluster.b64 _, [there];}"
-    )
-    llvm.inline_asm(
-        None,
-        [operand.ir_value() for operand in (barrier, rank, condition)],
-        text,
-        "r,r,r,~{memory}",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
 
 
 def count_round(at: Int64, last: Int32) -> Int32:
@@ -57,19 +40,6 @@ def load16_if(at: Int32, words: Sequence[Uint32], condition: Int32) -> list[Uint
     return [Uint32(llvm.extractvalue(word, out, ir.DenseI64ArrayAttr.get([i]))) for i in range(4)]
 
 
-def prefetch(source: Int64, size: Int32) -> None:
-    """Has `size` bytes of global memory brought to L2, both multiples of 16."""
-    llvm.inline_asm(
-        None,
-        [source.ir_value(), size.ir_value()],
-        "cp.async.bulk.prefetch.L2.global [$0], $1;",
-        "l,r",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-
-
 def ask(numbers: cute.Tensor, i: Int32) -> Float32:
     """One of some fp32 in global memory, asked for here, though it may be needed much later."""
     out = llvm.inline_asm(
@@ -82,16 +52,3 @@ def ask(numbers: cute.Tensor, i: Int32) -> Float32:
         asm_dialect=llvm.AsmDialect.AD_ATT,
     )
     return Float32(out)
-
-
-def barrier(number: Int32, threads: int) -> None:
-    """A barrier of some whole warps of the CTA."""
-    llvm.inline_asm(
-        None,
-        [number.ir_value()],
-        f"bar.sync $0, {threads};",
-        "r,~{memory}",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
