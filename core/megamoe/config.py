@@ -74,6 +74,10 @@ class Config:
         """What is wanted for a stage: auto, fused, fallback, reference, off or a variant's name."""
         return self.use.get(stage_id, self.default).value
 
+    def names(self, stage_id: str) -> bool:
+        """Whether a variant or a role is asked for of this very stage, and not only by the default."""
+        return stage_id in self.use and self.use[stage_id].value not in ("auto", "off")
+
     def origin(self, stage_id: str) -> str:
         """Where `choice` came from."""
         return self.use.get(stage_id, self.default).origin

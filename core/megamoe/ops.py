@@ -39,11 +39,15 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A configuration with the plans made under it, stage id -> problem -> callable; keep one to plan only once."""
+    """A configuration with the plans made under it, stage id -> problem -> callable; keep one to plan only once.
+
+    `decisions` are those that plans follow from, and those that were only asked for.
+    """
 
     config: Config
     observer: Observer | None = None
     plans: dict[str, dict[Hashable, Callable[..., Any]]] = field(default_factory=dict)
+    decisions: dict[tuple[str, Hashable], Decision] = field(default_factory=dict)
     _watched: dict[int, Session] = field(default_factory=dict)
 
     def under(self, observer: Observer | None) -> Session:
@@ -103,9 +107,14 @@ class Op:
         return run(*args, **kwargs)
 
     def decide(self, *args: Any, **kwargs: Any) -> Decision:
-        """The decision for a call with these arguments, without running it."""
+        """The decision for a call with these arguments, without running it; a dict lookup once it has been made."""
         session = _session.get() or _default_session()
-        return self._decide(session.config, self._problem(*args, **kwargs))
+        try:
+            problem = self._problem(*args, **kwargs)
+        except Exception:
+            self._contract.check(*args, **kwargs)  # names what is wrong
+            raise
+        return self._decide(session, problem)
 
     def facts(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What selection may look at in these arguments, by name."""
@@ -125,7 +134,7 @@ class Op:
         """Checks the arguments, so that wrong ones are named, and decides."""
         self._contract.check(*args, **kwargs)
         problem = self._problem(*args, **kwargs)
-        decision = self._decide(session.config, problem)
+        decision = self._decide(session, problem)
         self._runtime.plugins.decided(decision)
         run: Callable[..., Any] = load(decision.variant.target)
         if session.observer is not None:
@@ -133,11 +142,15 @@ class Op:
         with _lock:
             return session.of(self._id).setdefault(problem, run)
 
-    def _decide(self, config: Config, problem: Any) -> Decision:
+    def _decide(self, session: Session, problem: Any) -> Decision:
+        known, config = session.decisions.get((self._id, problem)), session.config
+        if known is not None:
+            return known
         if config.choice(self._id) == "off":
             raise ConfigError(f"{self._id} is off ({config.origin(self._id)}), so it cannot be called")
         machine = machine_of(self._runtime, problem.device)
-        return self._runtime.decide(self.stage, machine, config, facts_of(problem))
+        decision = self._runtime.decide(self.stage, machine, config, facts_of(problem))
+        return session.decisions.setdefault((self._id, problem), decision)
 
     def _register(self) -> Any:
         """Makes the torch.library operator; its fake implementation is the contract's `fake`."""

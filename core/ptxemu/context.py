@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from ptxemu import native
 from ptxemu.access import Accessor, Hold
 from ptxemu.instruction import Address, Immediate, Negated, Operand, Register, Sink, Special, Symbol
 from ptxemu.mbarrier import MBarrier
@@ -229,11 +230,18 @@ class Context:
 
     def overwrite(self, addresses: object, width: int) -> None:
         """Says that the asynchronous proxy is to write these bytes of shared memory: no load of them may be pending."""
-        self.machine.overwrite(np.ascontiguousarray(addresses, np.int64).reshape(-1), width, self)
+        flat = np.ascontiguousarray(addresses, np.int64).reshape(-1)
+        core, m = native.core(), self.machine.native
+        core.emu_overwrite(m, self.warp.struct, m.contents.event_pc, flat.ctypes.data, flat.size, width)
 
-    def loads_shared(self, targets: Sequence[Operand], addresses: Lanes, width: int) -> None:
+    def loads_shared(self, targets: Iterable[Operand], addresses: Lanes, width: int) -> None:
         """Says that registers will hold what lies in shared memory at up to 32 addresses; see native/order.c."""
-        self.machine.load_issued([t for t in targets if isinstance(t, Register)], addresses, width, self)
+        numbers = tuple([t.index for t in targets if isinstance(t, Register)])
+        slots, lanes = self.warp.slots(numbers).astype(np.uint32), np.zeros(32, np.uint64)
+        lanes[: addresses.size] = addresses
+        core, m, mask = native.core(), self.machine.native, (1 << addresses.size) - 1
+        place = (m.contents.event_pc, mask, lanes.ctypes.data, width, slots.ctypes.data, slots.size)
+        core.emu_load_issued(m, self.warp.struct, *place)
 
     def region(self, address: int, space: str) -> Region | None:
         """The region that an address lies in."""

@@ -50,8 +50,8 @@ def note(machine: Machine, found: Any, kind: FindingKind, instruction: Instructi
 
 def _pending_load(machine: Machine, lines: int) -> str:
     copy, signal = (_line(machine, pc) for pc in (lines >> 32 & 0xFFFFFFFF, lines & 0xFFFFFFFF))
-    told = f"; before it was used, the warp signalled at {signal}" if signal else ""
-    return f"the copy at {copy} may overtake this load, whose value was not used before a signal to that copy{told}"
+    told = f": the warp signalled before it used the value, at {signal}" if signal else ", whose value is not used yet"
+    return f"the copy at {copy} may overtake this load{told}"
 
 
 def _line(machine: Machine, pc: int) -> str:

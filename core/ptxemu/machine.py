@@ -312,19 +312,6 @@ class Machine:
             accessor.finding("mbarrier", f"mbarrier {address:#x}: {WHY[1]}", address, stop=True)
         return MBarrier(self, accessor, address, found)
 
-    def overwrite(self, addresses: NDArray[np.int64], width: int, ctx: Context) -> None:
-        """See `Context.overwrite`."""
-        place = (addresses.ctypes.data, addresses.size, width)
-        self._core.emu_overwrite(self.native, ctx.warp.struct, self.native.contents.event_pc, *place)
-
-    def load_issued(self, targets: Sequence[Register], addresses: NDArray[Any], width: int, ctx: Context) -> None:
-        """See `Context.loads_shared`."""
-        padded = np.zeros(32, np.uint64)
-        padded[: addresses.size] = addresses
-        slots = ctx.warp.slots(tuple([r.index for r in targets])).astype(np.uint32)
-        where = (self.native.contents.event_pc, (1 << addresses.size) - 1, padded.ctypes.data, width)
-        self._core.emu_load_issued(self.native, ctx.warp.struct, *where, slots.ctypes.data, slots.size)
-
     def finding(
         self,
         kind: str,

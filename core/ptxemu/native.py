@@ -166,6 +166,7 @@ class Warp(ctypes.Structure):
         ("init_fence_epoch", c_uint32),
         ("pending_count", c_uint32),
         ("pending", c_void_p),
+        ("loads", c_void_p),
         ("cluster_phase", c_uint64),
         ("cluster_arrived", c_uint32),
         ("cluster_waiting", c_uint32),
@@ -175,7 +176,6 @@ class Warp(ctypes.Structure):
         ("clock", c_void_p),
         ("fenced", c_void_p),
         ("seen", c_void_p),
-        ("loads", c_void_p),
     ]
 
 

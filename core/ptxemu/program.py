@@ -120,23 +120,20 @@ class Program:
     def _touched(self) -> tuple[np.ndarray, np.ndarray]:
         if not any(map(_writes_shared, self.kernel.instructions)):
             return np.empty(0, np.uint32), np.empty(0, np.uint32)
-        rows = [self._registers_of(instruction) for instruction in self.kernel.instructions]
-        rows.append([])  # the ret behind the last one
-        touched = np.array([entry for row in rows for entry in row], np.uint32)
-        return touched, np.cumsum([0, *map(len, rows)], dtype=np.uint32)
+        words = [self._words(register) for register in self.kernel.registers]
+        touched, starts = list[int](), [0]
+        for instruction in self.kernel.instructions:
+            results, sources = _results_and_sources(instruction)
+            touched += [word << 1 for index in _indices(sources) for word in words[index]]
+            touched += [word << 1 | 1 for index in _indices(results) for word in words[index]]
+            starts.append(len(touched))
+        starts.append(len(touched))  # the ret behind the last one
+        return np.array(touched, np.uint32), np.array(starts, np.uint32)
 
-    def _registers_of(self, instruction: Instruction) -> list[int]:
-        """Entries of `touched`; predicates are left out."""
-        results, sources = _results_and_sources(instruction)
-        read = [word << 1 for operand in sources for word in self._words(operand)]
-        return read + [word << 1 | 1 for operand in results for word in self._words(operand)]
-
-    def _words(self, operand: Operand) -> list[int]:
-        """Where the registers of an operand begin in the register file, in words; both halves of 128 bits."""
-        if isinstance(operand, Register):
-            first = self.places.register(operand) >> 2
-            return [first, first + 2 * LANES][: 2 if operand.width == 16 else min(operand.width, 1)]
-        return [word for part in _parts(operand) for word in self._words(part)]
+    def _words(self, register: Register) -> tuple[int, ...]:
+        """Where a register begins in the register file, in words: both halves of 128 bits; predicates are left out."""
+        first = self.places.register(register) >> 2
+        return (first, first + 2 * LANES)[: 2 if register.width == 16 else min(register.width, 1)]
 
     def _lower(self, number: int, instruction: Instruction) -> Native:
         operation = registry.find(instruction)
@@ -183,6 +180,17 @@ def _writes_shared(instruction: Instruction) -> bool:
     memories = [m for m in instruction.modifiers if m.startswith("shared") or m == "global"]
     to_shared = instruction.has("bulk") and bool(memories) and memories[0] != "global"
     return to_shared or instruction.opcode == "clusterlaunchcontrol"
+
+
+def _indices(operands: Sequence[Operand]) -> list[int]:
+    """Of the registers that operands hold."""
+    found = list[int]()
+    for operand in operands:
+        if isinstance(operand, Register):
+            found.append(operand.index)
+        elif parts := _parts(operand):
+            found += _indices(parts)
+    return found
 
 
 def _results_and_sources(instruction: Instruction) -> tuple[tuple[Operand, ...], tuple[Operand, ...]]:

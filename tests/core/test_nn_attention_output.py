@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear, apply_rotary_pos_emb
 
-from megamoe.errors import ArgumentError
+from megamoe.dispatch import NoVariantError
+from megamoe.errors import ArgumentError, ConfigError
+from megamoe.model import Decision
+from megamoe.nn import attention
 from megamoe.nn.attention import attend, attend_quantized
 from megamoe.nn.attention_output import AttentionOutput
 from megamoe.numerics import nvfp4
 from megamoe.numerics.nvfp4 import NVFP4Tensor, dequantize
 from megamoe.numerics.rope import inverse_frequencies, rope_tables
-from megamoe.ops import use
+from megamoe.ops import Op, use
 
 TOKENS, HEADS, DIM, GROUPS, RANK, HIDDEN = 11, 6, 64, 3, 32, 80
 K = HEADS // GROUPS * DIM
@@ -155,3 +158,89 @@ def test_attention_ending_in_nvfp4_is_the_two_ops_bit_for_bit() -> None:
     wo_a, wo_b = _weights()
     with pytest.raises(ArgumentError, match="rows"):
         AttentionOutput(wo_a, wo_b).project(rows, q.dtype)
+
+
+APART = ("multi_cta_attention", "inverse_rope_quant")
+# what the configuration says, which ops have a kernel, whether one op is called
+CHOICES: list[tuple[dict[str, str], tuple[str, ...], bool]] = [
+    ({}, (), True),
+    ({}, ("attention_quant",), True),
+    ({}, ("multi_cta_attention",), False),
+    ({}, ("attention_quant", "multi_cta_attention"), True),
+    ({"default": "reference"}, (), True),
+    ({"attention_quant": "auto"}, ("multi_cta_attention",), False),
+    ({"attention_quant": "reference"}, ("multi_cta_attention",), True),
+    ({"attention_quant": "off"}, ("attention_quant",), False),
+    ({"attention_quant": "off", "multi_cta_attention": "reference"}, (), False),
+    ({"multi_cta_attention": "auto"}, (), True),
+    ({"multi_cta_attention": "reference"}, ("attention_quant",), False),
+    ({"inverse_rope_quant": "reference"}, ("attention_quant",), False),
+    ({"inverse_rope_quant": "off"}, ("multi_cta_attention",), True),
+    ({"multi_cta_attention": "off"}, ("multi_cta_attention",), True),
+    ({"attention_quant": "reference", "multi_cta_attention": "reference"}, (), True),
+    ({"default": "reference", "multi_cta_attention": "fallback"}, (), False),
+]
+
+
+class _Called:
+    """Variants by op."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, str] = {}
+
+    def called(self, stage_id: str, decision: Decision, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.of[stage_id] = decision.variant.name
+        return run(*args, **kwargs)
+
+
+def _prompt() -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Arguments of `attend_quantized`."""
+    layer, (_, _, cos, sin) = _quantised(), _inputs()
+    assert layer.o_scale_enc is not None
+    q, k = _randn(5, 1, 7, HEADS, DIM).bfloat16(), _randn(6, 1, 7, 1, DIM).bfloat16()
+    given = (q, k, torch.arange(7), cos, sin, layer.o_scale_enc)
+    return given, {"groups": layer.groups, "softmax_scale": DIM**-0.5, "window": 5}
+
+
+@pytest.mark.parametrize(("config", "kernels", "in_one"), CHOICES)
+def test_the_configuration_chooses_between_one_op_and_two(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, str], kernels: tuple[str, ...], in_one: bool
+) -> None:
+    monkeypatch.setattr(attention, "is_kernel", lambda decision: decision.stage in kernels)
+    (given, options), called = _prompt(), _Called()
+    with use(config, observer=called):
+        attend_quantized(*given, **options)
+    assert tuple(called.of) == (("attention_quant",) if in_one else APART)
+    default = config.get("default", "fallback")
+    assert called.of == {name: config.get(name, default).replace("auto", default) for name in called.of}
+
+
+def test_one_op_is_not_taken_where_it_has_no_variant_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default that only the two ops can follow; a default that nothing can is an error of theirs."""
+    (given, options), called = _prompt(), _Called()
+    decide = Op.decide
+
+    def refused(self: Op, *args: Any, **kwargs: Any) -> Decision:
+        if self.stage.id == "attention_quant":
+            raise NoVariantError("attention_quant", "reference", [])
+        return decide(self, *args, **kwargs)
+
+    with use({"default": "fused"}), pytest.raises(NoVariantError, match="multi_cta_attention"):
+        attend_quantized(*given, **options)
+    monkeypatch.setattr(Op, "decide", refused)
+    with use({"default": "reference"}, observer=called):
+        attend_quantized(*given, **options)
+    assert tuple(called.of) == APART
+
+
+def test_no_way_is_left_when_both_are_off() -> None:
+    given, options = _prompt()
+    with use({"attention_quant": "off", "multi_cta_attention": "off"}), pytest.raises(ConfigError, match="is off"):
+        attend_quantized(*given, **options)
+
+
+def test_what_does_not_fit_either_way_is_named() -> None:
+    (q, k, positions, cos, *rest), options = _prompt()
+    wrong = (q, k, positions, cos[0], *rest)
+    with pytest.raises(ArgumentError, match="cos"):
+        attend_quantized(*wrong, **options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -74,13 +73,6 @@ def test_taking_one_convention_for_the_other_does_not_pass_silently() -> None:
     fields = stored(values(), COMPRESSED_TENSORS)
     with pytest.raises(ArgumentError, match="weight: got nothing, expected a tensor: modelopt stores one of that name"):
         matrix(fields, MODELOPT)
-
-
-def test_nibbles_of_the_other_order_are_swapped() -> None:
-    fields = stored(values(), MODELOPT)
-    swapped = {**fields, "weight": fields["weight"] >> 4 | fields["weight"] << 4}
-    got = matrix(swapped, replace(MODELOPT, name="other", high_first=True))
-    assert torch.equal(got.codes, fields["weight"])
 
 
 BAD: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {

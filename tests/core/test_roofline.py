@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from megamoe.cli import main
 from megamoe.errors import MegamoeError
@@ -36,6 +37,35 @@ def test_points_read_back_and_are_drawn(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["bench", "quantize", "--plot", str(picture), "--json", str(file)]) == 0
     assert capsys.readouterr().out == roofline.table(POINTS) + "\n"
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_model_and_layout_has_a_line_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widths of two models lie between each other: one line through all would go up and down."""
+    drawn: dict[str, list[float]] = {}
+    plot = Axes.plot
+
+    def watched(self: Axes, x: list[float], y: list[float], *style: Any, label: str, **options: Any) -> Any:
+        drawn[label] = x
+        return plot(self, x, y, *style, label=label, **options)
+
+    monkeypatch.setattr(Axes, "plot", watched)
+    sizes = {"flash 4x4096 linear": 3, "pro 4x7168 linear": 5, "flash 8x4096 linear": 6, "flash 4x4096 128x4": 4}
+    us = {"copy": 1.0, "fused": 2.0}
+    points = [
+        Point("mhc_quant", case, n * 10**6, us | {"fallback": 9.0} if n > 4 else us, 1980) for case, n in sizes.items()
+    ]
+    roofline.plot(points, tmp_path / "sweep.png")
+    assert drawn == {
+        "copy": [3, 4, 5, 6],
+        "fused flash linear": [3, 6],
+        "fused flash 128x4": [4],
+        "fused pro linear": [5],
+        "fallback flash linear": [6],
+        "fallback pro linear": [5],
+    }
+    drawn.clear()
+    roofline.plot([Point("moe_combine", f"pro {n}x6x4096", n * 10**6, us, 1980) for n in (2, 1)], tmp_path / "s.svg")
+    assert drawn == {"copy": [1, 2], "fused pro": [1, 2]}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -116,8 +146,8 @@ SMALL: list[tuple[str, str | None, dict[str, Any], int | None, int]] = [
 def test_what_a_sweep_times_is_right(
     name: str, part: str | None, params: dict[str, Any], moved: int | None, flops: int
 ) -> None:
-    """Small sizes on the CPU: rivals give what the op gives, work is counted as it is done."""
-    subject = roofline.subject_of(runtime().stages[name], part)
+    """Small sizes on the CPU: rivals give what the op's reference gives, work is counted as it is done."""
+    subject = replace(roofline.subject_of(runtime().stages[name], part), expected=op(name).reference)
     make = next(iter(subject.cases.values())).make
     first, second = (make(torch.Generator().manual_seed(seed), **params) for seed in (0, 1))
     timed = roofline.checked(subject, "small", [first, second])

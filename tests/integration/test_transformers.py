@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from transformers import DeepseekV4ForCausalLM, DynamicCache
 
 from megamoe.config import Config
 from megamoe.errors import ArgumentError, UnknownNameError
-from megamoe.integrations.transformers import LayerScales, build, calibrate, disable, enable, is_enabled
+from megamoe.integrations.transformers import LayerScales, calibrate, disable, enable, is_enabled
 from megamoe.integrations.transformers.scales import default_scales
 from megamoe.integrations.weights import Weights
 from megamoe.model import Decision
@@ -348,30 +347,18 @@ def test_a_plain_config_object_is_taken(model: DeepseekV4ForCausalLM, ids: Tenso
     assert model(ids[:1, :4]).logits.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("kernels", "fused"),
-    [
-        ((), True),
-        (("attention_quant",), True),
-        (("multi_cta_attention",), False),
-        (("attention_quant", "multi_cta_attention"), True),
-    ],
-)
-def test_prompts_end_in_nvfp4_unless_only_the_two_ops_have_a_kernel(
-    monkeypatch: pytest.MonkeyPatch, kernels: tuple[str, ...], fused: bool
+def test_each_prompt_takes_the_ops_that_the_configuration_at_its_call_names(
+    model: DeepseekV4ForCausalLM, ids: Tensor, weights: Weights
 ) -> None:
-    monkeypatch.setattr(build, "is_kernel", lambda decision: decision.stage in kernels)
-    attn: Any = SimpleNamespace(
-        q_b_proj=SimpleNamespace(weight=torch.zeros(1)),
-        config=SimpleNamespace(qk_rope_head_dim=64),
-        num_heads=4,
-        head_dim=512,
-        scaling=512**-0.5,
-        sliding_window=128,
-    )
-    output: Any = SimpleNamespace(o_scale_enc=torch.tensor(1.0), groups=2)
-    assert build.fuses(attn, output) is fused
-    with use({"attention_quant": "off"}):
-        assert not build.fuses(attn, output)
-    output.o_scale_enc = None
-    assert not build.fuses(attn, output)
+    enable(model, weights=weights)
+    given: list[dict[str, str]] = [{}, {"multi_cta_attention": "fallback"}, {"attention_quant": "off"}]
+    seen, logits = [], []
+    for config in given:
+        calls = Calls()
+        with use(config, observer=calls):
+            logits.append(model(ids[:1, :5]).logits)
+        seen.append({name for name in calls.of if "attention" in name or "rope" in name})
+    apart = {"multi_cta_attention", "inverse_rope_quant"}
+    assert seen == [{"attention_quant"}, apart, apart]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])

@@ -95,6 +95,7 @@ MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r30, %r31, %r32, %r33
 MMA += f"{{%r12, %r12, %r12, %r12}}, {{%r12, %r12}}, {ZEROS};"
 LATE = {
     "a vector": f"{LOAD} {USE} {V4} {ARRIVE} mov.u32 %r16, %r15;",
+    "a vector, part of which is overwritten": f"{LOAD} {USE} {V4} {ARRIVE} mov.u32 %r12, 1; mov.u32 %r16, %r15;",
     "a matrix": f"{LOAD} {USE} {ROWS} {MATRIX} {ARRIVE} mov.u32 %r16, %r12;",
     "used by an operation in Python": f"{LOAD} {USE} {ROWS} {MATRIX} {ARRIVE} mov.u32 %r16, 0; {MMA}",
     "through a generic address": f"cvt.u64.u32 %d8, %r6; cvta.shared.u64 %d9, %d8; ld.u32 %r10, [%d9]; {ARRIVE} {USE}",
@@ -119,6 +120,7 @@ USED = {
     "a vector overwritten": f"{LOAD} {USE} {V4} {ARRIVE} mov.u32 %r12, 1; mov.u32 %r13, 1; mov.u32 %r14, 1; "
     "mov.u32 %r15, 1; mov.u32 %r16, %r12;",
     "after a signal to somebody else": f"{LOAD} {ARRIVE_OTHER} {USE} {ARRIVE}",
+    "before an asynchronous arrival": f"{LOAD} {ARRIVE_OTHER} {USE} cp.async.mbarrier.arrive.noinc.shared.b64 {EMPTY};",
     "elsewhere": f"{LOAD} {USE} {ELSEWHERE} {ARRIVE} mov.u32 %r13, %r12;",
     "after a barrier": f"{LOAD} bar.sync 1, 32; {ARRIVE} {USE}",
     "after a fence": f"{LOAD} fence.proxy.async.shared::cta; {ARRIVE} {USE}",
@@ -180,11 +182,17 @@ def test_tensor_copies(consume: str, kinds: int) -> None:
 FLAG = "POLL: ld.acquire.cta.shared.b32 %r21, [%r4+24]; setp.eq.u32 %p5, %r21, 0; @%p5 bra POLL;"
 
 
-@pytest.mark.parametrize(("use_first", "kinds"), [(True, 0), (False, 1)])
-def test_flags_in_memory(use_first: bool, kinds: int) -> None:
+TELL = {
+    "a store": "bar.warp.sync -1; st.release.cta.shared.b32 [%r4+24], 1;",
+    "an atomic": "bar.warp.sync -1; atom.release.cta.shared.exch.b32 %r22, [%r4+24], 1;",
+}
+
+
+@pytest.mark.parametrize("tell", TELL)
+@pytest.mark.parametrize(("consume", "kinds"), [("{use} {tell}", 0), ("{other} {use} {tell}", 0), ("{tell} {use}", 1)])
+def test_flags_in_memory(consume: str, kinds: int, tell: str) -> None:
     """Warp 1 polls a flag that warp 0 sets."""
-    tell = "bar.warp.sync -1; st.release.cta.shared.b32 [%r4+24], 1;"
-    body = LOAD + (USE + tell if use_first else tell + USE)
+    body = f"{LOAD} {consume.format(use=USE, tell=TELL[tell], other=ARRIVE_OTHER)}"
     ptx = ring(body, permission=FLAG).replace("fence.mbarrier_init", "st.shared.b32 [%r4+24], 0; fence.mbarrier_init")
     report, _ = emulate(ptx, "random", 1)
     assert [f.kind for f in report.findings] == [FindingKind.PENDING_LOAD] * kinds, report
@@ -256,3 +264,18 @@ def test_own_stores_over_those_of_another_cta() -> None:
     """What is read is the reader's own, or its CTA's."""
     report, _ = exchange(f"{CLUSTER.format('relaxed.')} {HERE}", THERE, OWN)
     report.raise_for_findings()
+
+
+def test_a_place_that_a_matrix_overwrites_is_no_longer_the_first_writers() -> None:
+    """Warp 0 stores, late in its own time, then warp 1 stores a matrix there, and the other CTA reads that."""
+    body = f"""{LANE} ld.param.u64 %d2, [out]; mov.u32 %r10, %cluster_ctarank; xor.b32 %r11, %r10, 1;
+        mapa.shared::cluster.u32 %r8, %r6, %r11; add.u32 %r13, %r2, 7; setp.ge.u32 %p2, %r1, 32; @%p2 bra MEET;
+        {"bar.sync 1, 32; " * 6} st.shared.b32 [%r6], %r2;
+        MEET: bar.sync 0; @!%p2 bra READ;
+        {ROWS} stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r7], {{%r13}};
+        READ: barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
+        ld.shared::cluster.b32 %r20, [%r8]; mul.wide.u32 %d3, %r2, 4; add.s64 %d2, %d2, %d3; st.global.b32 [%d2], %r20;
+        barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"""
+    out = np.zeros(32, np.uint32)
+    ptxemu.emulate(kernel(body, (".u64 out",), SHARED, 64), 2, [out], cluster=2).raise_for_findings()
+    np.testing.assert_array_equal(out, np.arange(32) + 7)

@@ -7,17 +7,20 @@ given keys serves for decoding too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from megamoe.contracts import ACTIVATIONS, check_tensor
+from megamoe.dispatch import NoVariantError
 from megamoe.errors import ArgumentError
+from megamoe.nn.weights import is_kernel
 from megamoe.numerics.attention import visible_keys
 from megamoe.numerics.nvfp4 import BLOCK, E4M3_MAX, NVFP4Tensor
-from megamoe.ops import op
+from megamoe.ops import current_config, op
 
 
 def kv_scale(amax: Tensor) -> Tensor:
@@ -282,7 +285,11 @@ def attend_quantized(
     compressed: Tensor | None = None,
     visible: Tensor | None = None,
 ) -> NVFP4Tensor:
-    """`attend`, inverse RoPE and quantisation as one op, for `AttentionOutput.project`.
+    """`attend`, inverse RoPE and quantisation, for `AttentionOutput.project`: in one op or in two.
+
+    In one, attention_quant, where the configuration names a variant for it, and in two, multi_cta_attention and
+    inverse_rope_quant, where it names one only for these; an op that is off is not called. Else in one, unless only
+    multi_cta_attention has a kernel for the problem.
 
     Args:
         q: (batch, queries, heads, D); query i sits at key position i + keys - queries.
@@ -302,25 +309,42 @@ def attend_quantized(
         NVFP4 of logical shape (groups, batch * queries, heads / groups * D), linear scales.
 
     Raises:
-        ArgumentError: An argument does not fit the others or the op attention_quant.
+        ArgumentError: An argument does not fit the others or the ops.
+        ConfigError: Neither way is left, as its ops are off.
     """
     _check(q, k, compressed, visible)
     entries = 0 if compressed is None else compressed.shape[1]
-    result = op("attention_quant")(
-        *_back_to_back(q, k, compressed),
-        positions,
-        cos,
-        sin,
-        scale_enc,
-        sink,
-        _rows_of(visible if entries else None),
-        softmax_scale=softmax_scale,
-        groups=groups,
-        window=window,
-        entries=entries,
-    )
-    out: NVFP4Tensor = result.out
-    return out
+    given, mask = _back_to_back(q, k, compressed), _rows_of(visible if entries else None)
+    turn = (positions, cos, sin, scale_enc)
+    how = {"softmax_scale": softmax_scale, "window": window, "entries": entries}
+    one, two = (*given, *turn, sink, mask), (*given, sink, mask)
+    if _in_one(one, two, groups, how):
+        result: NVFP4Tensor = op("attention_quant")(*one, groups=groups, **how).out
+    else:
+        result = op("inverse_rope_quant")(op("multi_cta_attention")(*two, **how).out, *turn, groups=groups)
+    return result
+
+
+def _in_one(
+    one: tuple[Tensor | None, ...], two: tuple[Tensor | None, ...], groups: int, how: Mapping[str, Any]
+) -> bool:
+    """Whether `attend_quantized` calls attention_quant with `one`, rather than multi_cta_attention with `two`."""
+    config, apart = current_config(), ("multi_cta_attention", "inverse_rope_quant")
+    if config.choice("attention_quant") == "off":
+        return False
+    if config.names("attention_quant") or any(config.choice(name) == "off" for name in apart):
+        return True
+    if any(config.names(name) for name in apart):
+        return False
+    try:
+        if is_kernel(op("attention_quant").decide(*one, groups=groups, **how)):
+            return True
+    except NoVariantError:
+        return False
+    try:
+        return not is_kernel(op("multi_cta_attention").decide(*two, **how))
+    except NoVariantError:
+        return True
 
 
 def decode(

@@ -30,7 +30,6 @@ class Convention:
         input_scale: Field of the activations' global scale, fp32 () or (1,); a matrix may lack it.
         encodes: Both global scales are what values were multiplied by before rounding (2688 / amax), not what decoded
             values are to be multiplied by (amax / 2688).
-        high_first: The even element of a byte of codes is in its high nibble; no known format has that.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Convention:
     global_scale: str
     input_scale: str
     encodes: bool
-    high_first: bool = False
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -91,8 +89,6 @@ def matrix(fields: Mapping[str, Tensor], convention: Convention, shape: tuple[in
         convention.scales, scales, (codes.shape[0], codes.shape[1] * 2 // BLOCK), [torch.float8_e4m3fn], like=codes
     )
     dec = decode_scale(fields[convention.global_scale], convention)
-    if convention.high_first:
-        codes = codes >> 4 | codes << 4
     return NVFP4Tensor(codes, scales, dec.to(codes.device))
 
 

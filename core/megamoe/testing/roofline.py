@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ COPY, MATMUL, COMPILED = "copy", "matmul", "torch.compile"
 _ROOFS = (COPY, MATMUL)
 _MATMUL_SIZE = 8192
 _BEYOND_L2 = 300e6  # bytes that one round over the sets of inputs should touch
+_STYLES = ("o-", "s:", "^--", "D-.")  # of families
 LEAD = 300_000  # clocks that the host may take for a call: some check their arguments for 100 us
 Call = Callable[[], Any]
 
@@ -76,7 +78,7 @@ class Subject:
 
     Attributes:
         cases: Sizes by name; with flops the last word is the size, the one before it what that counts, and the others
-            name a family.
+            name a family; without flops the second word is the size, the others name a family (model, scale layout).
         bytes_moved: Bytes read and written once.
         expected: Gives the right result.
         calls: What is timed by name, given some arguments by keyword: callables for just these. A result is compared
@@ -274,6 +276,8 @@ def read(path: Path) -> list[Point]:
 def plot(points: Sequence[Point], path: Path) -> None:
     """Draws bandwidth, or TFLOP/s a panel for each family, against size with the roof; PNG or SVG by the path's ending.
 
+    Bandwidth has a line for each variant and family.
+
     Raises:
         MegamoeError: matplotlib is not installed.
     """
@@ -293,13 +297,13 @@ def _bandwidth(axes: Any, ordered: Sequence[Point]) -> None:
     roof = [p for p, after in zip(ordered, [*ordered[1:], None], strict=True) if not after or after.bytes != p.bytes]
     axes.plot(*_line(roof, COPY), "k--", label=COPY)
     for place, name in enumerate(_timed_names(ordered)):
-        for kind, style in zip(_layouts(ordered), ("o-", "s:"), strict=False):
-            here = [p for p in ordered if name in p.us and p.case.endswith(kind)]
-            axes.plot(*_line(here, name), style, color=f"C{place}", label=f"{name} {kind}".rstrip())
+        for (family, members), style in zip(_families(ordered).items(), cycle(_STYLES), strict=False):
+            if here := [p for p in members if name in p.us]:
+                axes.plot(*_line(here, name), style, color=f"C{place}", label=f"{name} {family}".rstrip(), markersize=4)
     axes.set(xscale="log", xlabel="MB read and written once", ylabel="TB/s", title=_title(ordered))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=7)
 
 
 def _panels(figure_class: Any, points: Sequence[Point]) -> Any:
@@ -344,7 +348,10 @@ def _rates(points: Sequence[Point], us: Sequence[float]) -> tuple[list[str], lis
     return [p.case.split()[-1] for p in points], [p.flops / t / 1e6 for p, t in zip(points, us, strict=True)]
 
 
-def _layouts(points: Sequence[Point]) -> list[str]:
-    """The scale layouts that the cases end with, which get a line each; else one line for all."""
-    found = [kind for kind in ("linear", "128x4") if any(p.case.endswith(f" {kind}") for p in points)]
-    return found if all(p.case.endswith(tuple(found)) for p in points) and found else [""]
+def _families(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """Points by the words of their names besides the size, "pro 128x4" of "pro 64x7168 128x4"."""
+    found: dict[str, list[Point]] = {}
+    for p in points:
+        model, _, *rest = [*p.case.split(), ""] if " " in p.case else ["", ""]
+        found.setdefault(" ".join([model, *rest]).strip(), []).append(p)
+    return found

@@ -108,7 +108,7 @@ Outcome reach(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 
         if (stamp) {
             now = w->clock[w->place];
             Cta *cta = (Cta *)(void *)r; /* whose first member the region is */
-            crossed = cta->crossed || cta != w->cta;
+            crossed = access == ACCESS_LOAD && (cta->crossed || cta != w->cta);
             cta->crossed |= access != ACCESS_LOAD && cta != w->cta;
         }
         for (u32 rest = left; rest; rest &= rest - 1) {
@@ -120,12 +120,14 @@ Outcome reach(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 
             place[l] = r->data + offset;
             u8 *f = r->flags + offset;
             if (access != ACCESS_STORE && !readable(f, bytes)) blame(m, w, i, l, address[l], f, bytes, 0);
-            if (crossed && access == ACCESS_LOAD) check_order(m, w, i, l, address[l], r, offset, bytes);
+            if (crossed) check_order(m, w, i, l, address[l], r, offset, bytes);
             if (access != ACCESS_LOAD) {
                 if (!writable(f, bytes)) blame(m, w, i, l, address[l], f, bytes, 1);
                 for (u32 k = 0; k < bytes; k++) f[k] |= INIT;
-                if (r->epoch) for (u64 k = offset >> 2; k <= (offset + bytes - 1) >> 2; k++) r->epoch[k] = m->epoch, r->writer[k] = w->id;
-                if (stamp) for (u64 k = offset >> 2; k <= (offset + bytes - 1) >> 2; k++) stamp[k] = now;
+                if (r->epoch) for (u64 k = offset >> 2; k <= (offset + bytes - 1) >> 2; k++) {
+                    r->epoch[k] = m->epoch, r->writer[k] = w->id;
+                    if (stamp) stamp[k] = now;
+                }
             }
         }
         left &= ~group;

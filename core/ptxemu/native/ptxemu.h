@@ -109,6 +109,7 @@ typedef struct Warp {
     u32 init_fence_epoch; /* of the last fence that makes mbarrier.init visible */
     u32 pending_count; /* registers that a Python operation has reserved */
     u8 *pending;       /* one byte a register offset / 4 */
+    struct Loads *loads; /* of shared memory whose values nobody has used yet; NULL before the first */
     u64 cluster_phase; /* of the last barrier.cluster.arrive */
     u32 cluster_arrived; /* lanes that arrived in that phase */
     u32 cluster_waiting; /* lanes that have arrived and not yet waited */
@@ -116,7 +117,6 @@ typedef struct Warp {
     u64 executed;
     u32 place;         /* in its cluster */
     u32 *clock, *fenced, *seen; /* now; at the last fence; of what was waited for without acquire */
-    struct Loads *loads; /* of shared memory whose values nobody has used yet; NULL before the first */
 } Warp;
 
 typedef struct {

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
-    DeepseekV4Attention,
     DeepseekV4DecoderLayer,
     DeepseekV4Experts,
     DeepseekV4HyperConnection,
@@ -18,7 +17,6 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4RotaryEmbedding,
 )
 
-from megamoe.errors import ConfigError
 from megamoe.integrations.transformers.kv import PagedCaches
 from megamoe.integrations.transformers.layers import (
     AttentionForward,
@@ -33,8 +31,6 @@ from megamoe.integrations.weights import ExpertWeights, OutputWeights, Weights
 from megamoe.nn.attention_output import AttentionOutput
 from megamoe.nn.experts import Experts
 from megamoe.nn.hyper_connections import HyperSite
-from megamoe.nn.weights import is_kernel
-from megamoe.ops import op
 
 # Hook point -> the ops without which it cannot run.
 HOOK_POINTS: Mapping[str, tuple[str, ...]] = {
@@ -81,10 +77,9 @@ def install(
         if points["attention_output"] or points["prefill"] or points["decode"]:
             with session():
                 output = _output(weights.output[i], encs) if points["attention_output"] else None
-                fused = points["prefill"] and output is not None and fuses(layer.self_attn, output)
             caches = PagedCaches(layer.self_attn) if points["decode"] and scales else None
             attention = AttentionForward(
-                layer.self_attn, body.rotary_emb, prefill=points["prefill"], caches=caches, output=output, fused=fused
+                layer.self_attn, body.rotary_emb, prefill=points["prefill"], caches=caches, output=output
             )
             patches.set(layer.self_attn, "forward", attention)
         if points["hyper_connections"]:
@@ -110,26 +105,6 @@ def _experts(own: DeepseekV4Experts, weights: ExpertWeights, encs: _Encoders) ->
 
 def _output(weights: OutputWeights, encs: _Encoders) -> AttentionOutput:
     return AttentionOutput(weights.wo_a, weights.wo_b, o_scale_enc=encs.o, z_scale_enc=encs.z).prepare()
-
-
-def fuses(attn: DeepseekV4Attention, output: AttentionOutput) -> bool:
-    """Whether attention and the quantisation of its output are better one op than two: if it has a kernel.
-
-    Also if attention has none, since then neither has; never when attention_quant is "off".
-    """
-    if output.o_scale_enc is None:
-        return False
-    weight = attn.q_b_proj.weight
-    q, k = weight.new_empty(1, attn.num_heads, attn.head_dim), weight.new_empty(1, 1, attn.head_dim)
-    offsets = torch.zeros(2, dtype=torch.int32, device=q.device)
-    table = q.new_empty((1, attn.config.qk_rope_head_dim // 2), dtype=torch.float32)
-    given, options = (q, k, k, offsets, offsets), {"softmax_scale": attn.scaling, "window": attn.sliding_window}
-    turn = (offsets[:1], table, table, output.o_scale_enc)
-    try:
-        whole = op("attention_quant").decide(*given, *turn, groups=output.groups, **options)
-    except ConfigError:
-        return False
-    return is_kernel(whole) or not is_kernel(op("multi_cta_attention").decide(*given, **options))
 
 
 def _site(connection: DeepseekV4HyperConnection, norm: DeepseekV4RMSNorm) -> HyperSite:

@@ -163,10 +163,9 @@ class AttentionForward:
     Args:
         module: The attention module.
         rotary: The model's rotary embedding.
-        prefill: Prompts go through multi_cta_attention; False leaves them to the model's own attention function.
+        prefill: Prompts go through megamoe's attention; False leaves them to the model's own attention function.
         caches: NVFP4 caches for single-token steps through fp4_kv_decode; None treats a step like a prompt.
         output: Inverse RoPE, wo_a and wo_b; None leaves them to the model.
-        fused: Prompts go through attention_quant, which ends with `output`'s quantisation.
     """
 
     def __init__(
@@ -177,10 +176,9 @@ class AttentionForward:
         prefill: bool,
         caches: PagedCaches | None,
         output: AttentionOutput | None,
-        fused: bool,
     ) -> None:
         self.module, self.rotary = module, rotary
-        self.prefill, self.caches, self.output, self.fused = prefill, caches, output, fused
+        self.prefill, self.caches, self.output = prefill, caches, output
         self.sink = module.sinks.detach().float().contiguous()
 
     def __call__(
@@ -217,7 +215,7 @@ class AttentionForward:
             o = state.step(
                 past_key_values.layers[attn.layer_idx], _heads_last(q), _heads_last(new), picks, self.sink, attn.scaling
             )
-        elif self.fused:
+        elif self.prefill and self.output is not None and self.output.o_scale_enc is not None:
             entries = None if compressed is None else _heads_last(compressed)
             return self._attend_and_project(q, kv, entries, visible, cos, sin).view_as(hidden_states), None
         elif self.prefill:
@@ -257,9 +255,9 @@ class AttentionForward:
     def _attend_and_project(
         self, q: Tensor, kv: Tensor, entries: Tensor | None, visible: Tensor | None, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        """Core attention, inverse RoPE, wo_a and wo_b, with nothing but NVFP4 between: (B * S, H)."""
+        """Core attention, inverse RoPE and quantisation in one op or two, wo_a and wo_b: (B * S, H)."""
         attn, output = self.module, self.output
-        assert output is not None and output.o_scale_enc is not None  # noqa: PT018 (what `fused` says)
+        assert output is not None and output.o_scale_enc is not None  # noqa: PT018 (the caller looked)
         rows = attend_quantized(
             _heads_last(q),
             _heads_last(kv),
