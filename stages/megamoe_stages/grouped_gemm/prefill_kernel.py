@@ -21,12 +21,8 @@ WIDE, NARROW, SPARSE = (
     Shape((32, 40, 48, 56, 64), 6, _STAGING),
     Shape((16, 24, 32, 40, 48), 6, _STAGING),
 )
-DENSE = (
-    DENSE_NARROW,
-    DENSE_MEDIUM,
-    DENSE_WIDE,
-    DENSE_WIDEST,
-) = (  # for one expert, whose pieces may be too few for all SMs
+# for one expert, whose pieces may be too few for all SMs
+DENSE = DENSE_NARROW, DENSE_MEDIUM, DENSE_WIDE, DENSE_WIDEST = (
     Shape((16, 32, 64), 8, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
     Shape((96, 128), 5, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
     Shape((96, 128), 4, _STAGING, experts=1),
