@@ -27,7 +27,6 @@ from megamoe.cute.decode_limits import (
     ring_stages,
     takes,
 )
-from megamoe.numerics.fragments import slot_order
 from megamoe.numerics.nvfp4 import NVFP4Tensor, dequantize
 
 HOST = Target.HOST
@@ -55,9 +54,10 @@ def arrange(first: cute.Pointer, second: cute.Pointer, out: cute.Pointer, scales
     operands = cute.make_tensor(out, cute.make_layout((4, 4), stride=(4, 1)))
     one, other = ([Uint32(block[i]) for i in range(count)] for block in (a, b))
     if cutlass.const_expr(scales is None):
-        words = fragments.interleave(one, other, HOST)
+        words = one + other
     else:
-        words = fragments.activation_pairs(one, other, (Uint32(scales[0]), Uint32(scales[1])), HOST)
+        words = fragments.activation_pairs(one, Uint32(scales[0]), HOST)
+        words = words + fragments.activation_pairs(other, Uint32(scales[1]), HOST)
     ordered = fragments.operand_order(words)
     for t in cutlass.range_constexpr(4):
         for i in cutlass.range_constexpr(4):
@@ -79,20 +79,20 @@ def test_units_decode_to_their_values() -> None:
     scales = torch.randint(1, 0x7F, (64, 8), generator=generator, dtype=torch.uint8)
     plain = NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), torch.tensor(1.0))
     hopper = plain.with_layout("hopper")
-    values = dequantize(plain)[:, slot_order(128)].view(4, 16, 4, 2, 16)  # (tile, row, k32, step, slot)
+    values = dequantize(plain).view(4, 16, 4, 2, 16)  # (tile, row, k32, step, k)
     for tile in range(4):
         out = torch.empty(32, 4, 8, dtype=torch.int32)
         unit_codes = hopper.codes.flatten()[tile * 1024 :][:1024].clone()
         unit_scales = hopper.scales.view(torch.uint8).flatten()[tile * 128 :][:128].clone()
         decode_units(pointer(unit_codes), pointer(unit_scales), pointer(out), Int32(32))
-        got = pairs(out).view(8, 4, 4, 2, 2, 2, 2) * 128  # (g, t, k32, step, slot half, row half, pair)
-        # operand a[i] of lane (g, t): row g + 8 * (i % 2), slots 2t + 8 * (i // 2) and the next
+        got = pairs(out).view(8, 4, 4, 2, 2, 2, 2) * 128  # (g, t, k32, step, k half, row half, pair)
+        # operand a[i] of lane (g, t): row g + 8 * (i % 2), k 2t + 8 * (i // 2) and the next
         expected = values[tile].view(2, 8, 4, 2, 2, 4, 2).permute(1, 5, 2, 3, 4, 0, 6)
         assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "nvfp4"])
-def test_activations_meet_the_slots(kind: str) -> None:
+def test_activations_meet_the_weights(kind: str) -> None:
     generator = torch.Generator().manual_seed(2)
     out = torch.empty(4, 4, dtype=torch.int32)
     if kind == "bf16":
@@ -107,8 +107,8 @@ def test_activations_meet_the_slots(kind: str) -> None:
         values, unit = dequantize(quantized)[0], 128.0
         first, second = codes[0, :8].clone(), codes[0, 8:].clone()
         arrange(pointer(first), pointer(second), pointer(out), (0x07, 0x7E))
-    slots = values[slot_order(32)].view(2, 2, 4, 2)  # (step, slots 0..7 or 8..15, t, pair)
-    assert torch.equal(pairs(out).view(4, 2, 2, 2) * unit, slots.permute(2, 0, 1, 3))
+    steps = values.view(2, 2, 4, 2)  # (step, k 0..7 or 8..15, t, pair)
+    assert torch.equal(pairs(out).view(4, 2, 2, 2) * unit, steps.permute(2, 0, 1, 3))
 
 
 def test_the_main_loop_fits_its_memory() -> None:

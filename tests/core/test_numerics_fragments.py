@@ -57,10 +57,9 @@ def decoded(codes: np.ndarray, scales: np.ndarray, rows: int, k: int) -> np.ndar
             for register, half in np.ndindex(8, 2):
                 lower = register % 2  # row g + 8
                 turned = (stored << 8 | stored >> 24) & 0xFFFFFFFF if lower else stored
-                byte = turned >> (4 + 16 * half) & 0xFF
+                byte = turned >> (4 + 16 * (register // 4)) & 0xFF  # of the step's block
                 scale = np.ldexp(1 + byte % 8 / 8, byte // 8 - 22) if byte else 0.0
-                slot = register // 4 * 16 + 2 * t + register % 4 // 2 * 8 + half
-                where = unit * 128 + q * 32 + slot % 2 * 16 + slot // 2
+                where = unit * 128 + q * 32 + register // 4 * 16 + register % 4 // 2 * 8 + 2 * t + half
                 out[group * 64 + tile * 16 + g + 8 * lower, where] = oracle.E2M1[element(words, register, half)] * scale
     return out
 
@@ -167,12 +166,6 @@ def test_prepared_weights_go_through_a_file(tmp_path: Path) -> None:
     loaded = load_file(tmp_path / "w.safetensors")
     again = NVFP4Tensor(loaded["codes"], loaded["scales"], hopper.global_scale_dec, hopper.scale_layout)
     assert torch.equal(dequantize(again), dequantize(hopper))
-
-
-def test_slot_order_interleaves_two_blocks() -> None:
-    assert fragments.slot_order(64).tolist() == [
-        32 * pair + 16 * half + i for pair in range(2) for i in range(16) for half in range(2)
-    ]
 
 
 def test_scales_alone_are_the_same() -> None:

@@ -105,19 +105,22 @@ def test_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, 
     assert guards.same_bytes(out, expected)
 
 
+@pytest.mark.parametrize("a", ["bf16", "nvfp4"])
 @pytest.mark.parametrize(
     ("rows", "n", "k", "shape", "sharing", "tiles"),
     [
-        (11, 320, 400, "NARROW", 3, 1),
-        (60, 320, 400, "NARROW", 2, 2),
+        (11, 320, 448, "NARROW", 3, 1),
+        (60, 320, 448, "NARROW", 2, 2),
         (200, 144, 512, "MEDIUM", 3, 2),
-        (120, 320, 256, "WIDE", 2, 1),
+        (300, 560, 448, "WIDE", 1, 3),
+        (300, 320, 192, "WIDEST", 1, 3),
         (2500, 144, 128, "MEDIUM", 1, 20),
     ],
 )
 def test_one_expert_is_exact_however_it_is_cut(
     reports: list[Report],
     monkeypatch: pytest.MonkeyPatch,
+    a: str,
     rows: int,
     n: int,
     k: int,
@@ -128,10 +131,11 @@ def test_one_expert_is_exact_however_it_is_cut(
     dense = getattr(prefill_kernel, f"DENSE_{shape}")
     ctas = -(-n // dense.rows) * tiles * sharing if sharing > 1 else 3
     monkeypatch.setattr(prefill, "cut", lambda *_, **__: Cut(dense, ctas, sharing, tiles))
-    given = make(Generator().manual_seed(2), rows=(rows,), n=n, k=k, values="integers")
+    given = make(Generator().manual_seed(2), rows=(rows,), n=n, k=k, a=a, values="integers")
     expected = grouped_gemm(**given)
     out = torch.full_like(expected, math.nan)
     prefill.run(given["a"], given["weights"].with_layout("hopper"), given["offsets"], None, out)
+    assert len(reports) == (2 if a == "nvfp4" else 1)  # bf16 activations are read as they are
     for report in reports:
         report.raise_for_findings()
     assert guards.same_bytes(out, expected)
@@ -141,7 +145,7 @@ def test_one_expert_is_exact_however_it_is_cut(
 @pytest.mark.parametrize(("n", "k"), [(8192, 8192), (4096, 8192), (1536, 4096), (64, 128), (7168, 3072)])
 def test_how_one_expert_is_cut(rows: int, n: int, k: int) -> None:
     codes = torch.empty(1, n, k // 2, dtype=torch.uint8, device="meta")
-    cut = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132)
+    cut = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132, dense=True)
     pieces = -(-n // cut.shape.rows) * cut.tiles
     assert cut.sharing <= k // weight_pieces.STAGE_K  # every CTA has some of k
     assert cut.ctas == min(132, pieces * cut.sharing)
@@ -156,7 +160,10 @@ def test_how_one_expert_is_cut(rows: int, n: int, k: int) -> None:
         (8192, 8192, 128, "MEDIUM", 1, 2),
         (8192, 8192, 256, "MEDIUM", 2, 1),
         (8192, 8192, 512, "WIDE", 4, 1),
-        (8192, 8192, 8192, "WIDE", 64, 1),
+        (8192, 8192, 2048, "WIDE", 16, 1),
+        (8192, 8192, 8192, "WIDEST", 57, 1),
+        (4096, 8192, 8192, "WIDEST", 57, 1),
+        (1536, 4096, 8192, "WIDE", 64, 1),
         (4096, 8192, 64, "NARROW", 1, 4),
         (4096, 8192, 512, "MEDIUM", 4, 1),
         (1536, 4096, 16, "NARROW", 1, 8),
@@ -165,7 +172,7 @@ def test_how_one_expert_is_cut(rows: int, n: int, k: int) -> None:
 )
 def test_one_expert_is_cut_as_was_fastest(n: int, k: int, rows: int, shape: str, tiles: int, sharing: int) -> None:
     codes = torch.empty(1, n, k // 2, dtype=torch.uint8, device="meta")
-    cut = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132)
+    cut = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132, dense=True)
     assert (cut.shape, cut.tiles, cut.sharing) == (getattr(prefill_kernel, f"DENSE_{shape}"), tiles, sharing)
 
 

@@ -55,7 +55,7 @@ def scale_pairs(word: Uint32, mask: Uint32, target: Target) -> tuple[Uint32, Uin
 
 
 def decode_pair(x: Uint32, y: Uint32, scales: Uint32, target: Target, given: Masks = MASKS) -> list[Uint32]:
-    """A lane's left operands of the two k16 steps of a k32 group.
+    """A lane's left operands of the two k16 steps of a k32 group, each of one scale block.
 
     Args:
         x: First word of codes.
@@ -72,9 +72,18 @@ def decode_pair(x: Uint32, y: Uint32, scales: Uint32, target: Target, given: Mas
     first = (x << 6, x << 2, _rotate_right(x, 4), y << 4)
     second = (y, _rotate_right(y, 6), _rotate_right(z, 2), _rotate_right(z, 8))
     return [
-        convert.mul_bf16x2(form & _word(_VALUE), high if i % 2 else low, target)
+        _mul_by_half(form & _word(_VALUE), high if i % 2 else low, i // 4, target)
         for i, form in enumerate((*first, *second))
     ]
+
+
+def _mul_by_half(a: Uint32, b: Uint32, half: int, target: Target) -> Uint32:
+    """A pair of bf16 times one of a pair, the lower (0) or the upper; ptxas makes the selection part of the product."""
+    if not target.host:
+        text = "{.reg .b16 l, h; .reg .b32 d; mov.b32 {l, h}, $2; mov.b32 d, {%s, %s}; mul.rn.bf16x2 $0, $1, d;}"
+        return arith.ptx(Uint32, text % (("h", "h") if half else ("l", "l")), a, b)
+    both = (b >> 16) | (b & _word(0xFFFF0000)) if half else (b & 0xFFFF) | (b << 16)
+    return convert.mul_bf16x2(a, both, target)
 
 
 def _lop3(a: Uint32, b: Uint32, c: Uint32, table: int, target: Target) -> Uint32:
@@ -88,44 +97,20 @@ def _lop3(a: Uint32, b: Uint32, c: Uint32, table: int, target: Target) -> Uint32
     return out
 
 
-def interleave(first: Sequence[Uint32], second: Sequence[Uint32], target: Target) -> list[Uint32]:
-    """Two blocks of bf16, 2 n words of pairs in all, in slot order: word p holds element p of both.
+def activation_pairs(codes: Sequence[Uint32], scale: Uint32, target: Target) -> list[Uint32]:
+    """NVFP4 activations of one block as words of two neighbouring values, 2^-7 of E2M1 * E4M3.
 
     Args:
-        first: Block 0, or the same part of it as `second` is of block 1; n words.
-        second: Block 1.
+        codes: Eight codes each.
+        scale: The E4M3 byte of the block, not NaN.
         target: What to compile for.
     """
-    pairs = zip(first, second, strict=True)
-    return [arith.permute(a, b, part, target) for a, b in pairs for part in (0x5410, 0x7632)]
-
-
-def activation_pairs(
-    first: Sequence[Uint32], second: Sequence[Uint32], scales: tuple[Uint32, Uint32], target: Target
-) -> list[Uint32]:
-    """Two blocks of NVFP4 activations as 16 words in slot order, 2^-7 of E2M1 * E4M3.
-
-    Args:
-        first: The 8 bytes of codes of block 0.
-        second: Of block 1.
-        scales: Their E4M3 bytes, not NaN.
-        target: What to compile for.
-    """
-    low, high = (convert.bf16_factor(scale, target) for scale in scales)
-    factor = arith.permute(low, high, 0x5410, target)
-    words: list[Uint32] = []
-    for a, b in zip(first, second, strict=True):
-        for half in (0x5410, 0x7632):
-            codes = arith.permute(a, b, half, target)  # four codes of block 0 below four of block 1
-            for i in range(4):
-                top = codes << (12 - 4 * i) if i < 3 else codes
-                spread = (top & _word(0x80008000)) | (top >> 6 & 0x01C001C0)
-                words.append(convert.mul_bf16x2(spread, factor, target))
-    return words
+    factor = convert.bf16_factor(scale, target)
+    return [word for some in codes for word in convert.decode_e2m1_to_bf16(some, factor, target)]
 
 
 def operand_order(words: Sequence[Uint32]) -> list[list[Uint32]]:
-    """16 words of a token in slot order, as the right operands of lanes t = 0..3: two steps of (b0, b1) each."""
+    """16 words of a token, 32 k, as the right operands of lanes t = 0..3: two steps of (b0, b1) each."""
     return [[words[t + 4 * i] for i in range(4)] for t in range(4)]
 
 

@@ -287,8 +287,6 @@ def _consume(
             bulk.barrier_wait(_barrier(shared + _FULL, slab), slab >> 6 & 1)
             codes = [[bulk.load4(slot + lane_codes + (t * 2 + h) * 512) for h in range(2)] for t in range(PAIR_TILES)]
             scales = [bulk.load4(slot + lane_scales + t * 128) for t in range(PAIR_TILES)]
-            cute.arch.sync_warp()
-            bulk.barrier_arrive_if(_barrier(shared + _EMPTY, slab), lane == 0)
             rows = shared + ROWS + unit * (4 * shape.tiles * 512) + lane * 16
             if cutlass.const_expr(shape.tiles == 1):
                 _multiply(acc, codes, scales, rows, 1, masks, target, shape)
@@ -296,6 +294,8 @@ def _consume(
                 for i in cutlass.range_constexpr(shape.tiles):
                     if live == i + 1:
                         _multiply(acc, codes, scales, rows, i + 1, masks, target, shape)
+            cute.arch.sync_warp()  # and not before the products: until then the loads above may be on their way
+            bulk.barrier_arrive_if(_barrier(shared + _EMPTY, slab), lane == 0)
             unit, slab, stage = unit + SLICES, slab + SLICES, stage + SLICES
             if stage >= problem.stages:
                 stage = stage - problem.stages
@@ -371,7 +371,7 @@ def _stage_rows(
             loaded = (
                 _quantized_pair(problem, row, pair, both, target)
                 if shape.quantized
-                else _plain_pair(problem, row, pair, both, target)
+                else _plain_pair(problem, row, pair, both)
             )
             for j in cutlass.range_constexpr(16):
                 words[j] = loaded[j]
@@ -380,18 +380,18 @@ def _stage_rows(
             bulk.store4(at + t * 16, operand)
 
 
-def _plain_pair(problem: Problem, row: Int32, pair: Int32, both: Boolean, target: Target) -> list[Uint32]:
-    """32 bf16 in slot order; a block that does not exist is zero."""
+def _plain_pair(problem: Problem, row: Int32, pair: Int32, both: Boolean) -> list[Uint32]:
+    """32 bf16; a block that does not exist is zero."""
     at = bulk.global_address(problem.a) + (Int64(row) * problem.k + pair * 32) * 2
     other = at + arith.select(both, Int64(32), Int64(0))
     first = [word for half in range(2) for word in bulk.load_global4(at + half * 16)]
     second = [word for half in range(2) for word in bulk.load_global4(other + half * 16)]
     second = [arith.select(both, word, Uint32(0)) for word in second]
-    return fragments.interleave(first, second, target)
+    return first + second
 
 
 def _quantized_pair(problem: Problem, row: Int32, pair: Int32, both: Boolean, target: Target) -> list[Uint32]:
-    """32 NVFP4 values in slot order, times 2^-7."""
+    """32 NVFP4 values, times 2^-7."""
     blocks = problem.k // 16
     at = bulk.global_address(problem.a) + (Int64(row) * problem.k + pair * 32 >> 1)
     other = at + arith.select(both, Int64(8), Int64(0))
@@ -403,7 +403,8 @@ def _quantized_pair(problem: Problem, row: Int32, pair: Int32, both: Boolean, ta
         tiled = layout.offset_128x4(row, col, blocks)
         bytes_.append(Uint32(scales[arith.select(problem.a_tiled == 1, tiled, row * blocks + col)]))
     second = [arith.select(both, word, Uint32(0)) for word in second]
-    return fragments.activation_pairs(first, second, (bytes_[0], bytes_[1]), target)
+    pairs = [fragments.activation_pairs(*block, target) for block in ((first, bytes_[0]), (second, bytes_[1]))]
+    return pairs[0] + pairs[1]
 
 
 @cute.jit

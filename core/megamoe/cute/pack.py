@@ -1,18 +1,17 @@
-"""Packs activations for `weight_gemm`: gathers rows, decodes NVFP4, and lays k out as the weights' slots want it.
+"""Packs activations for `weight_gemm`: gathers rows and decodes NVFP4.
 
-    packed  (k / 64, capacity, 64) bf16: a row of 64 slots is 128 bytes, whose 16-byte chunks are swizzled as shared
+    packed  (k / 64, capacity, 64) bf16: a row of 64 k is 128 bytes, whose 16-byte chunks are swizzled as shared
             memory is for wgmma, so that one bulk copy brings any run of rows of a block of k. Rows of an expert are
             neighbours and start at a multiple of 8. NVFP4 comes out as 2^-7 of its value, without its global scale.
 
-A warp or several a row; a lane makes a chunk, 8 lanes write 128 bytes in a row. The kernel also clears the counters of
-`weight_gemm`'s split pieces.
+A warp or several a row; a lane makes a chunk, 8 lanes write 128 bytes in a row.
 """
 
 from __future__ import annotations
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Constexpr, Int32, Int64, Uint8, Uint16, Uint32, cute
+from cutlass import BFloat16, Constexpr, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from megamoe.cute import arith, bulk, fragments, weight_pieces
@@ -23,7 +22,7 @@ from megamoe.cute.recipe import BLOCK
 from megamoe.cute.warp import WARP
 
 THREADS = 256
-CHUNKS = 8  # of 16 bytes, of a row of 64 slots
+CHUNKS = 8  # of 16 bytes, of a row of 64 k
 AT_ONCE = 4  # chunks that a lane asks for before it waits
 ENOUGH_ROWS = 8192  # for a warp each, 62 an SM; fewer are shared, or too few bytes would be on their way
 KINDS = ("bfloat16", "linear", "128x4")  # plain activations, or NVFP4 by the layout of its scales
@@ -36,7 +35,6 @@ def launch(
     index: cute.Tensor,  # (rows,) int32, not read unless `indexed`
     offsets: cute.Tensor,  # (experts + 1,) int32
     packed: cute.Tensor,  # (padded K / 64, capacity, 64) bf16
-    cleared: cute.Tensor,  # (any,) int32, gets zeros
     rows: Int32,
     parts: Int32,  # warps that share a row
     stream: CUstream,
@@ -44,7 +42,7 @@ def launch(
     indexed: Constexpr[bool],
 ) -> None:
     """Launches `parts` warps for each row."""
-    kernel(values, scales, index, offsets, packed, cleared, rows, kind, indexed).launch(
+    kernel(values, scales, index, offsets, packed, rows, kind, indexed).launch(
         grid=[cute.ceil_div(rows, THREADS // WARP), parts, 1], block=[THREADS, 1, 1], use_pdl=True, stream=stream
     )
 
@@ -56,7 +54,6 @@ def kernel(
     index: cute.Tensor,
     offsets: cute.Tensor,
     packed: cute.Tensor,
-    cleared: cute.Tensor,
     rows: Int32,
     kind: Constexpr[str],
     indexed: Constexpr[bool],
@@ -67,9 +64,6 @@ def kernel(
     _, parts, _ = cute.arch.grid_dim()
     cute.arch.griddepcontrol_wait()  # what came before in the stream is done; up to here it may still have run
     cute.arch.griddepcontrol_launch_dependents()
-    if cta + part == 0:
-        for place in cutlass.range(thread, cute.size(cleared), THREADS):
-            cleared[place] = Int32(0)
     row = cta * (THREADS // WARP) + thread // WARP
     if row < rows:
         lane = thread % WARP
@@ -126,33 +120,29 @@ def _expert_of(row: Int32, lane: Int32, offsets: cute.Tensor) -> Int32:
     return expert
 
 
-def _load(values: cute.Tensor, scales: cute.Tensor, source: Int32, chunk: Int32, kind: str) -> list[list[Uint32]]:
-    """What a chunk, 8 slots, is made of: a quarter of each of two blocks, and NVFP4's scale; zeros beyond k."""
+def _load(values: cute.Tensor, scales: cute.Tensor, source: Int32, chunk: Int32, kind: str) -> list[Uint32]:
+    """What a chunk, half a block, is made of: its bf16, or its codes and their scale; zeros beyond k."""
     plain = kind == "bfloat16"
     blocks = cute.size(values, mode=[1]) // (BLOCK if plain else BLOCK // 2)
-    parts = []
-    for b in range(2):
-        exists = chunk // 4 * 2 + b < blocks
-        number = cutlass.min(chunk // 4 * 2 + b, blocks - 1)
-        quarter = (Int64(source) * blocks + number) * 4 + chunk % 4
-        if plain:
-            words = bulk.load_global2(bulk.global_address(values) + quarter * 8)
-        else:
-            codes = cute.make_tensor(
-                cute.recast_ptr(values.iterator, dtype=Uint16), cute.make_layout(cute.size(values) // 2)
-            )
-            bytes_ = cute.make_tensor(scales.iterator, cute.make_layout(cute.size(scales)))
-            offset = (offset_128x4 if kind == "128x4" else offset_linear)(source, number, blocks)
-            words = [Uint32(codes[quarter]), Uint32(bytes_[offset])]
-        parts.append([arith.select(exists, word, Uint32(0)) for word in words])
-    return parts
+    exists = chunk // 2 < blocks
+    number = cutlass.min(chunk, 2 * blocks - 1)
+    place = Int64(source) * (2 * blocks) + number
+    if plain:
+        words = bulk.load_global4(bulk.global_address(values) + place * 16)
+    else:
+        codes = cute.make_tensor(
+            cute.recast_ptr(values.iterator, dtype=Uint32), cute.make_layout(cute.size(values) // 4)
+        )
+        bytes_ = cute.make_tensor(scales.iterator, cute.make_layout(cute.size(scales)))
+        offset = (offset_128x4 if kind == "128x4" else offset_linear)(source, number // 2, blocks)
+        words = [Uint32(codes[place]), Uint32(bytes_[offset])]
+    return [arith.select(exists, word, Uint32(0)) for word in words]
 
 
-def _words(parts: list[list[Uint32]], kind: str, target: Target) -> list[Uint32]:
+def _words(loaded: list[Uint32], kind: str, target: Target) -> list[Uint32]:
     if kind == "bfloat16":
-        return fragments.interleave(parts[0], parts[1], target)
-    (first, low), (second, high) = parts
-    return fragments.activation_pairs([first], [second], (low, high), target)[:4]
+        return loaded
+    return fragments.activation_pairs(loaded[:1], loaded[1], target)
 
 
 def parts_of(rows: int, k: int) -> int:
@@ -175,10 +165,10 @@ def spec(kind: str, indexed: bool) -> KernelSpec:
         else:
             values = _compact(Uint8, (size(), size(divisibility=BLOCK // 2)), 8)
         scales = _compact(Uint8, (size(), size()), 1)
-        index, offsets, cleared = (_compact(Int32, (size(),), 4) for _ in range(3))
+        index, offsets = (_compact(Int32, (size(),), 4) for _ in range(2))
         packed = _compact(BFloat16, (size(), size(), 64), 16)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return (values, scales, index, offsets, packed, cleared, Int32(0), Int32(1), stream, kind, indexed)
+        return (values, scales, index, offsets, packed, Int32(0), Int32(1), stream, kind, indexed)
 
     name = f"pack_{kind}{'_indexed' if indexed else ''}"
     return KernelSpec(name, Target.SM90.value, launch, arguments, (kind, indexed))

@@ -82,7 +82,7 @@ def kernel(
         ]
         bytes_ = [_scales(scales, flat[h], groups, unit * _PAIRS + t, exists[h]) for h in range(2)]
         at = (slab + unit) * 4 + tile % 4
-        words = [word for q in range(_PAIRS) for word in _slots(loaded[q], t * 4)]
+        words = [word for q in range(_PAIRS) for word in _slots(loaded[q], t * 8)]
         for half in cutlass.range_constexpr(2):
             to = bulk.global_address(out_codes) + at * _TILE_CODES + (half * WARP + lane) * _LANE
             bulk.store_global4(to, words[4 * half : 4 * half + 4])
@@ -129,10 +129,10 @@ def _scales(scales: cute.Tensor, row: Int64, groups: Int32, group: Int32, exists
 
 def _slots(rows: list[list[Uint32]], shift: Int32) -> list[Uint32]:
     """A lane's words x and y of a group, from the two blocks of its two rows."""
-    pairs = []  # of slot quarter q and row half h: block 0 in the low half of a word, block 1 in the high one
+    pairs = []  # of a quarter of the k and a row half: neighbouring k in the halves of a word
     for q in range(4):
-        part = 0x5410 if q % 2 == 0 else 0x7632
-        both = [arith.permute(row[q // 2], row[2 + q // 2], part, Target.SM90) >> shift for row in rows]
+        both = [row[q] >> shift for row in rows]
+        both = [(word & 0xF) | (word & 0xF0) << 12 for word in both]
         pairs.append([(word & 0x00070007) | (word & 0x00080008) << 6 for word in both])
     made = {}
     for name, forms in fragments._FORMS.items():

@@ -1,7 +1,7 @@
 """Adds up the sums of the CTAs that share the k of a piece of `weight_gemm`, through global memory.
 
 A warp of consumers leaves its sums there and counts itself; the last of those with the same weight rows adds all up, in
-the order of k. No CTA waits for another.
+the order of k. No CTA waits for another, and the counters are zeros again afterwards.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import cutlass
 from cutlass import Boolean, Constexpr, Float32, Int32, Int64, cute
 
-from megamoe.cute import arith, exchange, ring
+from megamoe.cute import arith, exchange, placed, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
 from megamoe.cute.weight_pieces import CONSUMER_WARPS, Operands, Shape, share_of, warp_of_consumers
@@ -51,7 +51,7 @@ def gather(
     before = Int32(0)
     if lane == 0:
         place = ring.address(operands.arrived.iterator) + (number * CONSUMER_WARPS + warp) * 4
-        before = exchange.count_and_tell(place)
+        before = placed.count_round(place, parts - 1)
     last = cute.arch.shuffle_sync(before, 0) == parts - 1
     cute.arch.sync_warp()
     if last:

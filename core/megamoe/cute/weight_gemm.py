@@ -3,8 +3,9 @@
 Swapped: the weights are wgmma's left operand, tokens its columns. A CTA has four producer warps and two consumer
 warpgroups, and walks over pieces of work: 128 or 256 weight rows of an expert times up to `Shape.tokens` of its tokens.
 A consumer warp owns 16 or 32 neighbouring weight rows of a piece, a tile of 16 or two. The producers fill a ring of
-stages, 128 of k each, with bulk copies of prepared weights (`numerics.fragments`) and of packed activations (`pack`); a
-consumer decodes 32 of k of a tile while the tensor cores multiply what it decoded before.
+stages, 128 of k each, with bulk copies of prepared weights (`numerics.fragments`) and of activations, packed (`pack`)
+or, if `Shape.direct`, as they are; a consumer decodes 32 of k of a tile while the tensor cores multiply what it decoded
+before.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Numeric, Uint8, Uint32, cute
 
-from megamoe.cute import arith, fragments, ring, split_sums, wgmma
+from megamoe.cute import arith, fragments, multicast, placed, ring, split_sums, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
 from megamoe.cute.weight_pieces import (
@@ -60,7 +61,9 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
         if cutlass.const_expr(not shape.dense):
             expert = expert_of(number, expert, base, operands, shape)
         piece = piece_of(number, expert, base, operands, shape)
-        if lane == 0:
+        if cutlass.const_expr(shape.direct):
+            stage, parity = _produce_piece(base, piece, operands, stage, parity, shape)
+        elif lane == 0:
             place = Int64(expert * operands.slabs + piece.row_piece * shape.slabs + mine) * operands.k_stages
             place = place + first_stage
             codes = ring.address(operands.codes.iterator) + place * SLAB_CODES
@@ -81,14 +84,55 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
                 if warp < 2:
                     ring.copy(tokens, at + warp * (shape.weights_at // 2), rows, full)
                 if weights:
-                    there = at + shape.weights_at + mine * SLAB_CODES
-                    ring.copy(codes, there, Int32(SLAB_CODES), full)
-                    there = at + (shape.weights_at + shape.slabs * SLAB_CODES) + mine * SLAB_SCALES
-                    ring.copy(scales, there, Int32(SLAB_SCALES), full)
+                    _copy_slab(codes, scales, mine, at, full, shape)
                 tokens, codes, scales = tokens + 2 * block, codes + SLAB_CODES, scales + SLAB_SCALES
                 stage, parity = stage_after(stage, parity, shape)
         stage, parity = cute.arch.shuffle_sync(stage, 0), cute.arch.shuffle_sync(parity, 0)
         number = number + turns
+
+
+@cute.jit
+def _produce_piece(
+    base: Int32,
+    piece: Constexpr[Piece],
+    operands: Constexpr[Operands],
+    stage: Int32,
+    parity: Int32,
+    shape: Constexpr[Shape],
+) -> tuple[Int32, Int32]:
+    """`produce` for a piece whose tokens come as they are: a box at a time, and a whole warp starts it."""
+    lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+    mine = warp - (GROUP // WARP - shape.slabs)
+    first_stage, k_stages = stages_of(shape, operands)
+    place = Int64(piece.row_piece * shape.slabs + mine) * operands.k_stages + first_stage
+    codes = ring.address(operands.codes.iterator) + place * SLAB_CODES
+    scales = ring.address(operands.scales.iterator) + place * SLAB_SCALES
+    weights = (mine >= 0) & (mine < slabs_of(piece, operands, shape))
+    size = arith.select(warp < 2, piece.width * wgmma.ROW_BYTES, Int32(0))
+    size = size + arith.select(weights, Int32(SLAB_CODES + SLAB_SCALES), Int32(0))
+    block = 2 * first_stage + warp
+    for _ in cutlass.range(k_stages, unroll=1):
+        full = base + shape.barriers_at + stage * 16
+        at = base + stage * shape.stage_bytes
+        ring.wait(full + 8, parity)
+        multicast.expect_if(full, size, arith.select(lane == 0, Int32(1), Int32(0)))
+        if warp < 2:
+            for i in cutlass.range_constexpr(shape.tokens // shape.box):
+                if i * shape.box < piece.width:
+                    slot = at + warp * (shape.weights_at // 2) + i * (shape.box * wgmma.ROW_BYTES)
+                    multicast.load_box(operands.packed, piece.first + i * shape.box, Int32(0), block, slot, full)
+        if weights & (lane == 0):
+            _copy_slab(codes, scales, mine, at, full, shape)
+        codes, scales, block = codes + SLAB_CODES, scales + SLAB_SCALES, block + 2
+        stage, parity = stage_after(stage, parity, shape)
+    return stage, parity
+
+
+def _copy_slab(codes: Int64, scales: Int64, number: Int32, stage: Int32, full: Int32, shape: Shape) -> None:
+    """Starts the copies of a slab of a piece to its place in a stage."""
+    weights = stage + shape.weights_at
+    ring.copy(codes, weights + number * SLAB_CODES, Int32(SLAB_CODES), full)
+    ring.copy(scales, weights + shape.slabs * SLAB_CODES + number * SLAB_SCALES, Int32(SLAB_SCALES), full)
 
 
 @cute.jit
@@ -105,7 +149,7 @@ def accumulate(
     """Sums so many stages of a piece with so many slabs: acc[tile, i], i as `wgmma.mma`; returns the next stage.
 
     The products of a tile and a step, 32 of k, are a group; while groups run, the operand of the next one is decoded.
-    At the end of a piece that is an operand nobody needs, of the last stage again.
+    At the end of a piece that is an operand nobody needs, of words that were there before.
     """
     count, tiles = width // 2, shape.tiles
     for t in cutlass.range_constexpr(tiles):
@@ -129,7 +173,7 @@ def accumulate(
         tokens = wgmma.descriptor(base + stage * shape.stage_bytes)
         next_stage, next_parity = stage_after(stage, parity, shape)
         more = arith.select(k + 1 < k_stages, Int32(1), Int32(0))
-        there = arith.select(more == 1, next_stage, stage) * shape.stage_bytes
+        there = next_stage * shape.stage_bytes
         for group in cutlass.range_constexpr(STEPS * tiles):
             step, t = group // tiles, group % tiles
             wgmma.fence()
@@ -143,7 +187,9 @@ def accumulate(
             if cutlass.const_expr(step == STEPS - 1):
                 if cutlass.const_expr(t == 0):
                     ring.wait_if(base + shape.barriers_at + next_stage * 16, next_parity, more)
-                raw[t] = _first_words(t, codes + there, scales + there)
+                kept = [raw[t][:4], raw[t][4:]]
+                places = (codes + there + t * TILE_CODES, scales + there + t * TILE_SCALES)
+                raw[t] = [word for i in range(2) for word in placed.load16_if(places[i], kept[i], more)]
             after, other = (group + 1) // tiles % STEPS, (group + 1) % tiles
             left = decode(raw[other], after, masks)
             if cutlass.const_expr(after == 1):
@@ -209,6 +255,8 @@ def work(
             ring.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
             ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS)
         ring.init_fence()
+    if cutlass.const_expr(shape.direct):
+        cute.arch.griddepcontrol_wait()  # there is no `pack` that did
     cute.arch.griddepcontrol_launch_dependents()
     if cutlass.const_expr(shape.dense):
         cute.arch.sync_threads()

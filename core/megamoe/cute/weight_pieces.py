@@ -6,12 +6,14 @@ there are fewer pieces than SMs, several CTAs share the k of each (`Shape.split`
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import cutlass
 from cutlass import Constexpr, Int32, cute
 
 from megamoe.cute import arith, ring
+from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 
 GROUP = 128  # threads of a warpgroup
@@ -42,6 +44,7 @@ class Shape(NamedTuple):
         experts: Most there may be.
         split: CTAs may share the k of a piece.
         in_flight: Groups of products that may run while an operand is decoded; with two tiles ptxas lets only one.
+        direct: Activations come as they are, by a tensor map; else `pack` has brought them in order.
     """
 
     widths: tuple[int, ...]
@@ -51,6 +54,7 @@ class Shape(NamedTuple):
     experts: int = MAX_EXPERTS
     split: bool = False
     in_flight: int = 1
+    direct: bool = False
 
     @property
     def dense(self) -> bool:
@@ -61,6 +65,11 @@ class Shape(NamedTuple):
     def rows(self) -> int:
         """Weight rows of a piece."""
         return CONSUMER_WARPS * self.tiles * TILE_ROWS
+
+    @property
+    def box(self) -> int:
+        """Tokens that are copied at once if `direct`."""
+        return math.gcd(*self.widths)
 
     @property
     def slabs(self) -> int:
@@ -109,7 +118,7 @@ class Operands(NamedTuple):
     Attributes:
         codes: (experts, padded rows, padded k / 2) uint8, prepared.
         scales: (experts, padded rows, padded k / 16) uint8, prepared.
-        packed: (padded k / 64, capacity, 64) bf16: see `pack`.
+        packed: (padded k / 64, capacity, 64) bf16: see `pack`; if `Shape.direct` boxes of (`Shape.box` tokens, 64 k).
         offsets: (experts + 1,) int32.
         sums: fp32, room for `sums_of` each piece's parts; not touched unless `Shape.split`.
         arrived: (pieces * CONSUMER_WARPS,) int32, zeros.
@@ -120,7 +129,7 @@ class Operands(NamedTuple):
 
     codes: cute.Tensor
     scales: cute.Tensor
-    packed: cute.Tensor
+    packed: cute.Tensor | Boxes
     offsets: cute.Tensor
     sums: cute.Tensor
     arrived: cute.Tensor

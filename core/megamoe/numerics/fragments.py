@@ -2,15 +2,15 @@
 
 A lane of a warp reads 16 bytes and has its part of m16k16 fragments for 64 k, bit-interleaved so that a shift, a mask
 and one multiplication by a pair of scales decode two values (measured: 18 instructions per 8 values, where nibbles in
-order take 29). A k32 group is two scale blocks: the even slots of its fragments come from the first, the odd ones from
-the second, so slot s holds k = 16 * (s % 2) + s // 2, and activations must be permuted likewise.
+order take 29). A k32 group is two scale blocks, a k16 step each, so k is in order, and so are activations; the pair of
+scales of a row serves both steps, since a multiplication takes either half of a register for both of its values.
 
     unit    16 rows x 128 k: 2 halves of 64 k, 32 lanes, 4 words (x, y of two k32 groups); 8 scale words x 4 k32 groups
     slab    4 units, 64 rows x 128 k: 4096 bytes of codes, 512 bytes of scales
     memory  (expert, 64 rows, 128 k) slabs, one after another; rows and k are padded with zeros
 
-A register of slot pair (block 0, block 1) in T(r) form has its magnitude at bits r..r+2 and its sign at bit r + 9 of
-each 16-bit half, modulo 32. Word x holds T(0), T(4), T(10), word y T(2), T(6), T(12), and the bits that these leave
+A register, two neighbouring k, in T(r) form has its magnitude at bits r..r+2 and its sign at bit r + 9 of each 16-bit
+half, modulo 32. Word x holds T(0), T(4), T(10), word y T(2), T(6), T(12), and the bits that these leave
 free, x's `_X_OF_Z` and y's others, are the word z with T(8), T(14).
 
 A scale is a byte S0E5M3, the bits 4 to 11 of bf16(scale * 2^119): 104 to 246, and 0 for zero.
@@ -34,7 +34,7 @@ _BLOCK = 16
 _TILES = GROUP_ROWS // 16
 _AT_ONCE = 1 << 24  # values; bounds the temporary memory
 _X_OF_Z = 0xC180C180
-# (slot quarter j // 4, row half) of each T(r), with its word; quarter and half name the operand register
+# (quarter of the group's 32 k, row half) of each T(r), with its word: they name the operand register
 _FORMS = {
     "x": ((0, 0, 0), (0, 1, 4), (1, 0, 10)),
     "y": ((1, 1, 2), (2, 0, 6), (2, 1, 12)),
@@ -120,12 +120,6 @@ def scales_to_fragments(scales: Tensor) -> Tensor:
     return out.view(scales.dtype).view(scales.shape)
 
 
-def slot_order(k: int) -> Tensor:
-    """int64 (k,): the k of each slot, k a multiple of 32."""
-    slot = torch.arange(k)
-    return slot // 32 * 32 + slot % 2 * _BLOCK + slot % 32 // 2
-
-
 def _padded(bytes_: Tensor, rows: int, cols: int) -> Tensor:
     return pad(bytes_, (0, cols - bytes_.shape[-1], 0, rows - bytes_.shape[-2]))
 
@@ -144,15 +138,17 @@ def _check(codes: Tensor, scales: Tensor) -> None:
 def _pack(codes: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 (B, rows, K/2) to the same bytes in hopper order, of the same shape."""
     rows, k = size
-    # nibble j of a block goes to lane t = j % 4, slot quarter j // 4: word >> 4 t leaves its quarters in 16-bit fields
+    # nibble 8 h + 2 t + e of a block goes to lane t, half h of its step, element e of a pair; word >> 4 i leaves i,
+    # i + 4, ... in 16-bit fields, so i = 2 (t % 2) + e and the field is 2 h + t // 2
     words = codes.contiguous().view(torch.int64)  # (B, rows, K/16)
-    turned = torch.stack([_shift_right(words, 4 * t) for t in range(4)], dim=-1)  # (B, rows, K/16, lane t)
+    turned = torch.stack([_shift_right(words, 4 * i) for i in range(4)], dim=-1)  # (B, rows, K/16, i)
     spread = (turned & 0x0007000700070007) | (turned & 0x0008000800080008) << 6
     parts = spread.view(torch.int16).view(
-        -1, rows // 64, _TILES, 2, 8, k // UNIT_K, 2, 2, 2, 4, 4
-    )  # (B, group, tile, row half, g, unit, k64, k32, block, t, quarter)
-    # -> (quarter, row half, B, group, unit, tile, k64, g, t, k32, block): a register's pair is one 32-bit word
-    pairs = parts.permute(10, 3, 0, 1, 5, 2, 6, 4, 9, 7, 8).contiguous().view(torch.int32)[..., 0]
+        -1, rows // 64, _TILES, 2, 8, k // UNIT_K, 2, 2, 2, 2, 2, 2, 2
+    )  # (B, group, tile, row half, g, unit, k64, k32, block, t % 2, e, h, t // 2)
+    # -> (block, h, row half, B, group, unit, tile, k64, g, t // 2, t % 2, k32, e): a register's pair is one 32-bit word
+    pairs = parts.permute(8, 11, 3, 0, 1, 5, 2, 6, 4, 12, 9, 7, 10).contiguous().view(torch.int32)
+    pairs = pairs.view(4, 2, -1, rows // 64, k // UNIT_K, _TILES, 2, 8, 4, 2)  # block and h are a quarter
     x, y, z = (
         functools.reduce(torch.bitwise_or, (_rotate_left(pairs[quarter, half], r) for quarter, half, r in _FORMS[word]))
         for word in "xyz"
@@ -172,11 +168,12 @@ def _unpack(codes: Tensor, size: tuple[int, int]) -> Tensor:
     for word, forms in _FORMS.items():
         for quarter, half, r in forms:
             pairs[quarter, half, ..., 0] = _rotate_left(source[word], 32 - r)
-    # undoes the permutation of `_pack`: (quarter, row half, B, group, unit, tile, k64, g, t, k32, block)
-    parts = pairs.view(torch.int16).permute(2, 3, 5, 1, 7, 4, 6, 9, 10, 8, 0).contiguous().view(torch.int64)[..., 0]
-    nibbles = (parts & 0x0007000700070007) | (_shift_right(parts, 6) & 0x0008000800080008)
-    lanes = (nibbles[..., t] << 4 * t for t in range(4))
-    return functools.reduce(torch.bitwise_or, lanes).contiguous().view(torch.uint8).view(-1, rows, k // 2)
+    # undoes the permutation of `_pack`
+    parts = pairs.view(torch.int16).view(2, 2, 2, -1, rows // 64, k // UNIT_K, _TILES, 2, 8, 2, 2, 2, 2)
+    parts = parts.permute(3, 4, 6, 2, 8, 5, 7, 11, 0, 10, 12, 1, 9).contiguous().view(-1, 4, 4).view(torch.int64)
+    nibbles = ((parts & 0x0007000700070007) | (_shift_right(parts, 6) & 0x0008000800080008))[..., 0]
+    shifted = (nibbles[:, i] << 4 * i for i in range(4))
+    return functools.reduce(torch.bitwise_or, shifted).contiguous().view(torch.uint8).view(-1, rows, k // 2)
 
 
 def _pack_scales(scales: Tensor, size: tuple[int, int]) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from megamoe.cute import compiler
 from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.counters import counters
 from megamoe_stages.fp4_kv_decode import gqa_kernel
 from megamoe_stages.fp4_kv_decode.contract import DecodeOutput
-from megamoe_stages.fp4_kv_decode.gqa_counters import counters
 from megamoe_stages.fp4_kv_decode.gqa_shape import SHAPES, TILE, Shape
 from megamoe_stages.fp4_kv_decode.launch import Side
 
@@ -63,7 +63,7 @@ def attend(
         out.lse.view(-1),
         out.lse.new_empty(2 * ctas, shape.part_floats),
         out.lse.new_empty(2 * ctas, 2 * shape.columns),
-        counters(problems, lengths),
+        counters("gqa", problems, lengths),
         softmax_scale,
         queries,
         heads,

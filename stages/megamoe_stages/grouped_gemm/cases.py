@@ -188,6 +188,8 @@ _HOPPER_CASES: dict[str, Case] = {
     "integers-one-expert-nine-rows": _hopper(values="integers", rows=(9,), n=80, k=256, a="nvfp4"),
     "integers-one-expert-two-rows": _hopper(values="integers", rows=(2,), n=320, k=2048),
     "integers-one-expert-200-rows": _hopper(values="integers", rows=(200,), n=136, k=1024),
+    "integers-one-expert-odd-blocks": _hopper(values="integers", rows=(100,), n=200, k=448),
+    "integers-one-expert-indexed": _hopper(values="integers", rows=(70,), n=136, k=192, indexed=True),
     "integers-one-expert-600-rows": _hopper(values="integers", rows=(600,), n=1104, k=384, a="nvfp4", alphas=3),
     "integers-one-expert-unaligned": _hopper(values="integers", rows=(300,), n=1100, k=256, alphas=None),
     "one-hot-one-expert-nvfp4": _hopper(values="one_hot", rows=(70,), n=320, k=1024, a="nvfp4", alphas=2, indexed=True),

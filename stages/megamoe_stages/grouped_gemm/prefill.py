@@ -1,4 +1,4 @@
-"""The host side of the grouped GEMM for many rows an expert: packs the activations, then multiplies."""
+"""The host side of the grouped GEMM for many rows an expert: packs the activations where it must, then multiplies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megamoe.cute import compiler, pack, split_sums, weight_pieces
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.weight_pieces import STAGE_K, Shape
+from megamoe.cute.counters import counters
+from megamoe.cute.weight_pieces import BLOCK_K, STAGE_K, Shape
 from megamoe.numerics.fragments import padded_shape
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe_stages.grouped_gemm import prefill_kernel
@@ -24,7 +25,7 @@ MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
 
 
 def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_index: Tensor | None, out: Tensor) -> None:
-    """Two launches on the current stream, no synchronisation; see `reference.grouped_gemm`.
+    """One launch or two on the current stream, no synchronisation; see `reference.grouped_gemm`.
 
     Args:
         a: bf16 or NVFP4 activations.
@@ -34,18 +35,22 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
         out: bf16 (M, N), written; M is not 0.
     """
     experts = weights.codes.shape[0]
-    shape, ctas, sharing, tiles = cut(out.shape[0], weights, processors(out.device))
+    plain = isinstance(a, Tensor) and row_index is None and a.shape[1] % BLOCK_K == 0
+    dense = experts == 1 and (plain or isinstance(a, NVFP4Tensor))
+    shape, ctas, sharing, tiles = cut(out.shape[0], weights, processors(out.device), dense=dense)
     split = sharing > 1
     sums = torch.empty(split * ctas * split_sums.sums_bytes(shape) // 4, dtype=torch.float32, device=out.device)
-    counters = split * ctas // sharing * weight_pieces.CONSUMER_WARPS
-    arrived = torch.empty(counters, dtype=torch.int32, device=out.device)
-    packed = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape, arrived)
+    arrived = counters("weight_gemm", split * ctas // sharing * weight_pieces.CONSUMER_WARPS, out)
+    if shape.dense and isinstance(a, Tensor):
+        shape, tokens = shape._replace(direct=True), a
+    else:
+        tokens = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape)
     alpha = weights.global_scale_dec
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
     dec = a.global_scale_dec if isinstance(a, NVFP4Tensor) else alpha.view(-1)[0]
     launch = _launcher(isinstance(a, NVFP4Tensor), out.shape[1] % 8 == 0, shape)
     codes, scales = weights.codes, weights.scales.view(torch.uint8)
-    launch(codes, scales, packed, offsets, alpha.view(-1), dec, out, sums, arrived, parts, ctas, sharing, tiles)
+    launch(codes, scales, tokens, offsets, alpha.view(-1), dec, out, sums, arrived, parts, ctas, sharing, tiles)
 
 
 def pack_rows(
@@ -55,9 +60,8 @@ def pack_rows(
     rows: int,
     k: int,
     shape: Shape,
-    cleared: Tensor,
 ) -> Tensor:
-    """Activations as `cute.pack` lays them out, bf16 (padded K / 64, capacity, 64); zeros int32 `cleared`."""
+    """Activations as `cute.pack` lays them out, bf16 (padded K / 64, capacity, 64)."""
     capacity = weight_pieces.packed_capacity(rows, offsets.shape[0] - 1, shape.tokens)
     packed = torch.empty((padded_shape(1, k)[1] // 64, capacity, 64), dtype=torch.bfloat16, device=offsets.device)
     index = offsets if row_index is None else row_index
@@ -66,7 +70,7 @@ def pack_rows(
     else:
         kind, values, scales = "bfloat16", a, a.view(torch.uint8)
     parts = pack.parts_of(rows, k)
-    _packer(kind, row_index is not None)(values, scales, index, offsets, packed, cleared, rows, parts)
+    _packer(kind, row_index is not None)(values, scales, index, offsets, packed, rows, parts)
     return packed
 
 
@@ -86,16 +90,17 @@ class Cut(NamedTuple):
     tiles: int = 1
 
 
-def cut(rows: int, weights: NVFP4Tensor, sms: int) -> Cut:
+def cut(rows: int, weights: NVFP4Tensor, sms: int, *, dense: bool) -> Cut:
     """How the work is cut; one expert may have fewer pieces than there are SMs, then several CTAs share the k of each.
 
     Args:
         rows: Of the result.
         weights: In the hopper layout.
         sms: Of the device.
+        dense: There is one expert, and its activations are NVFP4 or come by a tensor map.
     """
     experts, n, stages = weights.codes.shape[0], weights.codes.shape[1], weights.codes.shape[2] * 2 // STAGE_K
-    if experts > 1:
+    if not dense:
         return Cut(shape_for(rows, experts), sms)
     return _dense_cut(rows, n, stages, sms)
 
@@ -108,7 +113,7 @@ def _dense_cut(rows: int, n: int, stages: int, sms: int) -> Cut:
         tiles = -(-rows // most)
         pieces = -(-n // shape.rows) * tiles
         width = next(w for w in shape.widths if w * tiles >= rows)
-        for sharing in range(1, max(1, min(sms // pieces, stages)) + 1):
+        for sharing in range(1, max(1, min(sms // pieces, stages) * shape.split) + 1):
             of_stage = STAGE_CLOCKS[shape.tiles] + TOKEN_CLOCKS * width * shape.tiles
             clocks = -(-pieces * sharing // sms) * -(-stages // sharing) * of_stage
             if sharing > 1:
@@ -149,4 +154,9 @@ def kernels() -> list[KernelSpec]:
     packers = [pack.spec(kind, indexed) for kind in pack.KINDS for indexed in (False, True)]
     shapes = prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE, *prefill_kernel.DENSE
     flags = itertools.product((False, True), (False, True))
-    return [*packers, *(prefill_kernel.spec(*both, shape) for both in flags for shape in shapes)]
+    gemms = (
+        prefill_kernel.spec(quantized, aligned, shape._replace(direct=shape.dense and not quantized))
+        for quantized, aligned in flags
+        for shape in shapes
+    )
+    return [*packers, *gemms]

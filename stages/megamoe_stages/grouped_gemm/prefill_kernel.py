@@ -7,9 +7,10 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, bf16, ring, weight_gemm
+from megamoe.cute import arith, bf16, multicast, ring, weight_gemm
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.multicast import Boxes
 from megamoe.cute.weight_gemm import DECODED_UNIT
 from megamoe.cute.weight_pieces import CONSUMER_WARPS, THREADS, Operands, Piece, Shape, warp_of_consumers
 
@@ -20,10 +21,12 @@ WIDE, NARROW, SPARSE = (
     Shape((32, 40, 48, 56, 64), 6, _STAGING),
     Shape((16, 24, 32, 40, 48), 6, _STAGING),
 )
-DENSE = DENSE_NARROW, DENSE_MEDIUM, DENSE_WIDE = (  # for one expert, whose pieces may be too few for all SMs
+# for one expert, whose pieces may be too few for all SMs
+DENSE = DENSE_NARROW, DENSE_MEDIUM, DENSE_WIDE, DENSE_WIDEST = (
     Shape((16, 32, 64), 8, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
     Shape((96, 128), 5, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
-    Shape((96, 128), 4, _STAGING, experts=1, split=True),
+    Shape((96, 128), 4, _STAGING, experts=1),
+    Shape((144,), 3, _STAGING, experts=1),
 )
 
 
@@ -31,7 +34,7 @@ DENSE = DENSE_NARROW, DENSE_MEDIUM, DENSE_WIDE = (  # for one expert, whose piec
 def launch(
     codes: cute.Tensor,
     scales: cute.Tensor,
-    packed: cute.Tensor,
+    packed: cute.Tensor,  # see `weight_pieces.Operands`; the activations (rows, K) themselves if `Shape.direct`
     offsets: cute.Tensor,
     alpha: cute.Tensor,  # (experts * parts,) fp32, or one for all
     dec: cute.Tensor,  # () fp32 of NVFP4 activations; not read for others
@@ -48,11 +51,17 @@ def launch(
     shape: Constexpr[Shape],
 ) -> None:
     """Launches so many CTAs."""
-    tensors = (codes, scales, packed, offsets, alpha, dec, out, sums, arrived)
+    tokens = packed
+    if cutlass.const_expr(shape.direct):
+        rows, k = packed.shape
+        seen = cute.make_tensor(packed.iterator, cute.make_layout((rows, 1, k), stride=(k, k, 1)))
+        tokens = multicast.boxes(seen, shape.box, 1, 1)
+    tensors = (codes, scales, tokens, offsets, alpha, dec, out, sums, arrived)
     kernel(*tensors, parts, sharing, tiles, quantized, aligned, shape).launch(
         grid=[ctas, 1, 1],
         block=[THREADS, 1, 1],
         smem=shape.shared_bytes,
+        cluster=[1, 1, 1],  # said or not makes a difference: see the notes
         min_blocks_per_mp=1,
         use_pdl=True,
         stream=stream,
@@ -63,7 +72,7 @@ def launch(
 def kernel(
     codes: cute.Tensor,
     scales: cute.Tensor,
-    packed: cute.Tensor,
+    packed: cute.Tensor | Boxes,
     offsets: cute.Tensor,
     alpha: cute.Tensor,
     dec: cute.Tensor,
@@ -167,10 +176,14 @@ def part_of(column: Int32, n: Int32, parts: Int32) -> Int32:
 
 def factor_of(alpha: cute.Tensor, i: Int32, dec: cute.Tensor, quantized: bool) -> Float32:
     """What sums of decoded values are multiplied by: alpha, times a power of two, times NVFP4's global scale."""
-    if quantized:
-        factor = arith.mul(dec[()], alpha[i], Target.SM90)
-        return arith.mul(factor, Float32(DECODED_UNIT * DECODED_UNIT), Target.SM90)
-    return arith.mul(alpha[i], Float32(DECODED_UNIT), Target.SM90)
+    return decoded_factor(alpha[i], dec[()] if quantized else None)
+
+
+def decoded_factor(alpha: Float32, dec: Float32 | None) -> Float32:
+    """The same from numbers; no `dec` for activations that are not NVFP4."""
+    if dec is not None:
+        return arith.mul(arith.mul(dec, alpha, Target.SM90), Float32(DECODED_UNIT * DECODED_UNIT), Target.SM90)
+    return arith.mul(alpha, Float32(DECODED_UNIT), Target.SM90)
 
 
 def spec(quantized: bool, aligned: bool, shape: Shape) -> KernelSpec:
@@ -186,7 +199,7 @@ def spec(quantized: bool, aligned: bool, shape: Shape) -> KernelSpec:
         size = cute.sym_int32
         codes = _compact(Uint8, (size(), size(divisibility=64), size(divisibility=64)), 16)
         scales = _compact(Uint8, (size(), size(divisibility=64), size(divisibility=8)), 16)
-        packed = _compact(BFloat16, (size(), size(), 64), 16)
+        packed = _compact(BFloat16, (size(), size(divisibility=64)) if shape.direct else (size(), size(), 64), 16)
         offsets, alpha = _compact(Int32, (size(),), 4), _compact(Float32, (size(),), 4)
         dec = make_fake_tensor(Float32, (), (), assumed_align=4)
         out = _compact(BFloat16, (size(), size(divisibility=8) if aligned else size()), 16 if aligned else 2)

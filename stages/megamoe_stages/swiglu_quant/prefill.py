@@ -40,8 +40,7 @@ def run(
     """
     experts, rows = weights.codes.shape[0], out.codes.shape[0]
     shape = shape_for(rows, experts)
-    unused = torch.empty(0, dtype=torch.int32, device=out.codes.device)  # no piece is shared
-    packed = gemm.pack_rows(a, offsets, row_index, rows, weights.shape[-1], shape, unused)
+    packed = gemm.pack_rows(a, offsets, row_index, rows, weights.shape[-1], shape)
     alpha, quantized, tiled = weights.global_scale_dec, isinstance(a, NVFP4Tensor), out.scale_layout == "128x4"
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
     alpha = alpha.view(-1)

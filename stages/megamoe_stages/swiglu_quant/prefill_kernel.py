@@ -11,14 +11,14 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, convert, recipe, ring, weight_gemm
+from megamoe.cute import arith, convert, placed, recipe, ring, weight_gemm
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.layout import offset_128x4, offset_linear
 from megamoe.cute.recipe import BLOCK, Block, GlobalScale
 from megamoe.cute.warp import WARP, from_lane
 from megamoe.cute.weight_pieces import CONSUMER_WARPS, THREADS, Operands, Piece, Shape, warp_of_consumers
-from megamoe_stages.grouped_gemm.prefill_kernel import factor_of
+from megamoe_stages.grouped_gemm.prefill_kernel import decoded_factor
 from megamoe_stages.swiglu_quant.kernel import maximum_or_nan, minimum_or_nan, swiglu
 
 _TILES = 2  # of a warp: 16 gates and the 16 ups are a block
@@ -92,12 +92,13 @@ def kernel(
     if cta + thread == 0:
         out_dec[()] = recipe.global_scale(enc[()], Target.SM90).dec
 
-    def fetch(_: Piece) -> list[Float32]:
-        return []  # asking for alphas before the products made this kernel slower
+    def fetch(piece: Piece) -> list[Float32]:
+        first = piece.expert * parts  # multiplied only when the sums are there: the loads are not waited for before
+        alphas = [placed.ask(alpha, first + i * (parts // 2)) for i in range(2)]  # of gate and up
+        return [*alphas, placed.ask(dec, Int32(0))] if quantized else alphas
 
-    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, _: list[Float32]) -> None:
-        first = piece.expert * parts
-        factors = [factor_of(alpha, first + i * (parts // 2), dec, quantized) for i in range(2)]  # of gate and up
+    def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, asked: list[Float32]) -> None:
+        factors = [decoded_factor(alpha, asked[2] if quantized else None) for alpha in asked[:2]]
         given = (row_weight, enc, limit, factors, weighted)
         encode(acc, piece, staging, *given, out_codes, out_scales, tiled, width)
 

@@ -1,4 +1,4 @@
-"""Zeros that every launch of the decode kernel leaves as it finds them, so that no call has to write them first.
+"""Zeros that every launch of a kernel leaves as it finds them, so that no call has to write them first.
 
 A counter that its last arrival sets back to 0 can serve the next launch that does not overlap with this one. Launches
 on a stream do not overlap, so a stream has counters of its own; nor do replays of a graph with themselves, so every
@@ -15,14 +15,15 @@ from torch import Tensor
 _FEWEST = 4096  # counters of a stream
 _RESERVE = 1 << 20  # counters of a device for calls that are captured, 4 MB
 _lock = threading.Lock()
-_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+_of_stream: dict[tuple[str, torch.device, int], Tensor] = {}
 _reserves: dict[torch.device, Tensor] = {}  # what is left of them
 
 
-def counters(count: int, like: Tensor) -> Tensor:
+def counters(user: str, count: int, like: Tensor) -> Tensor:
     """Zeros for one launch on the current stream.
 
     Args:
+        user: Of a stream's counters: a kernel whose launches do not count while another of them does.
         count: How many.
         like: Gives the device.
 
@@ -40,7 +41,7 @@ def counters(count: int, like: Tensor) -> Tensor:
                 _reserves[device] = left[count:]
                 return left[:count]
         return torch.zeros(count, dtype=torch.int32, device=device)
-    stream = (device, torch.cuda.current_stream(device).cuda_stream)
+    stream = (user, device, torch.cuda.current_stream(device).cuda_stream)
     own = _of_stream.get(stream)
     if own is None or len(own) < count:
         own = torch.zeros(max(count, _FEWEST), dtype=torch.int32, device=device)
