@@ -89,6 +89,7 @@ def emulated(a: dict[str, Any], policy: str = "eager", seed: int = 0) -> DecodeO
         kv_heads=k_codes.shape[1],
         page=page,
         sms=8,
+        fresh=0 if k_new is None else k_new.shape[1],
     )
     artifact = compiler.compile_kernel(kernel.spec(shape))
     ptxemu.run(artifact, *arguments, policy=policy, seed=seed).raise_for_findings()

@@ -20,7 +20,7 @@ from megamoe_stages.fp4_kv_decode.mqa_shape import (
     TURNS,
     Shape,
 )
-from megamoe_stages.fp4_kv_decode.tokens import Work, find_page, find_row, find_token, store_mask
+from megamoe_stages.fp4_kv_decode.tokens import Work, find_page, find_row, find_token, store_mask, wait_for_appended
 
 
 @cute.jit
@@ -65,6 +65,7 @@ def produce(base: Int32, tiles: Int32, work: Constexpr[Work], shape: Constexpr[S
         ring.wait(base + shape.barriers_at + (CONSUMERS * TURNS + turn) * 8, parity)
         stage = turn * CONSUMERS + number
         at = base + shape.ring_at + stage * STAGE_BYTES
+        wait_for_appended(tile, work)
         for i in cutlass.range_constexpr(8):
             other = cute.arch.shuffle_sync(row, half + 2 * i)
             copy_part(other, chunk * 16, at + codes_to + 2 * i * PITCH, False, work, shape)
@@ -80,3 +81,4 @@ def produce(base: Int32, tiles: Int32, work: Constexpr[Work], shape: Constexpr[S
         parity = arith.select(next_turn == TURNS, parity ^ 1, parity)
         turn = arith.select(next_turn == TURNS, Int32(0), next_turn)
         number = number ^ 1
+    cute.arch.griddepcontrol_wait()  # no kernel behind this one starts before the one in front has ended
