@@ -212,8 +212,6 @@ def kernel(
         block_table, indices, indexed, sequence, problem, held, start, end, by_page, page, pages, kv_heads, kv_head
     )
     near = (cutlass.max(end - start, 0) + (TILE - 1)) // TILE
-    if cutlass.const_expr(shape.extra):
-        near = near + near % mqa_shape.CONSUMERS  # a turn is of one cache
     tiles, entries = near, tokens
     if cutlass.const_expr(shape.extra):
         held = cutlass.min(extra_lengths[sequence], cute.size(extra_table, mode=[1]) * extra_page)
@@ -235,8 +233,6 @@ def kernel(
             kv_head,
         )
     share = (tiles + splits - 1) // splits
-    if cutlass.const_expr(shape.extra):
-        share = arith.select(share < near, share + share % mqa_shape.CONSUMERS, share)
     skipped = split * share  # tiles of other CTAs
     own = cutlass.max(cutlass.min(tiles - skipped, share), 0)
     rows = rows._replace(near=near - skipped)
