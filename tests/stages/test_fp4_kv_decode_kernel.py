@@ -138,6 +138,12 @@ def test_no_order_of_events_matters(name: str, policy: str) -> None:
     assert same_bytes(results[0].lse, results[1].lse)
 
 
+def test_attending_starts_behind_all_that_ran_before_appending() -> None:
+    """It reads queries and old tokens without a wait: `append` must have waited before it lets it start."""
+    text = compiler.compile_kernel(append.spec("bfloat16")).ptx
+    assert 0 < text.index("griddepcontrol.wait") < text.index("griddepcontrol.launch_dependents")
+
+
 @pytest.mark.parametrize("shape", [SHAPES[1], mqa_shape.SHAPES[1]])
 def test_no_kernel_spills(shape: Shape | mqa_shape.Shape) -> None:
     assert not [k for k in kernels(compiler.compile_kernel(kernel.spec(shape)).cubin) if k.spills]
