@@ -90,6 +90,7 @@ def emulated(a: dict[str, Any], policy: str = "eager", seed: int = 0, sms: int =
         kv_heads=kv_heads,
         page=page,
         sms=sms,
+        fresh=0 if k_new is None else k_new.shape[1],
         shape=shape,
     )
     ptxemu.run(

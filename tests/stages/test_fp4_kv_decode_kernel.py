@@ -89,6 +89,7 @@ def emulated(a: dict[str, Any], policy: str = "eager", seed: int = 0) -> DecodeO
         kv_heads=k_codes.shape[1],
         page=page,
         sms=8,
+        fresh=0 if k_new is None else k_new.shape[1],
     )
     artifact = compiler.compile_kernel(kernel.spec(shape))
     ptxemu.run(artifact, *arguments, policy=policy, seed=seed).raise_for_findings()
@@ -135,6 +136,12 @@ def test_no_order_of_events_matters(name: str, policy: str) -> None:
     results = [emulated({k: clone(v) for k, v in given.items()}, how, seed=7) for how in ("eager", policy)]
     assert same_bytes(results[0].out, results[1].out)
     assert same_bytes(results[0].lse, results[1].lse)
+
+
+def test_attending_starts_behind_all_that_ran_before_appending() -> None:
+    """It reads queries and old tokens without a wait: `append` must have waited before it lets it start."""
+    text = compiler.compile_kernel(append.spec("bfloat16")).ptx
+    assert 0 < text.index("griddepcontrol.wait") < text.index("griddepcontrol.launch_dependents")
 
 
 @pytest.mark.parametrize("shape", [SHAPES[1], mqa_shape.SHAPES[1]])

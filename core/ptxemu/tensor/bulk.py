@@ -141,7 +141,14 @@ def cp_async_arrive(ins: Instruction) -> Execute:
         bar = ctx.mbarrier(int(ctx.address(where)[ctx.lane]))
         if not noinc:
             bar.add_pending(1)
-        ctx.defer("load", [bar.arrive], queue=("cp.async", ctx.warp), text="cp.async.mbarrier.arrive")
+        copies = groups.of_warp(ctx, "cp.async").so_far(ctx.lane)
+
+        def arrive() -> None:
+            for copy in copies:
+                copy.observed(ctx.lane)
+            bar.arrive()
+
+        ctx.defer("load", [arrive], queue=("cp.async", ctx.warp), text="cp.async.mbarrier.arrive")
 
     return _per_lane(issue)
 

@@ -1,8 +1,9 @@
 """Groups of asynchronous copies that a thread commits and waits for, and the bytes that they keep in flight.
 
 A source of a bulk store may be overwritten, and a destination of cp.async may be read, only after the wait of the
-thread that issued the copy. So the bytes stay held until that wait, not until the copy happens to be complete: what
-is missing is found under every policy. PTX ISA 9.7.9.25.3 (cp.async groups), 9.7.9.25.4.3 and .4 (bulk groups).
+thread that issued the copy. So the bytes stay held until that wait, or until an mbarrier has been told
+(cp.async.mbarrier.arrive), not until the copy happens to be complete: what is missing is found under every policy.
+PTX ISA 9.7.9.25.3 (cp.async groups), 9.7.9.25.4.3 and .4 (bulk groups).
 """
 
 from __future__ import annotations
@@ -127,6 +128,11 @@ class Groups:
         for lane, groups, old in done:
             groups.observe(lane, old, read_only=read_only)
         return ""
+
+    def so_far(self, lane: int) -> list[Copy]:
+        """The copies of a lane that it has not waited for."""
+        own = self.lanes.get(lane, LaneGroups())
+        return [copy for group in (*own.committed, own.open) for copy in group if copy.waiting >> lane & 1]
 
     def unread(self) -> list[Copy]:
         """Copies whose bytes nobody has waited for."""

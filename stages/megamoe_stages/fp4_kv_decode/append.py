@@ -18,7 +18,7 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.recipe import BLOCK
 from megamoe.cute.strips import DTYPES
 
-THREADS = 128
+THREADS = 512  # few CTAs: the decode kernel has no room on an SM before the last of them there has ended
 
 
 @cute.jit
@@ -78,8 +78,8 @@ def kernel(
     pages: Int32,
 ) -> None:
     """Keys by the CTAs of the first row of the grid, values by the second."""
-    cute.arch.griddepcontrol_launch_dependents()  # the decode kernel starts, and waits for this one to end
     cute.arch.griddepcontrol_wait()
+    cute.arch.griddepcontrol_launch_dependents()  # what ran before has ended: the decode kernel only waits for this one
     thread, _, _ = cute.arch.thread_idx()
     cta, side, _ = cute.arch.block_idx()
     block = cta * THREADS + thread

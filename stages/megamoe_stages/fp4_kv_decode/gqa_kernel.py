@@ -56,6 +56,7 @@ def launch(
     count: Int32,  # pages of the cache
     window: Int32,  # 0 for none
     has_sink: Int32,
+    fresh: Int32,  # tokens of each sequence that the launch before, `append`, appends; 0 where there is none
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
@@ -86,6 +87,7 @@ def launch(
         pages,
         window,
         has_sink,
+        fresh,
         shape,
     ).launch(
         grid=[cute.size(parts, mode=[0]) // 2, 1, 1],
@@ -123,16 +125,21 @@ def kernel(
     pages: cute.FastDivmodDivisorV2,
     window: Int32,
     has_sink: Int32,
+    fresh: Int32,
     shape: Constexpr[Shape],
 ) -> None:
-    """The kernel; see the module."""
+    """The kernel; see the module.
+
+    Behind `append`, which starts this one only when all kernels before it have ended, nothing but the copies of its
+    tokens has to wait.
+    """
     thread, _, _ = cute.arch.thread_idx()
     cta, _, _ = cute.arch.block_idx()
     wide = cute.arch.make_warp_uniform(thread // WARP)
     base = bulk.shared_address(cute.arch.get_dyn_smem(Uint8, alignment=128))
     group = heads // kv_heads
     sides = tuple(ring.address(tensor.iterator) for tensor in (k_codes, k_scales, v_codes, v_scales))
-    cache = Cache(sides, block_table, lengths, pages, page, count, kv_heads, queries, window)
+    cache = Cache(sides, block_table, lengths, pages, page, count, kv_heads, queries, window, fresh)
     result = Result(out, lse, sink, has_sink, v_scale, parts, stats, arrived, queries, heads, group)
     ring_at = base + wide * shape.ring_bytes
     barriers = base + shape.barriers_at + wide * (2 * bulk.BARRIER_BYTES)
@@ -143,7 +150,8 @@ def kernel(
     if thread == 0:
         work.put_sides(base, cache, shape)
     cute.arch.griddepcontrol_launch_dependents()
-    cute.arch.griddepcontrol_wait()  # what stands above overlaps with the end of the kernel before
+    if fresh == 0:
+        cute.arch.griddepcontrol_wait()  # what stands above overlaps with the end of the kernel before
     *numbers, own_length = work.cut(cache, shape)
     share = Share(*numbers)
     tile = share.start(cta * shape.warps + wide)
@@ -170,7 +178,8 @@ def kernel(
         own = cutlass.min(problem_start + tiles, stop) - tile
         first = work.first_token(length, cache) // TILE + tile - problem_start
         inner_start = arith.select(window != 0, cutlass.max(length - window, 0) + (TILE - 1), Int32(0)) // TILE
-        inner_end = cutlass.min(length - queries + 1, work.held(length, cache)) // TILE
+        inner_end = length - cutlass.max(queries - 1, fresh)  # old tokens that all queries see
+        inner_end = cutlass.min(inner_end, work.held(length, cache)) // TILE
         state = base + shape.state_at + wide * 32
         starts = arith.select(tile == problem_start, Int32(1), Int32(0))
         ends = arith.select(tile + own == problem_start + tiles, Int32(1), Int32(0))
@@ -194,6 +203,8 @@ def kernel(
                     cute.arch.sync_warp()
                     mine = work.copier(base, cache, shape)
                     row = work.row_of(now + 1, home, kv_head, cache, mine)
+                    if now + 1 >= inner_end:
+                        cute.arch.griddepcontrol_wait()  # for new tokens
                     work.copy_if(more, row, 0, ring_at, barriers, mine, shape)
                 sums = attend.scores(codes, scales, operands, shape)
                 for n in cutlass.range_constexpr(shape.column_blocks):
@@ -231,6 +242,7 @@ def kernel(
         if tile < stop:
             pages, home = start_copies(tile, stop, sequence, origin, length, base, ring_at, barriers, cache, shape)
         finish(acc, top, total, base, starts != 0, ends != 0, place, result, shape)
+    cute.arch.griddepcontrol_wait()  # no kernel behind this one starts before the one in front has ended
     cute.arch.sync_threads()
     join_all(base, kv_heads, result, shape)
 
@@ -284,6 +296,8 @@ def start_copies(
     homes = [work.home_of(first + i, i < own, sequence, cache, mine.token) for i in range(2)]
     row = work.row_of(first, homes[0], kv_head, cache, mine)
     always = cutlass.Boolean(True)
+    if (first + 1) * TILE > length - cache.fresh:
+        cute.arch.griddepcontrol_wait()  # for new tokens
     work.copy_if(always, row, 0, ring_at, barriers, mine, shape)
     work.copy_if(always, row, 1, ring_at + shape.values_at, barriers + bulk.BARRIER_BYTES, mine, shape)
     return pages_of(homes[0], work.run_shift(cache)), homes[1]
@@ -360,7 +374,7 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
             matrix(Float32, 2 * shape.columns, 16),
             vector(Int32),
             Float32(0),
-            *(Int32(0) for _ in range(7)),
+            *(Int32(0) for _ in range(8)),
             make_fake_stream(use_tvm_ffi_env_stream=True),
             shape,
         )

@@ -38,9 +38,13 @@ def attend(
     kv_heads: int,
     page: int,
     sms: int,
+    fresh: int,
     shape: Shape,
 ) -> tuple[object, ...]:
-    """The arguments of the kernel; nothing is empty. `splits` times the problems is how many CTAs share them."""
+    """The arguments of the kernel; nothing is empty. `splits` times the problems is how many CTAs share them.
+
+    `fresh` tokens of each sequence are appended by the launch before.
+    """
     batch, queries, heads, dim = q.shape
     tokens = block_table.shape[1] * page
     if window is not None:
@@ -72,6 +76,7 @@ def attend(
         keys.codes.shape[0] // (kv_heads * page),
         0 if window is None else window,
         int(sink is not None),
+        fresh,
     )
 
 

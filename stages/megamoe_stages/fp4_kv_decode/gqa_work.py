@@ -29,6 +29,7 @@ class Cache(NamedTuple):
         kv_heads: Of the cache.
         queries: Of each sequence.
         window: Tokens that a query sees; 0 for all before it.
+        fresh: Tokens of each sequence that the kernel before this one appends.
     """
 
     sides: tuple[Int64, Int64, Int64, Int64]
@@ -40,6 +41,7 @@ class Cache(NamedTuple):
     kv_heads: Int32
     queries: Int32
     window: Int32
+    fresh: Int32
 
 
 class Share(NamedTuple):

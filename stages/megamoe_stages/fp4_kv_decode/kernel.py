@@ -66,6 +66,7 @@ def launch(
     extra_indexed: Int32,
     has_sink: Int32,
     splits: Int32,
+    fresh: Int32,  # tokens of each sequence that the launch before, `append`, appends; 0 where there is none
     stream: CUstream,
     shape: Constexpr[Shape | mqa_shape.Shape],
 ) -> None:
@@ -116,6 +117,7 @@ def launch(
         extra_indexed,
         has_sink,
         splits,
+        fresh,
         shape,
     ).launch(
         grid=[problems, cute.ceil_div(rows, ROWS) * kv_heads, splits],
@@ -167,9 +169,14 @@ def kernel(
     extra_indexed: Int32,
     has_sink: Int32,
     splits: Int32,
+    fresh: Int32,
     shape: Constexpr[Shape | mqa_shape.Shape],
 ) -> None:
-    """The kernel; see the module."""
+    """The kernel; see the module.
+
+    Behind `append`, which starts this one only when all kernels before it have ended, nothing but the copies of its
+    tokens has to wait; see `tokens.wait_for_appended`.
+    """
     thread, _, _ = cute.arch.thread_idx()
     problem, part, split = cute.arch.block_idx()
     base = ring.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
@@ -179,7 +186,8 @@ def kernel(
         else:
             init_barriers(base, shape)
         ring.init_fence()
-    cute.arch.griddepcontrol_wait()  # for what earlier launches write: so far this one has looked at nothing
+    if fresh == 0:
+        cute.arch.griddepcontrol_wait()  # for what earlier launches write: so far this one has looked at nothing
 
     row_block, kv_head = part // kv_heads, part % kv_heads
     group = heads // kv_heads
@@ -204,8 +212,6 @@ def kernel(
         block_table, indices, indexed, sequence, problem, held, start, end, by_page, page, pages, kv_heads, kv_head
     )
     near = (cutlass.max(end - start, 0) + (TILE - 1)) // TILE
-    if cutlass.const_expr(shape.extra):
-        near = near + near % mqa_shape.CONSUMERS  # a turn is of one cache
     tiles, entries = near, tokens
     if cutlass.const_expr(shape.extra):
         held = cutlass.min(extra_lengths[sequence], cute.size(extra_table, mode=[1]) * extra_page)
@@ -227,8 +233,6 @@ def kernel(
             kv_head,
         )
     share = (tiles + splits - 1) // splits
-    if cutlass.const_expr(shape.extra):
-        share = arith.select(share < near, share + share % mqa_shape.CONSUMERS, share)
     skipped = split * share  # tiles of other CTAs
     own = cutlass.max(cutlass.min(tiles - skipped, share), 0)
     rows = rows._replace(near=near - skipped)
@@ -236,6 +240,7 @@ def kernel(
     work = Work(
         tiles=own,
         near=near - skipped,
+        fresh=first_fresh(length - fresh, fresh, first, near - skipped, indexed),
         tokens=tokens._replace(first=first),
         entries=entries._replace(first=entries.first + skipped * TILE),
         keys=tokens.store(k_codes, k_scales, shape.head_dim),
@@ -251,6 +256,12 @@ def kernel(
         mqa.run(base, q, scores, (k_scale, extra_scale), own, first, work, rows, result, shape)
     else:
         run(base, q, scores * k_scale[()], own, first, work, rows, result, shape)
+
+
+def first_fresh(old: Int32, fresh: Int32, first: Int32, near: Int32, indexed: Int32) -> Int32:
+    """`Work.fresh` of a CTA whose first cache starts at token `first` and has `near` tiles, of `old` tokens before."""
+    tile = arith.select(indexed != 0, Int32(0), cutlass.max(old - first, 0) // TILE)
+    return arith.select((fresh != 0) & (near > 0), tile, Int32(-1))
 
 
 def init_barriers(base: Int32, shape: Shape) -> None:
@@ -365,7 +376,7 @@ def spec(shape: Shape | mqa_shape.Shape, target: Target = Target.SM90) -> Kernel
             matrix(Float32, 2, 4),
             vector(Int32),
             Float32(0),
-            *(Int32(0) for _ in range(12)),
+            *(Int32(0) for _ in range(13)),
             make_fake_stream(use_tvm_ffi_env_stream=True),
             shape,
         )

@@ -70,8 +70,12 @@ def attend(
     kv_heads: int,
     page: int,
     sms: int,
+    fresh: int,
 ) -> tuple[Shape | mqa_shape.Shape, tuple[object, ...]]:
-    """The decode kernel to launch and its arguments; nothing is empty, unless there is a second cache."""
+    """The decode kernel to launch and its arguments; nothing is empty, unless there is a second cache.
+
+    `fresh` tokens of each sequence are appended by the launch before.
+    """
     batch, queries, heads, dim = q.shape
     v_dim = out.out.shape[3]
     apart = indices is not None or (extra is not None and extra.indices is not None)
@@ -129,6 +133,7 @@ def attend(
         int(extra is not None and extra.indices is not None),
         int(sink is not None),
         splits,
+        fresh,
     )
 
 

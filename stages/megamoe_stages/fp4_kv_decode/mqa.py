@@ -1,4 +1,4 @@
-"""The decode kernel's roles where the keys are the values, of 512: FP4 goes from shared memory to left operands.
+"""The decode kernel's roles where the keys are the values, of 512: every value is decoded once.
 
 A warpgroup copies tiles of 64 tokens, two attend (`mqa_attend`). Two CTAs of a cluster may share a row's tokens.
 """
@@ -10,11 +10,22 @@ from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
 from megamoe.cute import arith, attention_mma, bf16, f16, ring
 from megamoe.cute.arith import Target
-from megamoe_stages.fp4_kv_decode import mqa_attend, mqa_produce
+from megamoe_stages.fp4_kv_decode import mqa_attend, mqa_produce, mqa_shape
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows
-from megamoe_stages.fp4_kv_decode.mqa_attend import LOWEST
 from megamoe_stages.fp4_kv_decode.mqa_result import finish, join_pair, pass_pair, store
-from megamoe_stages.fp4_kv_decode.mqa_shape import BLOCK_BYTES, CONSUMERS, DIM, GROUP, ROWS, TURNS, WARPS, Shape
+from megamoe_stages.fp4_kv_decode.mqa_scores import LOWEST
+from megamoe_stages.fp4_kv_decode.mqa_shape import (
+    BLOCK_BYTES,
+    CONSUMERS,
+    DIM,
+    GROUP,
+    PIECES,
+    QUARTERS,
+    ROWS,
+    TILE_BYTES,
+    WARPS,
+    Shape,
+)
 from megamoe_stages.fp4_kv_decode.result import Result
 from megamoe_stages.fp4_kv_decode.tokens import Work
 
@@ -27,10 +38,14 @@ _LEAST_RATIO = 2.0**-60  # of the decode scales of two caches
 
 
 def init_barriers(base: Int32, shape: Shape) -> None:
-    """Makes the mbarriers: full of each stage, empty of each turn's place, weights of two turns; a thread."""
-    full, empty, weights = GROUP, WARPS, CONSUMERS * GROUP
-    for i, arrivals in enumerate([full] * (CONSUMERS * TURNS) + [empty] * TURNS + [weights] * 2):
-        ring.init(base + shape.barriers_at + i * 8, arrivals)
+    """Makes the mbarriers; a thread."""
+    for i in range(CONSUMERS * QUARTERS):
+        ring.init(base + shape.full_at + i * 8, GROUP + WARPS)  # copies of all threads, masks of all warps
+    for i in range(PIECES):
+        ring.init(base + shape.empty_at + i * 8, WARPS)
+    for i in range(2):
+        ring.init(base + shape.ready_at + i * 8, GROUP)
+        ring.init(base + shape.free_at + i * 8, CONSUMERS * WARPS)
 
 
 @cute.jit
@@ -51,10 +66,9 @@ def run(
     Products times `scores` times the cache's decode scale, of `scales`, are scores.
     """
     thread, _, _ = cute.arch.thread_idx()
-    turns = (own + 1) // CONSUMERS
     if thread < GROUP:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
-        mqa_produce.produce(base, turns * CONSUMERS, work, shape)
+        mqa_produce.produce(base, work, shape)
         if cutlass.const_expr(shape.paired):
             pass_pair()
     else:
@@ -66,16 +80,17 @@ def run(
         if thread == GROUP:
             note(base, first, ratio, rows, shape)
         load_queries(thread - GROUP, q, scores * scale, base, rows, shape)
-        mqa_attend.attend(acc, base, consumer, turns, shape)
+        stat = cute.make_rmem_tensor((4,), Float32)
+        mqa_attend.attend(acc, stat, base, consumer, own, shape)
         if cutlass.const_expr(shape.paired):
             rank = result.split % 2
-            join_pair(acc, base, consumer, rank, shape)
+            join_pair(acc, stat, base, consumer, rank, shape)
             column, problem = rank * shape.out_columns, result.problem * 2 + rank
             half = result._replace(splits=result.splits // 2, split=result.split // 2, problem=problem, column=column)
             if consumer == rank:
-                finish(acc, base, consumer, rows, half, shape)
+                finish(acc, stat, base, rows, half, shape)
         else:  # all tokens
-            store(acc, base, consumer, rows, result._replace(column=consumer * shape.out_columns), shape)
+            store(acc, stat, rows, result._replace(column=consumer * shape.out_columns), shape)
 
 
 def note(base: Int32, first: Int32, ratio: Float32, rows: Rows, shape: Shape) -> None:
@@ -111,18 +126,19 @@ def load_queries(
     negative = arith.select(unit < Float32(0.0), Uint32(0x80008000), Uint32(0))
     unit = arith.magnitude(unit, Target.SM90)
     lane = thread % 16
-    if thread < 2 * WARPS:
-        ring.store4(base + shape.flags_at + thread * 4, Int32(0))
-    for i in cutlass.range_constexpr(WARPS * ROWS // (CONSUMERS * GROUP)):
-        ring.store4(base + shape.own_at + (i * CONSUMERS * GROUP + thread) * 4, Float32(LOWEST))
+    if thread < 2:
+        ring.store4(base + shape.flags_at + thread * 4, Int32(-2))
+    zeros = [Uint32(0)] * 4
+    for i in cutlass.range_constexpr(TILE_BYTES // 2 // 16 // (CONSUMERS * GROUP)):  # tile -1, of the first consumer
+        attention_mma.store16(base + shape.values_at + (i * CONSUMERS * GROUP + thread) * 16, zeros)
+    for i in cutlass.range_constexpr(BLOCK_BYTES // 16 // (CONSUMERS * GROUP)):
+        attention_mma.store16(base + shape.weights_at + (i * CONSUMERS * GROUP + thread) * 16, zeros)
     for step in cutlass.range_constexpr(ROWS * 16 // (CONSUMERS * GROUP)):
         local = step * (CONSUMERS * GROUP // 16) + thread // 16
         inside = rows.first + local < rows.count
         row = arith.select(inside, rows.first + local, Int32(0))
-        at = ring.address(q.iterator) + Int64(rows.place(row)) * (DIM * 2) + lane * 16
-        words = [
-            attention_mma.load16_global(at + t * 256) for t in range(4)
-        ]  # (4 t + lane / 4) chunks of 32, word lane % 4
+        at = ring.address(q.iterator) + Int64(rows.place(row)) * (DIM * 2) + lane // 4 * 256 + lane % 4 * 16
+        words = [attention_mma.load16_global(at + t * 64) for t in range(4)]  # quarter lane / 4, lane t's word lane % 4
         largest = Uint32(0)
         for t in cutlass.range_constexpr(4):
             words[t] = [arith.select(inside, word ^ negative, word ^ word) for word in words[t]]
@@ -146,4 +162,6 @@ def load_queries(
             attention_mma.store8(base + shape.table_at + local * 8, [arith.bits(least), arith.bits(Float32(LOWEST))])
             ring.store4(base + shape.queries_at + local * 4, (rows.first + local) // rows.group)
     attention_mma.proxy_fence()
+    if thread < GROUP:
+        ring.arrive_if(base + shape.ready_at + mqa_shape.buffer_of(-1) * 8, Int32(1))
     attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)

@@ -17,7 +17,15 @@ from megamoe.cute import arith, attention_mma, convert, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
 from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, Shape
-from megamoe_stages.fp4_kv_decode.tokens import Work, find_page, find_row, find_token, own_token, store_mask
+from megamoe_stages.fp4_kv_decode.tokens import (
+    Work,
+    find_page,
+    find_row,
+    find_token,
+    own_token,
+    store_mask,
+    wait_for_appended,
+)
 
 _CHUNKS = 8  # of a row of 64 values
 
@@ -119,6 +127,7 @@ def produce(
     pages = [find_page(found[tile], Int32(tile), work, shape) for tile in range(stages + 1)]
     for tile in cutlass.range_constexpr(stages):
         row = find_row(pages[tile][0], pages[tile][1], Int32(tile), work, shape)
+        wait_for_appended(Int32(tile), work)
         for unit in cutlass.range_constexpr(shape.units):
             copy_unit(row, unit, base + shape.ring_at + tile * shape.stage_bytes, work, shape)
             attention_mma.commit_copies()
@@ -130,6 +139,7 @@ def produce(
         row = find_row(home, within, tile + shape.stages, work, shape)
         home, within = find_page(token, tile + shape.stages + 1, work, shape)  # a tile before its row is needed
         token = find_token(tile + shape.stages + 2, work, shape)  # a tile before its page is looked up
+        wait_for_appended(tile + shape.stages, work)
         slot = base + shape.ring_at + stage * shape.stage_bytes
         full = base + shape.barriers_at + buffer * 16
         ring.wait(full + 8, parity)
@@ -153,3 +163,4 @@ def produce(
         parity = arith.select(buffer == shape.buffers - 1, parity ^ 1, parity)
         buffer = arith.select(buffer == shape.buffers - 1, Int32(0), buffer + 1)
     attention_mma.wait_copies(0)
+    cute.arch.griddepcontrol_wait()  # no kernel behind this one starts before the one in front has ended

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -85,58 +89,33 @@ def fp4_kv_decode(
         if tensor is not None and tensor.numel():
             check_readable(name, tensor)
     pages, kv_heads, page, _ = k_codes.shape
-    if k_new is not None and k_new.numel() and pages and block_table.shape[1]:
-        arguments = launch.append_new(keys, values, k_new, v_new, block_table, lengths, page)
-        launch.append_kernel(k_new.dtype)(*arguments)
+    fresh = k_new.shape[1] if k_new is not None and k_new.numel() and pages and block_table.shape[1] else 0
     out = contract.fake(q, k_codes, k_scales, block_table, lengths, k_scale, v_codes, softmax_scale=softmax_scale)
-    if q.numel() == 0:
-        return out
     seen = pages * block_table.shape[1] * (1 if indices is None else indices.shape[2])
-    if seen == 0 and extra is None:
+    attend: Callable[[], None] | None = None
+    if q.numel() and (seen or extra is not None):
+        options: dict[str, Any] = {"softmax_scale": softmax_scale, "window": window, "splits": splits, "fresh": fresh}
+        options |= {"kv_heads": kv_heads, "page": page}
+        options["sms"] = torch.cuda.get_device_properties(q.device).multi_processor_count
+        grouped = None
+        if indices is None and v_codes is not None and gqa_launch.fits(k_codes):
+            grouped = shape_of(q.shape[3], out.out.shape[3], q.shape[1] * q.shape[2] // kv_heads, page)
+        if grouped is not None:
+            arguments = gqa_launch.attend(q, keys, values, block_table, lengths, sink, out, shape=grouped, **options)
+            attend = functools.partial(gqa_launch.decode_kernel(grouped), *arguments)
+        else:
+            kernel, arguments = launch.attend(
+                q, keys, values, block_table, lengths, sink, indices, extra, out, **options
+            )
+            attend = functools.partial(launch.decode_kernel(kernel), *arguments)
+    elif q.numel():
         out.out.zero_()
         out.lse.fill_(-torch.inf)
-        return out
-    sms = torch.cuda.get_device_properties(q.device).multi_processor_count
-    grouped = None
-    if indices is None and v_codes is not None and gqa_launch.fits(k_codes):
-        grouped = shape_of(q.shape[3], out.out.shape[3], q.shape[1] * q.shape[2] // kv_heads, page)
-    if grouped is not None:
-        arguments = gqa_launch.attend(
-            q,
-            keys,
-            values,
-            block_table,
-            lengths,
-            sink,
-            out,
-            softmax_scale=softmax_scale,
-            window=window,
-            splits=splits,
-            kv_heads=kv_heads,
-            page=page,
-            sms=sms,
-            shape=grouped,
-        )
-        gqa_launch.decode_kernel(grouped)(*arguments)
-        return out
-    kernel, arguments = launch.attend(
-        q,
-        keys,
-        values,
-        block_table,
-        lengths,
-        sink,
-        indices,
-        extra,
-        out,
-        softmax_scale=softmax_scale,
-        window=window,
-        splits=splits,
-        kv_heads=kv_heads,
-        page=page,
-        sms=sms,
-    )
-    launch.decode_kernel(kernel)(*arguments)
+    if k_new is not None and fresh:  # behind whatever made room for the other: they are to follow each other at once
+        arguments = launch.append_new(keys, values, k_new, v_new, block_table, lengths, page)
+        launch.append_kernel(k_new.dtype)(*arguments)
+    if attend is not None:
+        attend()
     return out
 
 

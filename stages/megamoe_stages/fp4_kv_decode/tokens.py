@@ -68,6 +68,7 @@ class Work(NamedTuple):
     Attributes:
         tiles: How many there are.
         near: How many are of the first cache; not what is left of them for this CTA where that is less than 0.
+        fresh: The first of them with tokens that the kernel before this one appends; negative for none.
         tokens: The first cache.
         entries: The second one; the first one again where there is no second.
         keys: The keys of the first one.
@@ -77,11 +78,19 @@ class Work(NamedTuple):
 
     tiles: Int32
     near: Int32
+    fresh: Int32
     tokens: Tokens
     entries: Tokens
     keys: Store
     values: Store
     extra: Store
+
+
+@cute.jit
+def wait_for_appended(tile: Int32, work: Constexpr[Work]) -> None:
+    """Waits for the kernel before this one, where a tile is the first that needs it; tiles come one after the other."""
+    if tile == work.fresh:
+        cute.arch.griddepcontrol_wait()
 
 
 def own_token(shape: Any) -> Int32:
