@@ -61,7 +61,6 @@ def launch(
         grid=[ctas, 1, 1],
         block=[THREADS, 1, 1],
         smem=shape.shared_bytes,
-        cluster=[1, 1, 1],  # said or not makes a difference: see the notes
         min_blocks_per_mp=1,
         use_pdl=True,
         stream=stream,
