@@ -123,9 +123,9 @@ def kernel(
 ) -> None:
     """The kernel; see the module."""
     thread, _, _ = cute.arch.thread_idx()
-    across, down, _ = cute.arch.block_idx()
+    cta, _, _ = cute.arch.block_idx()
     out = Quantized(positions, cos, sin, enc, codes, scales, heads_a_group, tiled)
-    if across + down + thread == 0:
+    if cta + thread == 0:
         dec[()] = recipe.global_scale(enc[()], Target.SM90).dec
     if tiled:
         encode.write_rest(out)
@@ -133,10 +133,13 @@ def kernel(
     def finish(me: Consumer, rows: Rows) -> None:
         encode.encode_rows(me, rows, out, shape)
 
+    def fetch(base: Int32, rows: Rows) -> None:
+        encode.fetch(base, rows, out, shape)
+
     given = Attention(
         q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
     )
-    kernel_512.work_on_rows(given, kernel_512.mask_of(words, ends, entries), finish, shape)
+    kernel_512.work_on_rows(given, kernel_512.mask_of(words, ends, entries), finish, shape, fetch)
 
 
 def spec(tiled: bool, shape: Shape) -> KernelSpec:

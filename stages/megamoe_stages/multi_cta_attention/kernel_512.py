@@ -41,6 +41,7 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = (
     24,
     240,
 )  # together no more than the launch gives: 3 * 168, or they wait forever
+HEADS_TOGETHER = int(__import__("os").environ.get("HT", "16"))
 _CHUNKS = 8  # of 16 bytes of a row of 128
 _LOADS_BARRIER = 2
 
@@ -80,6 +81,7 @@ class Attention(NamedTuple):
 
 
 Finish = Callable[[Consumer, Rows], None]
+Fetch = Callable[[Int32, Rows], None]
 
 
 @cute.jit
@@ -165,7 +167,7 @@ def start(
     kv_heads = k.shape[1]
     pieces = queries * (heads // kv_heads) // (shape.ctas * ROWS) + (cute.size(cu_seqlens_q) - 1)
     kernel.launch(
-        grid=[pieces * shape.ctas, kv_heads, 1],
+        grid=[pieces * kv_heads * shape.ctas, 1, 1],
         block=[THREADS, 1, 1],
         cluster=[shape.ctas, 1, 1],
         smem=shape.shared_bytes,
@@ -217,6 +219,7 @@ def work_on_rows(
     mask: Constexpr[Mask | None],
     finish: Constexpr[Finish],
     shape: Constexpr[Shape],
+    fetch: Constexpr[Fetch | None] = None,
 ) -> None:
     """The whole kernel, for all threads of a CTA.
 
@@ -225,18 +228,21 @@ def work_on_rows(
         mask: A mask of one's own, when the shape is masked.
         finish: Gets a consumer whose sums have become the output, fp32, and writes it; its ring is free.
         shape: How the work is cut.
+        fetch: Gets the shared memory's address in a warp of the producers and brings what `finish` wants to where the
+            queries are, behind `shape.queries_read_at`.
     """
-    number, kv_head, _ = cute.arch.block_idx()
+    cta, _, _ = cute.arch.block_idx()
+    rank = cta % shape.ctas
     _, heads, _ = given.q.shape
     group = heads // given.kv_heads
     cluster_rows = shape.ctas * ROWS
-    sequence, piece, pieces = find_sequence(number // shape.ctas, given.cu_seqlens_q, group, cluster_rows)
+    number, kv_head = place_in_order(cta // shape.ctas, given.kv_heads, shape)
+    sequence, piece, pieces = find_sequence(number, given.cu_seqlens_q, group, cluster_rows)
     if sequence < cute.size(given.cu_seqlens_q) - 1:
         query, key = given.cu_seqlens_q[sequence], given.cu_seqlens_k[sequence]
         queries, keys = given.cu_seqlens_q[sequence + 1] - query, given.cu_seqlens_k[sequence + 1] - key
         entries = Int32(0) if mask is None else cutlass.min(mask.entries, keys)
         cluster_first = (pieces - 1 - piece) * cluster_rows  # those with most keys first
-        rank = number % shape.ctas
         rows = Rows(
             first=cluster_first + rank * ROWS,
             count=queries * group,
@@ -251,7 +257,21 @@ def work_on_rows(
             window=given.window,
         )
         work = work_of(rows, key, kv_head, cluster_first, mask, shape)
-        share_work(given, Source(given.keys, given.values, rank), rows, work, mask, finish, shape)
+        share_work(given, Source(given.keys, given.values, rank), rows, work, mask, finish, shape, fetch)
+
+
+def place_in_order(number: Int32, kv_heads: Int32, shape: Shape) -> tuple[Int32, Int32]:
+    """Which piece of rows, of all sequences', and which kv head comes as `number`.
+
+    The pieces with most keys come first, of some heads together: of few, so that their keys stay in L2, but not one head
+    after the other, or the last head's longest piece would begin when nothing is left to do beside it.
+    """
+    across, _, _ = cute.arch.grid_dim()
+    pieces = across // shape.ctas // kv_heads
+    first = number // (HEADS_TOGETHER * pieces) * HEADS_TOGETHER
+    rest = number - first * pieces
+    heads = cutlass.min(kv_heads - first, HEADS_TOGETHER)
+    return cute.arch.make_warp_uniform(rest // heads), cute.arch.make_warp_uniform(first + rest % heads)
 
 
 @cute.jit
@@ -263,6 +283,7 @@ def share_work(
     mask: Constexpr[Mask | None],
     finish: Constexpr[Finish],
     shape: Constexpr[Shape],
+    fetch: Constexpr[Fetch | None],
 ) -> None:
     """What the threads of a CTA do."""
     thread, _, _ = cute.arch.thread_idx()
@@ -274,6 +295,9 @@ def share_work(
         for i in cutlass.range_constexpr(CONSUMERS):
             ring.init(base + shape.ready_at + i * 16, GROUP)
             ring.init(base + shape.ready_at + i * 16 + 8, GROUP // WARP)
+        if cutlass.const_expr(fetch is not None):
+            ring.init(base + shape.queries_read_at, CONSUMERS * GROUP // WARP)
+            ring.init(base + shape.fetched_at, 1)
         ring.init_fence()
     meet(shape)
     if thread < GROUP:
@@ -281,11 +305,14 @@ def share_work(
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < CONSUMERS:
             produce_512.produce(base, warp, source, work, shape)
+        if cutlass.const_expr(fetch is not None):
+            if warp == CONSUMERS:
+                fetch(base, rows)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         load_queries(given.q, base, rows)
         me = attend_512.Consumer(base, thread // GROUP - 1, given.factor, mask)
-        attend_512.attend(me, rows, work, shape)
+        attend_512.attend(me, rows, work, fetch is not None, shape)
         result_512.finish_rows(me, rows, given.lse, given.sink, given.has_sink)
         finish(me, rows)
     if cutlass.const_expr(shape.ctas > 1):

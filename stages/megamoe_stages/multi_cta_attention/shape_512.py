@@ -91,9 +91,19 @@ class Shape(NamedTuple):
         return self.ready_at + CONSUMERS * 16
 
     @property
+    def queries_read_at(self) -> int:
+        """The mbarrier of an epilogue that fetches over the queries: they were read."""
+        return self.tops_at + CONSUMERS * ROWS * 4
+
+    @property
+    def fetched_at(self) -> int:
+        """The mbarrier of what such an epilogue fetches."""
+        return self.queries_read_at + 8
+
+    @property
     def shared_bytes(self) -> int:
         """Of a CTA."""
-        return self.tops_at + CONSUMERS * ROWS * 4
+        return self.fetched_at + 8
 
 
 WIDE = Shape()
