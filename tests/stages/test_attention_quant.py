@@ -70,7 +70,7 @@ def fused(a: dict[str, Any], shape: Shape) -> QuantizedAttention:
     artifact = compiler.compile_kernel(kernel.spec(a["scale_layout"] == "128x4", shape))
     turned = (a["positions"].view(torch.int32), a["cos"], a["sin"], a["global_scale_enc"])
     written = (out.codes, out.scales.view(torch.uint8), out.global_scale_dec, lse)
-    ptxemu.run(artifact, *common(a), *masked(a), *turned, *written, *numbers(a)).raise_for_findings()
+    ptxemu.run(artifact, *common(a), *masked(a), *turned, *written, *numbers(a), 2).raise_for_findings()
     return QuantizedAttention(out, lse)
 
 

@@ -1,39 +1,36 @@
 """The epilogue of attention_quant: turns the output back, encodes it and writes codes and block scales group by group.
 
 A consumer of `multi_cta_attention.attend_512` holds half of the columns of 64 rows as the tensor cores left them: four
-neighbouring lanes share a block of 16. Of four blocks of a row each lane finds one block's scale and gets that block's
-codes, all by shuffles: nothing goes through shared memory, which would take as long as the arithmetic. Cosines and
-sines are brought by a warp of the producers while the last values are added, over the queries.
+neighbouring lanes share a block of 16. A warp moves two blocks of each row at a time through 2 KB of its own shared
+memory, after which a lane has a whole block and encodes it by the recipe of `quantize`. Cosines and sines come early,
+by a warp of the producers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, convert, multicast, recipe, ring
-from megamoe.cute.arith import Target, ptx
-from megamoe.cute.layout import TILE_COLS, offset_128x4
-from megamoe.cute.quads import LANES, Quad, store8_if
+from megamoe.cute import arith, attention_mma, multicast, recipe, ring
+from megamoe.cute.arith import Target
+from megamoe.cute.layout import TILE, TILE_COLS, offset_128x4
 from megamoe.cute.recipe import BLOCK, GlobalScale
 from megamoe.cute.warp import WARP
 from megamoe_stages.attention_quant.limits import ROPE_DIM
 from megamoe_stages.inverse_rope_quant.kernel import turn_back
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.rows_512 import Rows, lanes
-from megamoe_stages.multi_cta_attention.shape_512 import CONSUMERS, HALF, ROWS, Shape
+from megamoe_stages.multi_cta_attention.shape_512 import ANGLES_PITCH, BLOCK_BYTES, BLOCKS, CONSUMERS, HALF, ROWS, Shape
 
 _WARP_ROWS = 16
 _CODE_BYTES = HALF // 2  # of a row
 _SCALE_BYTES = HALF // BLOCK
-_PARTS = _SCALE_BYTES // LANES  # of a row: four blocks each
+_STEPS = _SCALE_BYTES // 2  # a lane has the blocks of half of a consumer's columns of a row, one a step
+_STEP_BYTES = 2 * BLOCK * 4  # of a row in shared memory
 _ANGLE_BYTES = ROPE_DIM // 2 * 4  # cosines or sines of a row
-_PITCH = _ANGLE_BYTES + 16  # of rows in shared memory: eight rows in different banks
-_SINES_AT = ROWS * _PITCH
-_ENC_AT = 2 * _SINES_AT
+_SINES_AT = ROWS * ANGLES_PITCH
 
 
 class Quantized(NamedTuple):
@@ -72,7 +69,7 @@ class Quantized(NamedTuple):
 
 @cute.jit
 def fetch(base: Int32, rows: Constexpr[Rows], out: Constexpr[Quantized], shape: Constexpr[Shape]) -> None:
-    """Brings what the epilogue reads to where the queries were; a warp of the producers."""
+    """Brings the cosines and sines of the CTA's rows, and the scale; a warp of the producers."""
     lane = cute.arch.lane_idx()
     step = arith.select(cute.size(out.positions) != out.queries, Int32(2), Int32(1))  # 2: int64 seen as int32
     last = cute.size(out.cos, mode=[0]) - 1
@@ -81,15 +78,15 @@ def fetch(base: Int32, rows: Constexpr[Rows], out: Constexpr[Quantized], shape: 
         query, _ = rows.split(cutlass.min(rows.first + i * WARP + lane, rows.count - 1))
         position = out.positions[query * step]
         at.append(arith.select((position < 0) | (position > last), last, position))
-    enc = out.enc[()]
-    ring.wait(base + shape.queries_read_at, Int32(0))
     if lane == 0:
-        ring.store4(base + _ENC_AT, enc)
+        ring.store4(base + shape.fetched_at + 8, out.enc[()])
+    if cutlass.const_expr(shape.angles_at == 0):
+        ring.wait(base + shape.queries_read_at, Int32(0))
     full = base + shape.fetched_at
     multicast.expect_if(full, 2 * ROWS * _ANGLE_BYTES, arith.select(lane == 0, Int32(1), Int32(0)))
     cute.arch.sync_warp()
     for i in cutlass.range_constexpr(ROWS // WARP):
-        there, line = base + (i * WARP + lane) * _PITCH, Int64(at[i]) * _ANGLE_BYTES
+        there, line = base + shape.angles_at + (i * WARP + lane) * ANGLES_PITCH, Int64(at[i]) * _ANGLE_BYTES
         ring.copy(ring.address(out.cos.iterator) + line, there, Int32(_ANGLE_BYTES), full)
         ring.copy(ring.address(out.sin.iterator) + line, there + _SINES_AT, Int32(_ANGLE_BYTES), full)
 
@@ -99,22 +96,90 @@ def encode_rows(
     me: Constexpr[Consumer], rows: Constexpr[Rows], out: Constexpr[Quantized], shape: Constexpr[Shape]
 ) -> None:
     """Encodes a consumer's half of its rows and writes it."""
-    ring.wait(me.base + shape.fetched_at, Int32(0))
+    ring.wait(me.base + shape.fetched_at, me.before[0] // 4)
+    enc = arith.number(Uint32(ring.load4(me.base + shape.fetched_at + 8)))
     if me.number == CONSUMERS - 1:
-        turn(me)
-    enc = arith.number(Uint32(ring.load4(me.base + _ENC_AT)))
-    quad, places = Quad(), [place_of(me, rows, out, half) for half in range(2)]
-    regular = write(me, places, recipe.regular_global_scale(enc, Target.SM90), quad, exact=False)
+        turn(me, shape)
+    if cutlass.const_expr(shape.persistent):
+        hold(me)
+        cute.arch.sync_warp()
+        ring.arrive_if(me.base + shape.turned_at, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
+    place = place_of(me, rows, out)
+    scale = recipe.regular_global_scale(enc, Target.SM90)
+    regular, codes, scales = scale.regular, [], []
+    for step in cutlass.range_constexpr(_STEPS):
+        block = recipe.encode_block(exchange(me, step), Float32, scale, Target.SM90)
+        regular = regular & block.regular
+        codes += [block.low, block.high]
+        scales.append(block.scale)
+        if cutlass.const_expr(len(codes) == 4):
+            ring.store_global16_if(place.codes + (step - 1) * (BLOCK // 2), codes, place.inside)
+            codes = []
+        if cutlass.const_expr(len(scales) == TILE_COLS):
+            store_scales(place, step // TILE_COLS, word_of(scales))
+            scales = []
     if arith.any_lane(~regular, Target.SM90):  # rare: NaN, infinity, saturation
-        write(me, places, recipe.global_scale(enc, Target.SM90), quad, exact=True)
+        encode_exactly(me, place, recipe.global_scale(enc, Target.SM90))
+
+
+def exchange(me: Consumer, step: int) -> list[Uint32]:
+    """Makes of what a lane has of its two rows a whole block of one row, fp32; a warp.
+
+    Lane i has row i % 16 and gets block `step` of the lower, from lane 16 on of the upper half of the columns.
+    """
+    g, t, wide = lanes()
+    lane = cute.arch.lane_idx()
+    area = me.base + BLOCKS * BLOCK_BYTES + me.number * BLOCK_BYTES + wide * (_WARP_ROWS * _STEP_BYTES)
+    for upper in range(2):
+        for side in range(2):
+            for half in range(2):
+                first = HALF // 4 * upper + 8 * step + 4 * side + 2 * half
+                at = chunk_at(area, g + 8 * half, 4 * upper + 2 * side | t >> 1) + (t & 1) * 8
+                attention_mma.store8(at, [arith.bits(me.acc[first + j]) for j in range(2)])
+    cute.arch.sync_warp()
+    row, upper = lane % _WARP_ROWS, lane // _WARP_ROWS
+    words = [word for i in range(4) for word in ring.load16(chunk_at(area, row, 4 * upper | i))]
+    cute.arch.sync_warp()
+    return words
+
+
+def chunk_at(area: Int32, row: Int32, chunk: Int32) -> Int32:
+    """Where 16 bytes of a row are: swizzled, so that neither pairs of four rows nor chunks of eight share banks."""
+    return area + row * _STEP_BYTES + (chunk ^ ((row & 3) << 1 | row >> 2 & 1)) * 16
+
+
+def word_of(scales: list[Uint32]) -> Uint32:
+    """Four bytes."""
+    return scales[0] | scales[1] << 8 | scales[2] << 16 | scales[3] << 24
 
 
 @cute.jit
-def turn(me: Constexpr[Consumer]) -> None:
+def encode_exactly(me: Constexpr[Consumer], place: Constexpr[Place], scale: Constexpr[GlobalScale]) -> None:
+    """Encodes and writes anything; the registers move down from step to step, so that there is one code for all."""
+    words = cute.make_rmem_tensor((2,), Uint32)
+    words[0], words[1] = Uint32(0), Uint32(0)
+    for step in cutlass.range(_STEPS, unroll=1):
+        block = recipe.encode_any_block(exchange(me, 0), Float32, scale, Target.SM90)
+        if place.inside != 0:
+            attention_mma.store8_global(place.codes + step * (BLOCK // 2), [block.low, block.high])
+        words[0], words[1] = words[0] >> 8 | words[1] << 24, words[1] >> 8 | block.scale << 24
+        move_down(me)
+    for i in cutlass.range_constexpr(2):
+        store_scales(place, i, words[i])
+
+
+def move_down(me: Consumer) -> None:
+    """Puts the next step's values where the first one's were."""
+    for i in range(HALF // 2 - 8):
+        me.acc[i] = me.acc[i + 8]
+
+
+@cute.jit
+def turn(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
     """Takes the rotation out of the last 64 columns, which are this consumer's."""
     g, t, wide = lanes()
     for half in cutlass.range_constexpr(2):
-        angles = me.base + (wide * _WARP_ROWS + g + 8 * half) * _PITCH + t * 4
+        angles = me.base + shape.angles_at + (wide * _WARP_ROWS + g + 8 * half) * ANGLES_PITCH + t * 4
         for block in cutlass.range_constexpr(ROPE_DIM // 8):
             place = (HALF - ROPE_DIM) // 2 + 4 * block + 2 * half
             x = [me.acc[place], me.acc[place + 1]]
@@ -122,104 +187,52 @@ def turn(me: Constexpr[Consumer]) -> None:
             me.acc[place], me.acc[place + 1] = turn_back(x, [c], [s], Target.SM90)
 
 
+def hold(me: Consumer) -> None:
+    """Has the rotated columns computed, so what was read for them has come, before what follows."""
+    first = (HALF - ROPE_DIM) // 2
+    for i, value in enumerate(attention_mma.fence([me.acc[first + i] for i in range(ROPE_DIM // 2)])):
+        me.acc[first + i] = value
+
+
 class Place(NamedTuple):
-    """Where a lane writes what it gets of a row.
+    """Where a lane writes: half of a consumer's columns of a row.
 
     Attributes:
-        codes: Address of its block of the first four.
-        scales: Address of the word of four scales that it gets.
+        codes: Address of the first.
+        scales: Address of the first four.
+        next_scales: Bytes from there to the next four.
         inside: 0 where there is no such row.
     """
 
     codes: Int64
     scales: Int64
+    next_scales: int
     inside: Int32
 
 
-def place_of(me: Consumer, rows: Rows, out: Quantized, half: int) -> Place:
-    """Of one of a lane's two rows."""
-    g, t, wide = lanes()
-    row = rows.first + wide * _WARP_ROWS + g + 8 * half
+def place_of(me: Consumer, rows: Rows, out: Quantized) -> Place:
+    """See `exchange` for which row and columns are a lane's."""
+    lane = cute.arch.lane_idx()
+    _, _, wide = lanes()
+    row = rows.first + wide * _WARP_ROWS + lane % _WARP_ROWS
     inside = row < rows.count
     query, head = rows.split(arith.select(inside, row, Int32(0)))
     group, within = divmod(head, out.heads_a_group)
     line = Int64(group) * out.queries + query  # of the codes
-    column = (within * CONSUMERS + me.number) * _SCALE_BYTES
+    column = (within * CONSUMERS + me.number) * _SCALE_BYTES + lane // _WARP_ROWS * _STEPS
     codes = ring.address(out.codes.iterator) + line * (out.cols * (BLOCK // 2)) + column * (BLOCK // 2)
+    there = arith.select(inside, Int32(1), Int32(0))
     scales = ring.address(out.scales.iterator)
     if out.tiled:
         padded = cute.size(out.scales, mode=[1])
-        scales = scales + (group * (padded * out.cols) + offset_128x4(query, column + t * TILE_COLS, out.cols))
-    else:
-        scales = scales + line * out.cols + (column + t * TILE_COLS)
-    return Place(codes + t * (BLOCK // 2), scales, arith.select(inside, Int32(1), Int32(0)))
+        offset = group * (padded * out.cols) + offset_128x4(query, column, out.cols)
+        return Place(codes, scales + offset, TILE, there)
+    return Place(codes, scales + line * out.cols + column, TILE_COLS, there)
 
 
-def write(me: Consumer, places: list[Place], scale: GlobalScale, quad: Quad, *, exact: bool) -> Boolean:
-    """Encodes and writes all that a lane has a part in; whether that can be trusted."""
-    regular = scale.regular
-    for half, place in enumerate(places):
-        word = Uint32(0)
-        for part in range(_PARTS):
-            first = LANES * BLOCK // 2 * part + 2 * half
-            x = [
-                [me.acc[first + 8 * block + 4 * side + j] for side in range(2) for j in range(2)]
-                for block in range(LANES)
-            ]
-            codes, byte, fine = encode(x, scale, quad, exact=exact)
-            store8_if(place.codes + part * (LANES * BLOCK // 2), codes, place.inside)
-            word, regular = word | byte << (8 * part), regular & fine
-        attention_mma.store4_global_if(place.scales, quad.gather_bytes(word), place.inside)
-    return regular
-
-
-def encode(
-    x: list[list[Float32]], scale: GlobalScale, quad: Quad, *, exact: bool
-) -> tuple[tuple[Uint32, Uint32], Uint32, Boolean]:
-    """Encodes four blocks of a row, of each of which a lane has four values, as `recipe` does.
-
-    Returns:
-        Codes and scale of the block that is the lane's by its number in the quad, and whether they can be trusted.
-    """
-    target = Target.SM90
-    if exact:
-        v = quad.reduce([_most(block, _larger) for block in x], _larger)
-        byte, o = recipe.block_scale(v, scale, target)
-        fine = Boolean(True)
-    else:
-        v = quad.reduce([_most(block, _larger_or_nan) for block in x], _larger_or_nan)
-        byte = convert.encode_e4m3(arith.mul(v, scale.enc_sixth, target), target)
-        o = arith.reciprocal_in_range(arith.mul(convert.decode_e4m3(byte, target), scale.dec, target), target)
-        o = arith.select(byte == 0, Float32(0.0), o)
-        fine = arith.mul(v, o, target) < Float32(convert.BOUND)
-    words = []
-    factors = quad.all_of(o)
-    for blocks in ((0, 1), (2, 3)):
-        values = [value for block in blocks for value in x[block]]
-        by = [factors[block] for block in blocks for _ in x[block]]
-        if exact:
-            codes = [convert.encode_e2m1(arith.mul(a, o, target), target) for a, o in zip(values, by, strict=True)]
-            words.append(recipe.pack_codes(codes))
-        else:
-            y = [arith.mul(arith.magnitude(a, target), o, target) for a, o in zip(values, by, strict=True)]
-            codes = [convert.code_of_bounded(a, target) - convert.MAGIC_BITS for a in y]
-            bits = [arith.bits(a) for a in values]
-            words.append(recipe.pack_codes(codes) | recipe.signs(bits, Float32, target))
-    return quad.gather_halves(words), byte, fine
-
-
-def _most(values: list[Float32], larger: Callable[[Float32, Float32], Float32]) -> Float32:
-    return larger(larger(values[0], values[1]), larger(values[2], values[3]))
-
-
-def _larger_or_nan(a: Float32, b: Float32) -> Float32:
-    """The larger magnitude, or NaN where there is one."""
-    return Float32(ptx(Float32, "{.reg .f32 a, b; abs.f32 a, $1; abs.f32 b, $2; max.NaN.f32 $0, a, b;}", a, b))
-
-
-def _larger(a: Float32, b: Float32) -> Float32:
-    """The larger magnitude, NaN left out."""
-    return Float32(ptx(Float32, "{.reg .f32 a, b; abs.f32 a, $1; abs.f32 b, $2; max.f32 $0, a, b;}", a, b))
+def store_scales(place: Place, number: int, word: Uint32) -> None:
+    """Writes four scales, if there is such a row."""
+    attention_mma.store4_global_if(place.scales + number * place.next_scales, word, place.inside)
 
 
 @cute.jit

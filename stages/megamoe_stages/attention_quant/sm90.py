@@ -14,7 +14,7 @@ from megamoe.cute.host import check_readable, dtype_name
 from megamoe.errors import ArgumentError
 from megamoe_stages.attention_quant import contract, kernel, limits
 from megamoe_stages.attention_quant.contract import QuantizedAttention
-from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE, window_argument
+from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE, processors, window_argument
 from megamoe_stages.multi_cta_attention.launch_512 import mask_arguments
 from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape, shape_for
 
@@ -102,7 +102,10 @@ def attention_quant(
         k = v = k.new_zeros((1, *k.shape[1:]))
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale  # the kernel takes the largest product for the largest score
-    launcher(scale_layout == "128x4", shape_for(window, masked=mask is not None or entries > 0))(
+    shape = shape_for(window, masked=mask is not None or entries > 0)
+    if __import__("os").environ.get("FMHA_PERS"):
+        shape = shape._replace(persistent=True)
+    launcher(scale_layout == "128x4", shape)(
         q,
         k,
         v,
@@ -122,6 +125,7 @@ def attention_quant(
         int(causal),
         window_argument(q, k, window),
         int(sink is not None),
+        processors(q.device),
     )
     return QuantizedAttention(out, lse)
 
