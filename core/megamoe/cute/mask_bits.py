@@ -28,7 +28,7 @@ class MaskBits(NamedTuple):
     """A packed mask.
 
     Attributes:
-        words: (queries, WORDS * tiles and WORDS more) int32: bit b of word w is key 32 w + b, 1 where the query sees it.
+        words: (queries, WORDS * (tiles + 1)) int32: bit b of word w is key 32 w + b, 1 where the query sees it.
         ends: (queries,) int32: one past the last key that the query sees, 0 for none; the first word behind the tiles'.
     """
 

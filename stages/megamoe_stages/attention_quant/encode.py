@@ -79,9 +79,7 @@ def fetch(base: Int32, rows: Constexpr[Rows], out: Constexpr[Quantized], shape: 
         position = out.positions[query * step]
         at.append(arith.select((position < 0) | (position > last), last, position))
     if lane == 0:
-        ring.store4(base + shape.fetched_at + 8, out.enc[()])
-    if cutlass.const_expr(shape.angles_at == 0):
-        ring.wait(base + shape.queries_read_at, Int32(0))
+        ring.store4(base + shape.word_at, out.enc[()])
     full = base + shape.fetched_at
     multicast.expect_if(full, 2 * ROWS * _ANGLE_BYTES, arith.select(lane == 0, Int32(1), Int32(0)))
     cute.arch.sync_warp()
@@ -97,7 +95,7 @@ def encode_rows(
 ) -> None:
     """Encodes a consumer's half of its rows and writes it."""
     ring.wait(me.base + shape.fetched_at, me.before[0] // 4)
-    enc = arith.number(Uint32(ring.load4(me.base + shape.fetched_at + 8)))
+    enc = arith.number(Uint32(ring.load4(me.base + shape.word_at)))
     if me.number == CONSUMERS - 1:
         turn(me, shape)
     if cutlass.const_expr(shape.persistent):

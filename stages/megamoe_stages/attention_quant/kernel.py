@@ -14,11 +14,13 @@ from megamoe.cute.recipe import BLOCK
 from megamoe_stages.attention_quant import encode
 from megamoe_stages.attention_quant.encode import Quantized
 from megamoe_stages.attention_quant.limits import ROPE_DIM
-from megamoe_stages.multi_cta_attention import kernel_512
+from megamoe_stages.multi_cta_attention import kernel_512, shape_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.kernel_512 import Attention
 from megamoe_stages.multi_cta_attention.rows_512 import Rows
 from megamoe_stages.multi_cta_attention.shape_512 import DIM, Shape
+
+SHAPES = tuple(shape._replace(persistent=shape.ctas > 1) for shape in shape_512.SHAPES)  # as was faster
 
 
 @cute.jit
@@ -143,6 +145,11 @@ def kernel(
     kernel_512.work_on_rows(given, kernel_512.mask_of(words, ends, entries), finish, shape, fetch)
 
 
+def shape_for(window: int | None, *, masked: bool) -> Shape:
+    """The kernel of `SHAPES` for a window and, besides, a mask of one's own."""
+    return SHAPES[shape_512.SHAPES.index(shape_512.shape_for(window, masked=masked))]
+
+
 def spec(tiled: bool, shape: Shape) -> KernelSpec:
     """The kernel for any sizes."""
 
@@ -172,5 +179,5 @@ def spec(tiled: bool, shape: Shape) -> KernelSpec:
         Target.SM90.value,
         function,
         arguments,
-        (tiled, *shape, kernel_512.PIECES_TOGETHER),
+        (tiled, *shape),
     )

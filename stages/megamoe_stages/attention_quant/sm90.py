@@ -16,7 +16,7 @@ from megamoe_stages.attention_quant import contract, kernel, limits
 from megamoe_stages.attention_quant.contract import QuantizedAttention
 from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE, processors, window_argument
 from megamoe_stages.multi_cta_attention.launch_512 import mask_arguments
-from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape, shape_for
+from megamoe_stages.multi_cta_attention.shape_512 import Shape
 
 
 def attention_quant(
@@ -102,9 +102,7 @@ def attention_quant(
         k = v = k.new_zeros((1, *k.shape[1:]))
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale  # the kernel takes the largest product for the largest score
-    shape = shape_for(window, masked=mask is not None or entries > 0)
-    if __import__("os").environ.get("FMHA_PERS"):
-        shape = shape._replace(persistent=True)
+    shape = kernel.shape_for(window, masked=mask is not None or entries > 0)
     launcher(scale_layout == "128x4", shape)(
         q,
         k,
@@ -138,4 +136,4 @@ def launcher(tiled: bool, shape: Shape) -> Callable[..., None]:
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return [kernel.spec(tiled, shape) for tiled in (False, True) for shape in SHAPES]
+    return [kernel.spec(tiled, shape) for tiled in (False, True) for shape in kernel.SHAPES]

@@ -94,10 +94,9 @@ def attend(
     me: Constexpr[Consumer],
     rows: Constexpr[Rows],
     work: Constexpr[Work],
-    tell: Constexpr[bool],
     shape: Constexpr[Shape],
 ) -> None:
-    """All tiles; with `tell` the mbarrier of the queries learns when they were read."""
+    """All tiles."""
     if (me.number == 0) & (work.tiles > 0):
         take_turn(me, Int32(0), rows, work, False, False, shape)
     if (me.number == 1) & (work.tiles > 1):
@@ -105,7 +104,7 @@ def attend(
     own = (work.tiles - me.number + 1) // 2
     for turn in cutlass.range(own - 1, unroll=1):
         take_turn(me, me.number + 2 + 2 * turn, rows, work, True, True, shape)
-    if cutlass.const_expr(tell):
+    if cutlass.const_expr(shape.persistent):
         first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
         ring.arrive_if(me.base + shape.queries_read_at, first)
     if own > 0:

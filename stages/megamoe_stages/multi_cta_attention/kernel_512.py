@@ -41,7 +41,8 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = (
     24,
     240,
 )  # together no more than the launch gives: 3 * 168, or they wait forever
-PIECES_TOGETHER = 128
+PIECES_TOGETHER = 128  # of rows, at least, of the heads that come together: twice what runs at a time
+PIECES_ALONE = 64  # of a head that comes alone
 _CHUNKS = 8  # of 16 bytes of a row of 128
 _LOADS_BARRIER = 2
 
@@ -172,7 +173,9 @@ def order_of(q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, shape: S
     queries, heads, _ = q.shape
     kv_heads = k.shape[1]
     pieces = queries * (heads // kv_heads) // (shape.ctas * ROWS) + (cute.size(cu_seqlens_q) - 1)
-    return pieces, cutlass.min((PIECES_TOGETHER + (pieces - 1)) // pieces, kv_heads)
+    several = cutlass.max(kv_heads * pieces // PIECES_TOGETHER, 1)
+    together = (kv_heads + (several - 1)) // several
+    return pieces, arith.select(pieces < PIECES_ALONE, together, Int32(1))
 
 
 def start(
@@ -253,8 +256,8 @@ def work_on_rows(
         finish: Gets a consumer whose sums have become the output, fp32, and writes it; its ring is free unless the
             kernel is persistent, the weights' place always.
         shape: How the work is cut.
-        fetch: Gets the shared memory's address in a warp of the producers and brings what `finish` waits for at
-            `shape.fetched_at`.
+        fetch: Gets the shared memory's address in a warp of the producers and brings to `shape.angles_at` what
+            `finish` waits for at `shape.fetched_at`. A persistent kernel has one.
     """
     if cutlass.const_expr(shape.persistent):
         share_work(given, mask, finish, fetch, None, shape)
@@ -277,7 +280,7 @@ def share_work(
     thread, _, _ = cute.arch.thread_idx()
     base = ring.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
     if thread == 0:
-        make_barriers(base, fetch is not None, shape)
+        make_barriers(base, shape)
     meet(shape)
     if thread < GROUP:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
@@ -287,28 +290,26 @@ def share_work(
         elif cutlass.const_expr(only is None):
             prepare_turns(base, warp, given, fetch, shape)
         elif cutlass.const_expr(fetch is not None):
-            if warp == CONSUMERS:
-                fetch(base, only.rows)
+            fetch_once(base, warp, fetch, only.rows)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         me = attend_512.Consumer(base, thread // GROUP - 1, given.factor, mask)
-        early = shape.persistent or (fetch is not None and shape.angles_at == 0)
         if cutlass.const_expr(only is not None):
             load_queries(given.q, base, only.rows, thread - GROUP, CONSUMERS * GROUP)
             show_queries()
             attention_mma.named_barrier(_LOADS_BARRIER, CONSUMERS * GROUP)
-            consume(me, only, given, finish, early, shape)
+            consume(me, only, given, finish, shape)
         else:
             for turn in cutlass.range(turns_of(given, shape), unroll=1):
                 piece = piece_of(given, turn, mask, shape)
                 if piece.exists:
                     ring.wait(base + shape.queries_there_at, me.before[0] // 4)
-                    consume(me, piece, given, finish, early, shape)
+                    consume(me, piece, given, finish, shape)
     if cutlass.const_expr(shape.ctas > 1):
         meet(shape)  # nobody leaves while the others write to it
 
 
-def make_barriers(base: Int32, fetches: bool, shape: Shape) -> None:
+def make_barriers(base: Int32, shape: Shape) -> None:
     """The mbarriers of a CTA."""
     for i in range(CONSUMERS * shape.slots):
         ring.init(base + shape.barriers_at + i * 16, 1)
@@ -316,10 +317,9 @@ def make_barriers(base: Int32, fetches: bool, shape: Shape) -> None:
     for i in range(CONSUMERS):
         ring.init(base + shape.ready_at + i * 16, GROUP)
         ring.init(base + shape.ready_at + i * 16 + 8, GROUP // WARP)
-    if fetches:
-        ring.init(base + shape.queries_read_at, CONSUMERS * GROUP // WARP)
-        ring.init(base + shape.fetched_at, 1)
+    ring.init(base + shape.fetched_at, 1)
     if shape.persistent:
+        ring.init(base + shape.queries_read_at, CONSUMERS * GROUP // WARP)
         ring.init(base + shape.queries_there_at, GROUP // WARP - CONSUMERS)
         ring.init(base + shape.turned_at, CONSUMERS * GROUP // WARP)
     ring.init_fence()
@@ -347,19 +347,20 @@ def piece_of(given: Attention, turn: Int32, mask: Mask | None, shape: Shape) -> 
     """What a CTA works on in its turn."""
     cta, _, _ = cute.arch.block_idx()
     cluster, rank = cta // shape.ctas, cta % shape.ctas
-    number = cluster
-    if shape.persistent:
-        across, _, _ = cute.arch.grid_dim()
-        clusters = across // shape.ctas
-        number = turn * clusters + arith.select(turn % 2 == 0, cluster, clusters - 1 - cluster)
-    rest, head = divmod(number, given.together)
-    several, number = divmod(rest, given.pieces)
+    if shape.persistent:  # back and forth over the pieces of heads that come together, so that long and short ones meet
+        clusters, turns = clusters_and_turns(given, shape)
+        several, turn_of_these = turn // turns, turn % turns
+        number = turn_of_these * clusters + arith.select(turn % 2 == 0, cluster, clusters - 1 - cluster)
+        number, head = divmod(number, given.together)
+    else:
+        rest, head = divmod(cluster, given.together)
+        several, number = divmod(rest, given.pieces)
     kv_head = cute.arch.make_warp_uniform(several * given.together.divisor + head)
     heads, group = given.q.shape[1], given.group.divisor
     cluster_rows = shape.ctas * ROWS
     sequences = cute.size(given.cu_seqlens_q) - 1
     sequence, piece, count = find_sequence(number, given.cu_seqlens_q, group, cluster_rows)
-    exists = (kv_head < given.kv_heads) & (sequence < sequences)
+    exists = (kv_head < given.kv_heads) & (sequence < sequences) & (number < given.pieces.divisor)
     sequence = cutlass.min(sequence, sequences - 1)
     query, key = given.cu_seqlens_q[sequence], given.cu_seqlens_k[sequence]
     queries, keys = given.cu_seqlens_q[sequence + 1] - query, given.cu_seqlens_k[sequence + 1] - key
@@ -381,12 +382,18 @@ def piece_of(given: Attention, turn: Int32, mask: Mask | None, shape: Shape) -> 
     return Piece(exists, rows, first, key, kv_head)
 
 
+def clusters_and_turns(given: Attention, shape: Shape) -> tuple[Int32, Int32]:
+    """Of a persistent kernel: its clusters, and their turns at the pieces of heads that come together."""
+    across, _, _ = cute.arch.grid_dim()
+    clusters = across // shape.ctas
+    return clusters, (given.together.divisor * given.pieces.divisor + (clusters - 1)) // clusters
+
+
 def turns_of(given: Attention, shape: Shape) -> Int32:
     """How many pieces of rows a persistent CTA may get."""
-    across, _, _ = cute.arch.grid_dim()
-    clusters, together = across // shape.ctas, given.together.divisor
-    total = (given.kv_heads + (together - 1)) // together * together * given.pieces.divisor
-    return Int32(cute.arch.make_warp_uniform((total + (clusters - 1)) // clusters))
+    _, turns = clusters_and_turns(given, shape)
+    together = given.together.divisor
+    return Int32(cute.arch.make_warp_uniform((given.kv_heads + (together - 1)) // together * turns))
 
 
 @cute.jit
@@ -433,16 +440,23 @@ def prepare_turns(
             done = done + 1
 
 
+@cute.jit
+def fetch_once(base: Int32, warp: Int32, fetch: Constexpr[Fetch], rows: Constexpr[Rows]) -> None:
+    """Brings what the epilogue needs; one warp."""
+    if warp == CONSUMERS:
+        fetch(base, rows)
+
+
 def work_on(piece: Piece, mask: Mask | None, shape: Shape) -> Work:
     """The keys of a piece of rows."""
     return work_of(piece.rows, piece.token, piece.kv_head, piece.first, mask, shape)
 
 
-def consume(me: Consumer, piece: Piece, given: Attention, finish: Finish, early: bool, shape: Shape) -> None:
-    """A piece of rows, whose queries are there; `early` says so when they were read."""
+def consume(me: Consumer, piece: Piece, given: Attention, finish: Finish, shape: Shape) -> None:
+    """A piece of rows, whose queries are there."""
     work = work_on(piece, me.mask, shape)
     attend_512.begin(me)
-    attend_512.attend(me, piece.rows, work, early, shape)
+    attend_512.attend(me, piece.rows, work, shape)
     result_512.finish_rows(me, piece.rows, given.lse, given.sink, given.has_sink)
     finish(me, piece.rows)
     attend_512.end(me, work.tiles)
@@ -511,7 +525,7 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
         return (*given, out, lse, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True), shape)
 
     function = launch_masked if shape.masked else launch
-    return KernelSpec(f"d512_{name_of(shape)}", target.value, function, arguments, (*tuple(shape), PIECES_TOGETHER))
+    return KernelSpec(f"d512_{name_of(shape)}", target.value, function, arguments, tuple(shape))
 
 
 def name_of(shape: Shape) -> str:

@@ -96,35 +96,39 @@ class Shape(NamedTuple):
         return self.ready_at + CONSUMERS * 16
 
     @property
-    def queries_read_at(self) -> int:
-        """The mbarrier of an epilogue that fetches over the queries: they were read."""
+    def fetched_at(self) -> int:
+        """The mbarrier of what an epilogue fetches, a word behind it among that."""
         return self.tops_at + CONSUMERS * ROWS * 4
 
     @property
-    def fetched_at(self) -> int:
-        """The mbarrier of what such an epilogue fetches."""
-        return self.queries_read_at + 8
+    def word_at(self) -> int:
+        """A word for the epilogue."""
+        return self.fetched_at + 8
+
+    @property
+    def queries_read_at(self) -> int:
+        """Where the mbarriers of a persistent CTA start, the first of them: the queries were read."""
+        return self.word_at + 8
 
     @property
     def queries_there_at(self) -> int:
-        """The mbarrier of the queries of a persistent CTA: they are there."""
-        return self.fetched_at + 16
+        """The next queries are there."""
+        return self.queries_read_at + 8
 
     @property
     def turned_at(self) -> int:
-        """The mbarrier of a persistent CTA's cosines and sines: they were read."""
+        """The epilogue has read what it fetched."""
         return self.queries_there_at + 8
 
     @property
     def angles_at(self) -> int:
-        """Where an epilogue's cosines and sines go: behind all else where there is room, else where the queries are."""
-        behind = self.barriers_at + _SMALL
-        return behind if behind + ANGLES_BYTES <= SHARED_BYTES else 0
+        """Where an epilogue's cosines and sines start, if there is room for them."""
+        return self.barriers_at + _SMALL
 
     @property
     def shared_bytes(self) -> int:
         """Of a CTA."""
-        return self.angles_at + ANGLES_BYTES if self.angles_at else self.turned_at + 8
+        return min(self.angles_at + ANGLES_BYTES, SHARED_BYTES)
 
 
 WIDE = Shape()
