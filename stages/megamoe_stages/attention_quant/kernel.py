@@ -129,8 +129,6 @@ def kernel(
     thread, _, _ = cute.arch.thread_idx()
     cta, _, _ = cute.arch.block_idx()
     out = Quantized(positions, cos, sin, enc, codes, scales, heads_a_group, tiled)
-    if cta + thread == 0:
-        dec[()] = recipe.global_scale(enc[()], Target.SM90).dec
     if tiled:
         encode.write_rest(out)
 
@@ -143,6 +141,8 @@ def kernel(
     read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
     given = Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
     kernel_512.work_on_rows(given, kernel_512.mask_of(words, ends, entries), finish, shape, fetch)
+    if cta + thread == 0:
+        dec[()] = recipe.global_scale(enc[()], Target.SM90).dec
 
 
 def shape_for(window: int | None, *, masked: bool) -> Shape:
