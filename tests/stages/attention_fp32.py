@@ -10,7 +10,6 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from megamoe.cute import arith, attention_mma, compiler, mask_bits, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.mask_bits import MaskBits
 from megamoe.cute.multicast import Boxes
 from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
@@ -51,7 +50,6 @@ def launch_masked(
     sink: cute.Tensor,
     mask: cute.Tensor,
     words: cute.Tensor,
-    ends: cute.Tensor,
     entries: Int32,
     out: cute.Tensor,
     lse: cute.Tensor,
@@ -62,10 +60,11 @@ def launch_masked(
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
-    mask_bits.start_packing(mask, MaskBits(words, ends), stream)
+    bits = mask_bits.bits_of(words)
+    mask_bits.start_packing(mask, bits, stream)
     numbers = (softmax_scale, causal, window, has_sink)
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
-    kernel_512.start(kernel(*given, out, words, ends, entries, shape), q, k, cu_seqlens_q, stream, shape)
+    kernel_512.start(kernel(*given, out, *bits, entries, shape), q, k, cu_seqlens_q, stream, shape)
 
 
 @cute.kernel
@@ -79,6 +78,8 @@ def kernel(
     lse: cute.Tensor,
     kv_heads: Int32,
     group: cute.FastDivmodDivisorV2,
+    pieces: cute.FastDivmodDivisorV2,
+    together: cute.FastDivmodDivisorV2,
     factor: Float32,
     causal: Int32,
     window: Int32,
@@ -92,9 +93,8 @@ def kernel(
     def finish(me: Consumer, rows: Rows) -> None:
         store(me, rows, out)
 
-    given = Attention(
-        q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
-    )
+    read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
+    given = Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
     kernel_512.work_on_rows(given, kernel_512.mask_of(words, ends, entries), finish, shape)
 
 

@@ -23,12 +23,22 @@ from megamoe_stages.attention_quant.contract import QuantizedAttention
 from megamoe_stages.attention_quant.reference import attention_quant
 from megamoe_stages.inverse_rope_quant.reference import inverse_rope_quant
 from megamoe_stages.multi_cta_attention import launch_512
-from megamoe_stages.multi_cta_attention.shape_512 import MASKED, NARROW, WIDE, Shape
+from megamoe_stages.multi_cta_attention.shape_512 import (
+    ANGLES_BYTES,
+    MASKED,
+    MASKED_NARROW,
+    NARROW,
+    SHARED_BYTES,
+    WIDE,
+    Shape,
+)
 from tests.stages import attention_fp32
 
+SMS = 2  # so that CTAs take several pieces of rows
 PROBLEMS: dict[str, dict[str, Any]] = {
     "two-tiles": {"lq": [20, 3], "lk": [70, 9], "heads": 4, "kv_heads": 2, "sink": True},
     "window": {"lq": [3], "lk": [150], "heads": 64, "kv_heads": 1, "groups": 8, "window": 128, "sink": True},
+    "many-pieces": {"lq": [5] + [0] * 69, "lk": [9] + [1] * 69, "heads": 3, "kv_heads": 3, "groups": 3},
     "nothing-seen": {"lq": [9, 3], "lk": [4, 0], "heads": 6, "kv_heads": 1, "groups": 3},
 }
 
@@ -67,10 +77,12 @@ def fused(a: dict[str, Any], shape: Shape) -> QuantizedAttention:
     """What the kernel writes, over poisoned memory."""
     out, lse = contract.fake(**a)
     out.codes.fill_(0xAA), out.scales.view(torch.uint8).fill_(0x55), lse.fill_(torch.nan)
-    artifact = compiler.compile_kernel(kernel.spec(a["scale_layout"] == "128x4", shape))
+    artifact = compiler.compile_kernel(
+        kernel.spec(a["scale_layout"] == "128x4", shape._replace(persistent=shape.ctas > 1))
+    )
     turned = (a["positions"].view(torch.int32), a["cos"], a["sin"], a["global_scale_enc"])
     written = (out.codes, out.scales.view(torch.uint8), out.global_scale_dec, lse)
-    ptxemu.run(artifact, *common(a), *masked(a), *turned, *written, *numbers(a)).raise_for_findings()
+    ptxemu.run(artifact, *common(a), *masked(a), *turned, *written, *numbers(a), SMS).raise_for_findings()
     return QuantizedAttention(out, lse)
 
 
@@ -90,21 +102,24 @@ def test_equal_byte_for_byte_to_the_unfused_pair(name: str, scale_layout: str) -
     assert_same(fused(a, WIDE), want)
 
 
-def test_one_cta_a_cluster_too_with_int32_positions() -> None:
-    a = inputs("two-tiles", index_dtype=torch.int32)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_one_cta_a_cluster_too_with_int32_positions(name: str) -> None:
+    a = inputs(name, index_dtype=torch.int32)
     assert_same(fused(a, NARROW), unfused(a, NARROW)[0])
 
 
-def test_compressed_entries_too() -> None:
+@pytest.mark.parametrize("shape", [MASKED, MASKED_NARROW])
+def test_compressed_entries_too(shape: Shape) -> None:
     """DeepSeek-V4's layers with compressed keys: window, picked entries and sink under one softmax, then NVFP4."""
     a = inputs("two-tiles", lk=[150, 80], entries=70, mask=0.3, window=30, scale_layout="128x4")
-    assert_same(fused(a, MASKED), unfused(a, MASKED)[0])
+    assert_same(fused(a, shape), unfused(a, shape)[0])
 
 
+@pytest.mark.parametrize("scale_layout", ["linear", "128x4"])
 @pytest.mark.parametrize("enc", [1e5, 2.0**-120, 2.0**120])
-def test_scales_that_saturate_or_vanish(enc: float) -> None:
+def test_scales_that_saturate_or_vanish(enc: float, scale_layout: str) -> None:
     """The short recipe is wrong for these; the epilogue has to notice."""
-    a = {**inputs("nothing-seen"), "global_scale_enc": torch.tensor(enc)}
+    a = {**inputs("nothing-seen", scale_layout=scale_layout), "global_scale_enc": torch.tensor(enc)}
     assert_same(fused(a, WIDE), unfused(a, WIDE)[0])
 
 
@@ -139,11 +154,18 @@ def test_by_hand() -> None:
     assert lse.tolist() == [[0.0], [0.0]]
 
 
+@pytest.mark.parametrize("shape", kernel.SHAPES)
 @pytest.mark.parametrize("tiled", [False, True])
-def test_no_kernel_spills(tiled: bool) -> None:
-    artifact = compiler.compile_kernel(kernel.spec(tiled, WIDE))
+def test_no_kernel_spills(tiled: bool, shape: Shape) -> None:
+    artifact = compiler.compile_kernel(kernel.spec(tiled, shape))
     assert artifact.seconds < 60
     assert not [k for k in kernels(artifact.cubin) if k.spills]
+
+
+@pytest.mark.parametrize("shape", kernel.SHAPES)
+def test_shared_memory_holds_what_a_kernel_needs(shape: Shape) -> None:
+    assert shape.turned_at + 8 <= shape.angles_at
+    assert shape.angles_at + ANGLES_BYTES == shape.shared_bytes <= SHARED_BYTES
 
 
 def test_limits() -> None:

@@ -21,6 +21,7 @@ from megamoe_stages.multi_cta_attention.shape_512 import (
     GROUP,
     HALF,
     MASKED,
+    MASKED_NARROW,
     NARROW,
     OUT_PITCH,
     SHAPES,
@@ -100,8 +101,8 @@ def test_one_cta_a_cluster_matches_the_reference(name: str) -> None:
 @pytest.mark.parametrize("lk", [[50, 70, 30], [130, 9, 64]], ids=["one-tile", "tiles"])
 @pytest.mark.parametrize(
     ("shape", "entries"),
-    [(WIDE, 0), (NARROW, 0), (MASKED, 0), (MASKED, 7)],
-    ids=["wide", "narrow", "masked", "entries"],
+    [(WIDE, 0), (NARROW, 0), (MASKED, 0), (MASKED, 7), (MASKED_NARROW, 7)],
+    ids=["wide", "narrow", "masked", "entries", "entries-narrow"],
 )
 def test_no_nan_reaches_another_sequence(shape: Shape, entries: int, lk: list[int]) -> None:
     """Tiles reach behind a sequence's end, and 0 times NaN is NaN."""
@@ -159,7 +160,8 @@ def test_shared_memory_holds_what_a_kernel_needs(shape: Shape) -> None:
 def test_what_takes_which_kernel() -> None:
     assert shape_for(None) == shape_for(4096) == WIDE
     assert shape_for(128) == NARROW
-    assert shape_for(128, masked=True) == MASKED
+    assert shape_for(128, masked=True) == MASKED_NARROW
+    assert shape_for(None, masked=True) == MASKED
     assert not limits.supports({"head_dim": 512, "masked": True})
     assert not limits.supports({"dtype": "bfloat16", "head_dim": 512, "v_dim": 512})
     assert "float16" in limits.supports({"dtype": "float16", "head_dim": 512})[0]

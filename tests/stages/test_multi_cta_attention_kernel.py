@@ -36,6 +36,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "mask": {"lq": [40, 20], "lk": [160, 21], "mask": 0.3, "causal": False, "sink": True, "heads": 6},
     "mask-causal-window": {"lq": [140], "lk": [260], "mask": 0.5, "window": 90, "head_dim": 128},
     "mask-narrow": {"lq": [8, 8], "lk": [30, 10], "mask": 0.7, "mask_columns": 20, "causal": False, "head_dim": 256},
+    "mask-values-of-other-width": {"lq": [70, 20], "lk": [260, 21], "mask": 0.4, "head_dim": 192, "v_dim": 128},
     "mask-nothing": {"lq": [8], "lk": [30], "mask": 0.0, "sink": True},
     "wide-scores": {"lq": [80], "lk": [200], "gain": 30.0, "head_dim": 128},
 }
@@ -133,9 +134,10 @@ def test_scales_that_are_not_positive(scale: float) -> None:
     assert not unlike(emulated(given), given)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-def test_no_kernel_spills(head: tuple[int, int]) -> None:
-    shape = shape_of(*head, "bfloat16")
+def test_no_kernel_spills(head: tuple[int, int], masked: bool) -> None:
+    shape = shape_of(*head, "bfloat16", masked)
     assert shape is not None
     assert not [k for k in kernels(compiler.compile_kernel(kernel.spec(shape)).cubin) if k.spills]
 
@@ -156,7 +158,7 @@ def test_limits() -> None:
     assert not limits.supports({})
     assert not limits.supports({"dtype": "bfloat16", "head_dim": 128, "v_dim": 128})
     assert not limits.supports({"dtype": "float16", "head_dim": 192, "v_dim": 128})
-    assert limits.supports({"dtype": "float16", "head_dim": 192, "v_dim": 128, "masked": True})
+    assert not limits.supports({"dtype": "float16", "head_dim": 192, "v_dim": 128, "masked": True})
     assert "float32" in limits.supports({"dtype": "float32"})[0]
     assert "96" in limits.supports({"head_dim": 96, "v_dim": 96})[0]
 

@@ -28,8 +28,8 @@ class MaskBits(NamedTuple):
     """A packed mask.
 
     Attributes:
-        words: (queries, WORDS * tiles) int32: bit b of word w is key 32 w + b, 1 where the query sees it.
-        ends: (queries,) int32: one past the last key that the query sees, 0 for none.
+        words: (queries, WORDS * (tiles + 1)) int32: bit b of word w is key 32 w + b, 1 where the query sees it.
+        ends: (queries,) int32: one past the last key that the query sees, 0 for none; the first word behind the tiles'.
     """
 
     words: cute.Tensor
@@ -85,6 +85,18 @@ def hide(scores: cute.Tensor, words: list[Uint32]) -> None:
                 scores[place] = arith.select(seen, scores[place], Float32(HIDDEN))
 
 
+def width_of(columns: int) -> int:
+    """Words of a row of `MaskBits.words` for so many columns of a mask."""
+    return WORDS * (-(-columns // TILE) + 1)
+
+
+def bits_of(words: cute.Tensor) -> MaskBits:
+    """A packed mask, or the room for one; on the host, in a launcher."""
+    queries, width = words.shape
+    ends = cute.make_tensor(words.iterator + (width - WORDS), cute.make_layout((queries,), stride=(width,)))
+    return MaskBits(words, ends)
+
+
 @cute.kernel
 def pack(mask: cute.Tensor, words: cute.Tensor, ends: cute.Tensor) -> None:
     """A warp a query: see `start_packing`."""
@@ -104,7 +116,8 @@ def pack_row(query: Int32, columns: Int32, mask: cute.Tensor, words: cute.Tensor
     bytes_of_row = cute.make_tensor(mask.iterator + Int64(query) * columns, cute.make_layout(columns))
     words_of_row = cute.make_tensor(words.iterator + Int64(query) * width, cute.make_layout(width))
     end = Int32(0)
-    for first in cutlass.range(0, width, WARP, unroll=1):
+    used = width - WORDS
+    for first in cutlass.range(0, used, WARP, unroll=1):
         seen = []
         for i in cutlass.range_constexpr(WARP):
             column = (first + i) * WARP + lane
@@ -115,7 +128,7 @@ def pack_row(query: Int32, columns: Int32, mask: cute.Tensor, words: cute.Tensor
         for i in cutlass.range_constexpr(WARP):
             word = Uint32(cute.arch.vote_ballot_sync(seen[i] != 0))
             own = arith.select(lane == i, word, own)
-        if first + lane < width:
+        if first + lane < used:
             words_of_row[first + lane] = Int32(own)
         upto = (first + lane + 1) * WARP - Int32(cute.arch.clz(Int32(own)))
         end = cutlass.max(end, arith.select(own != 0, upto, Int32(0)))
@@ -126,7 +139,7 @@ def pack_row(query: Int32, columns: Int32, mask: cute.Tensor, words: cute.Tensor
 
 
 def tensors() -> list[object]:
-    """Fake mask, words and ends, to compile for any sizes."""
+    """Fake mask and words, to compile for any sizes."""
 
     def compact(dtype: type, sizes: tuple[object, ...], align: int) -> object:
         order = tuple(reversed(range(len(sizes))))
@@ -137,7 +150,6 @@ def tensors() -> list[object]:
     return [
         compact(Uint8, (queries, size()), 1),
         compact(Int32, (queries, size(divisibility=WORDS)), 8),
-        compact(Int32, (queries,), 4),
     ]
 
 

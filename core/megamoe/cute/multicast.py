@@ -87,14 +87,14 @@ def expect_if(barrier: Int32, size: int, condition: Int32) -> None:
 
 
 def arrive_everywhere(barrier: Int32, ctas: int) -> None:
-    """A warp's arrival at the same mbarrier of each CTA of the cluster."""
+    """A warp's arrival at the same mbarrier of each CTA of the cluster; `ctas` is a power of two."""
     lane = cute.arch.lane_idx()
     if ctas == 1:
         text = "{.reg .pred p; setp.eq.s32 p, $1, 0; @p mbarrier.arrive.shared::cta.b64 _, [$0];}"
     else:
-        text = (
-            f"{{.reg .pred p; .reg .b32 there; setp.lt.s32 p, $1, {ctas}; @p mapa.shared::cluster.u32 there, $0, $1;"
-            " @p mbarrier.arrive.shared::cluster.b64 _, [there];}"
+        text = (  # a predicated mapa would keep a register for what `there` was before, at each place of a loop
+            f"{{.reg .pred p; .reg .b32 there; setp.lt.s32 p, $1, {ctas}; and.b32 there, $1, {ctas - 1};"
+            " mapa.shared::cluster.u32 there, $0, there; @p mbarrier.arrive.shared::cluster.b64 _, [there];}"
         )
     _asm(text, "r,r", barrier, lane)
 

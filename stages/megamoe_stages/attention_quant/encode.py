@@ -1,8 +1,9 @@
 """The epilogue of attention_quant: turns the output back, encodes it and writes codes and block scales group by group.
 
 A consumer of `multi_cta_attention.attend_512` holds half of the columns of 64 rows as the tensor cores left them: four
-neighbouring lanes share a block of 16. A warp moves 64 columns at a time through its own shared memory, after which a
-lane has whole blocks and encodes them by the recipe of `quantize`.
+neighbouring lanes share a block of 16. A warp moves two blocks of each row at a time through 2 KB of its own shared
+memory, after which a lane has a whole block and encodes it by the recipe of `quantize`. Cosines and sines come early,
+by a warp of the producers.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
 from megamoe.cute import arith, attention_mma, multicast, recipe, ring
 from megamoe.cute.arith import Target
-from megamoe.cute.layout import TILE_COLS, offset_128x4
+from megamoe.cute.layout import TILE, TILE_COLS, offset_128x4
 from megamoe.cute.recipe import BLOCK, GlobalScale
+from megamoe.cute.warp import WARP
 from megamoe_stages.attention_quant.limits import ROPE_DIM
 from megamoe_stages.inverse_rope_quant.kernel import turn_back
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.rows_512 import Rows, lanes
-from megamoe_stages.multi_cta_attention.shape_512 import COLUMNS, CONSUMERS, HALF, Shape
+from megamoe_stages.multi_cta_attention.shape_512 import ANGLES_PITCH, BLOCK_BYTES, BLOCKS, CONSUMERS, HALF, ROWS, Shape
 
 _WARP_ROWS = 16
-_PITCH = COLUMNS * 4 + 32  # bytes of a row of fp32: four rows of pairs fill all banks once
 _CODE_BYTES = HALF // 2  # of a row
-_CODES_PITCH = _CODE_BYTES + 16
 _SCALE_BYTES = HALF // BLOCK
-_CODES_AT = _WARP_ROWS * _PITCH
-_SCALES_AT = _CODES_AT + _WARP_ROWS * _CODES_PITCH
-_WARP_BYTES = _SCALES_AT + _WARP_ROWS * _SCALE_BYTES
+_STEPS = _SCALE_BYTES // 2  # a lane has the blocks of half of a consumer's columns of a row, one a step
+_STEP_BYTES = 2 * BLOCK * 4  # of a row in shared memory
+_ANGLE_BYTES = ROPE_DIM // 2 * 4  # cosines or sines of a row
+_SINES_AT = ROWS * ANGLES_PITCH
 
 
 class Quantized(NamedTuple):
@@ -67,113 +68,169 @@ class Quantized(NamedTuple):
 
 
 @cute.jit
+def fetch(base: Int32, rows: Constexpr[Rows], out: Constexpr[Quantized], shape: Constexpr[Shape]) -> None:
+    """Brings the cosines and sines of the CTA's rows, and the scale; a warp of the producers."""
+    lane = cute.arch.lane_idx()
+    step = arith.select(cute.size(out.positions) != out.queries, Int32(2), Int32(1))  # 2: int64 seen as int32
+    last = cute.size(out.cos, mode=[0]) - 1
+    at = []
+    for i in cutlass.range_constexpr(ROWS // WARP):
+        query, _ = rows.split(cutlass.min(rows.first + i * WARP + lane, rows.count - 1))
+        position = out.positions[query * step]
+        at.append(arith.select((position < 0) | (position > last), last, position))
+    if lane == 0:
+        ring.store4(base + shape.word_at, out.enc[()])
+    full = base + shape.fetched_at
+    multicast.expect_if(full, 2 * ROWS * _ANGLE_BYTES, arith.select(lane == 0, Int32(1), Int32(0)))
+    cute.arch.sync_warp()
+    for i in cutlass.range_constexpr(ROWS // WARP):
+        there, line = base + shape.angles_at + (i * WARP + lane) * ANGLES_PITCH, Int64(at[i]) * _ANGLE_BYTES
+        ring.copy(ring.address(out.cos.iterator) + line, there, Int32(_ANGLE_BYTES), full)
+        ring.copy(ring.address(out.sin.iterator) + line, there + _SINES_AT, Int32(_ANGLE_BYTES), full)
+
+
+@cute.jit
 def encode_rows(
     me: Constexpr[Consumer], rows: Constexpr[Rows], out: Constexpr[Quantized], shape: Constexpr[Shape]
 ) -> None:
-    """Encodes a consumer's half of its rows and writes it, over its ring."""
-    lane = cute.arch.lane_idx()
-    _, _, wide = lanes()
-    area = me.base + shape.ring_at + me.number * shape.ring_bytes + wide * _WARP_BYTES
+    """Encodes a consumer's half of its rows and writes it."""
+    ring.wait(me.base + shape.fetched_at, me.before[0] // 4)
+    enc = arith.number(Uint32(ring.load4(me.base + shape.word_at)))
     if me.number == CONSUMERS - 1:
-        turn(me, rows, out)
-    scale = recipe.regular_global_scale(out.enc[()], Target.SM90)
-    row, pair = lane % _WARP_ROWS, lane // _WARP_ROWS
-    for part in cutlass.range_constexpr(HALF // COLUMNS):
-        spread(me, area, part)
+        turn(me, shape)
+    if cutlass.const_expr(shape.persistent):
+        hold(me)
         cute.arch.sync_warp()
-        blocks = [[word for i in range(4) for word in load(area, row, 2 * pair + j, i)] for j in range(2)]
-        cute.arch.sync_warp()
-        at = area + _CODES_AT + row * _CODES_PITCH + part * (COLUMNS // 2) + pair * BLOCK
-        scales_at = area + _SCALES_AT + row * _SCALE_BYTES + part * TILE_COLS + pair * 2
-        encode(blocks, at, scales_at, scale, out)
-    attention_mma.proxy_fence()
+        ring.arrive_if(me.base + shape.turned_at, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
+    place = place_of(me, rows, out)
+    scale = recipe.regular_global_scale(enc, Target.SM90)
+    regular, codes, scales = scale.regular, [], []
+    for step in cutlass.range_constexpr(_STEPS):
+        block = recipe.encode_block(exchange(me, step), Float32, scale, Target.SM90)
+        regular = regular & block.regular
+        codes += [block.low, block.high]
+        scales.append(block.scale)
+        if cutlass.const_expr(len(codes) == 4):
+            ring.store_global16_if(place.codes + (step - 1) * (BLOCK // 2), codes, place.inside)
+            codes = []
+        if cutlass.const_expr(len(scales) == TILE_COLS):
+            store_scales(place, step // TILE_COLS, word_of(scales))
+            scales = []
+    if arith.any_lane(~regular, Target.SM90):  # rare: NaN, infinity, saturation
+        encode_exactly(me, place, recipe.global_scale(enc, Target.SM90))
+
+
+def exchange(me: Consumer, step: int) -> list[Uint32]:
+    """Makes of what a lane has of its two rows a whole block of one row, fp32; a warp.
+
+    Lane i has row i % 16 and gets block `step` of the lower, from lane 16 on of the upper half of the columns.
+    """
+    g, t, wide = lanes()
+    lane = cute.arch.lane_idx()
+    area = me.base + BLOCKS * BLOCK_BYTES + me.number * BLOCK_BYTES + wide * (_WARP_ROWS * _STEP_BYTES)
+    for upper in range(2):
+        for side in range(2):
+            for half in range(2):
+                first = HALF // 4 * upper + 8 * step + 4 * side + 2 * half
+                at = chunk_at(area, g + 8 * half, 4 * upper + 2 * side | t >> 1) + (t & 1) * 8
+                attention_mma.store8(at, [arith.bits(me.acc[first + j]) for j in range(2)])
     cute.arch.sync_warp()
-    write(me, area, rows, out, wide)
+    row, upper = lane % _WARP_ROWS, lane // _WARP_ROWS
+    words = [word for i in range(4) for word in ring.load16(chunk_at(area, row, 4 * upper | i))]
+    cute.arch.sync_warp()
+    return words
+
+
+def chunk_at(area: Int32, row: Int32, chunk: Int32) -> Int32:
+    """Where 16 bytes of a row are: swizzled, so that neither pairs of four rows nor chunks of eight share banks."""
+    return area + row * _STEP_BYTES + (chunk ^ ((row & 3) << 1 | row >> 2 & 1)) * 16
+
+
+def word_of(scales: list[Uint32]) -> Uint32:
+    """Four bytes."""
+    return scales[0] | scales[1] << 8 | scales[2] << 16 | scales[3] << 24
 
 
 @cute.jit
-def turn(me: Constexpr[Consumer], rows: Constexpr[Rows], out: Constexpr[Quantized]) -> None:
+def encode_exactly(me: Constexpr[Consumer], place: Constexpr[Place], scale: Constexpr[GlobalScale]) -> None:
+    """Encodes and writes anything; the registers move down from step to step, so that there is one code for all."""
+    words = cute.make_rmem_tensor((2,), Uint32)
+    words[0], words[1] = Uint32(0), Uint32(0)
+    for step in cutlass.range(_STEPS, unroll=1):
+        block = recipe.encode_any_block(exchange(me, 0), Float32, scale, Target.SM90)
+        if place.inside != 0:
+            attention_mma.store8_global(place.codes + step * (BLOCK // 2), [block.low, block.high])
+        words[0], words[1] = words[0] >> 8 | words[1] << 24, words[1] >> 8 | block.scale << 24
+        move_down(me)
+    for i in cutlass.range_constexpr(2):
+        store_scales(place, i, words[i])
+
+
+def move_down(me: Consumer) -> None:
+    """Puts the next step's values where the first one's were."""
+    for i in range(HALF // 2 - 8):
+        me.acc[i] = me.acc[i + 8]
+
+
+@cute.jit
+def turn(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
     """Takes the rotation out of the last 64 columns, which are this consumer's."""
     g, t, wide = lanes()
-    step = cute.size(out.positions) // out.queries  # 2 where int64 is seen as int32
     for half in cutlass.range_constexpr(2):
-        row = cutlass.min(rows.first + wide * _WARP_ROWS + g + 8 * half, rows.count - 1)
-        query, _ = rows.split(row)
-        last = cute.size(out.cos, mode=[0]) - 1
-        at = out.positions[query * step]
-        at = arith.select((at < 0) | (at > last), last, at)
+        angles = me.base + shape.angles_at + (wide * _WARP_ROWS + g + 8 * half) * ANGLES_PITCH + t * 4
         for block in cutlass.range_constexpr(ROPE_DIM // 8):
             place = (HALF - ROPE_DIM) // 2 + 4 * block + 2 * half
             x = [me.acc[place], me.acc[place + 1]]
-            c, s = out.cos[at, 4 * block + t], out.sin[at, 4 * block + t]
+            c, s = (arith.number(Uint32(ring.load4(angles + 16 * block + there))) for there in (0, _SINES_AT))
             me.acc[place], me.acc[place + 1] = turn_back(x, [c], [s], Target.SM90)
 
 
-def spread(me: Consumer, area: Int32, part: int) -> None:
-    """Writes 64 columns of a warp's rows to its shared memory."""
-    g, t, _ = lanes()
-    for half in range(2):
-        at = area + (g + 8 * half) * _PITCH + 8 * t
-        for block in range(COLUMNS // 8):
-            place = COLUMNS // 2 * part + 4 * block + 2 * half
-            attention_mma.store8(at + 32 * block, [arith.bits(me.acc[place + j]) for j in range(2)])
+def hold(me: Consumer) -> None:
+    """Has the rotated columns computed, so what was read for them has come, before what follows."""
+    first = (HALF - ROPE_DIM) // 2
+    for i, value in enumerate(attention_mma.fence([me.acc[first + i] for i in range(ROPE_DIM // 2)])):
+        me.acc[first + i] = value
 
 
-def load(area: Int32, row: Int32, block: Int32, quarter: int) -> list[Uint32]:
-    """Four values of a block."""
-    return ring.load16(area + row * _PITCH + block * (BLOCK * 4) + quarter * 16)
+class Place(NamedTuple):
+    """Where a lane writes: half of a consumer's columns of a row.
+
+    Attributes:
+        codes: Address of the first.
+        scales: Address of the first four.
+        next_scales: Bytes from there to the next four.
+        inside: 0 where there is no such row.
+    """
+
+    codes: Int64
+    scales: Int64
+    next_scales: int
+    inside: Int32
 
 
-@cute.jit
-def encode(
-    blocks: Constexpr[list[list[Uint32]]],
-    at: Int32,
-    scales_at: Int32,
-    scale: Constexpr[GlobalScale],
-    out: Constexpr[Quantized],
-) -> None:
-    """Encodes two neighbouring blocks into shared memory."""
-    target = Target.SM90
-    encoded = [recipe.encode_block(words, Float32, scale, target) for words in blocks]
-    keep(encoded, at, scales_at)
-    if not (scale.regular & encoded[0].regular & encoded[1].regular):  # rare: NaN, infinity or saturation
-        exact = recipe.global_scale(out.enc[()], target)
-        keep([recipe.encode_any_block(words, Float32, exact, target) for words in blocks], at, scales_at)
-
-
-def keep(encoded: list[recipe.Block], at: Int32, scales_at: Int32) -> None:
-    """Puts the codes and scales of two blocks into shared memory."""
-    attention_mma.store16(at, [word for block in encoded for word in (block.low, block.high)])
-    attention_mma.store2(scales_at, encoded[0].scale | encoded[1].scale << 8)
-
-
-@cute.jit
-def write(me: Constexpr[Consumer], area: Int32, rows: Constexpr[Rows], out: Constexpr[Quantized], wide: Int32) -> None:
-    """Writes a warp's scales and starts the bulk stores of its codes, a row each, and waits until they were read."""
+def place_of(me: Consumer, rows: Rows, out: Quantized) -> Place:
+    """See `exchange` for which row and columns are a lane's."""
     lane = cute.arch.lane_idx()
-    local = lane % _WARP_ROWS
-    row = rows.first + wide * _WARP_ROWS + local
+    _, _, wide = lanes()
+    row = rows.first + wide * _WARP_ROWS + lane % _WARP_ROWS
     inside = row < rows.count
     query, head = rows.split(arith.select(inside, row, Int32(0)))
     group, within = divmod(head, out.heads_a_group)
     line = Int64(group) * out.queries + query  # of the codes
-    half = within * CONSUMERS + me.number
-    leads = arith.select(inside & (lane < _WARP_ROWS), Int32(1), Int32(0))
-    to = ring.address(out.codes.iterator) + line * (out.cols * (BLOCK // 2)) + half * _CODE_BYTES
-    multicast.store_row(to, area + _CODES_AT + local * _CODES_PITCH, _CODE_BYTES, leads)
-    scales_at = area + _SCALES_AT + local * _SCALE_BYTES
-    to = ring.address(out.scales.iterator)
-    if cutlass.const_expr(out.tiled):
+    column = (within * CONSUMERS + me.number) * _SCALE_BYTES + lane // _WARP_ROWS * _STEPS
+    codes = ring.address(out.codes.iterator) + line * (out.cols * (BLOCK // 2)) + column * (BLOCK // 2)
+    there = arith.select(inside, Int32(1), Int32(0))
+    scales = ring.address(out.scales.iterator)
+    if out.tiled:
         padded = cute.size(out.scales, mode=[1])
-        for i in cutlass.range_constexpr(_SCALE_BYTES // TILE_COLS // 2):
-            part = lane // _WARP_ROWS * 2 + i
-            offset = group * (padded * out.cols) + offset_128x4(query, half * _SCALE_BYTES + part * TILE_COLS, out.cols)
-            word = Uint32(ring.load4(scales_at + part * TILE_COLS))
-            attention_mma.store4_global_if(to + offset, word, arith.select(inside, Int32(1), Int32(0)))
-    else:
-        ring.store_global16_if(to + line * out.cols + half * _SCALE_BYTES, ring.load16(scales_at), leads)
-    cute.arch.cp_async_bulk_commit_group()
-    cute.arch.cp_async_bulk_wait_group(0, read=True)
+        offset = group * (padded * out.cols) + offset_128x4(query, column, out.cols)
+        return Place(codes, scales + offset, TILE, there)
+    return Place(codes, scales + line * out.cols + column, TILE_COLS, there)
+
+
+def store_scales(place: Place, number: int, word: Uint32) -> None:
+    """Writes four scales, if there is such a row."""
+    attention_mma.store4_global_if(place.scales + number * place.next_scales, word, place.inside)
 
 
 @cute.jit

@@ -9,17 +9,18 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, mak
 from megamoe.cute import mask_bits, recipe
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.mask_bits import MaskBits
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.recipe import BLOCK
 from megamoe_stages.attention_quant import encode
 from megamoe_stages.attention_quant.encode import Quantized
 from megamoe_stages.attention_quant.limits import ROPE_DIM
-from megamoe_stages.multi_cta_attention import kernel_512
+from megamoe_stages.multi_cta_attention import kernel_512, shape_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.kernel_512 import Attention
 from megamoe_stages.multi_cta_attention.rows_512 import Rows
 from megamoe_stages.multi_cta_attention.shape_512 import DIM, Shape
+
+SHAPES = tuple(shape._replace(persistent=shape.ctas > 1) for shape in shape_512.SHAPES)  # as was faster
 
 
 @cute.jit
@@ -42,6 +43,7 @@ def launch(
     causal: Int32,
     window: Int32,  # 0 for none
     has_sink: Int32,
+    sms: Int32,
     stream: CUstream,
     tiled: Constexpr[bool],
     shape: Constexpr[Shape],
@@ -51,7 +53,7 @@ def launch(
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
     heads_a_group = cute.FastDivmodDivisorV2(codes.shape[2] // (DIM // 2))
     made = kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, None, None, None, tiled, shape)
-    kernel_512.start(made, q, k, cu_seqlens_q, stream, shape)
+    kernel_512.start(made, q, k, cu_seqlens_q, stream, shape, sms // shape.ctas)
 
 
 @cute.jit
@@ -62,9 +64,8 @@ def launch_masked(
     cu_seqlens_q: cute.Tensor,
     cu_seqlens_k: cute.Tensor,
     sink: cute.Tensor,
-    mask: cute.Tensor,  # these four as in `kernel_512.launch_masked`
+    mask: cute.Tensor,  # these three as in `kernel_512.launch_masked`
     words: cute.Tensor,
-    ends: cute.Tensor,
     entries: Int32,
     positions: cute.Tensor,
     cos: cute.Tensor,
@@ -78,18 +79,19 @@ def launch_masked(
     causal: Int32,
     window: Int32,
     has_sink: Int32,
+    sms: Int32,
     stream: CUstream,
     tiled: Constexpr[bool],
     shape: Constexpr[Shape],
 ) -> None:
     """Packs the mask, then launches as `launch` does."""
-    mask_bits.start_packing(mask, MaskBits(words, ends), stream)
+    bits = mask_bits.bits_of(words)
+    mask_bits.start_packing(mask, bits, stream)
     numbers = (softmax_scale, causal, window, has_sink)
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
     heads_a_group = cute.FastDivmodDivisorV2(codes.shape[2] // (DIM // 2))
-    bits = (words, ends, entries)
-    made = kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, *bits, tiled, shape)
-    kernel_512.start(made, q, k, cu_seqlens_q, stream, shape)
+    made = kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, *bits, entries, tiled, shape)
+    kernel_512.start(made, q, k, cu_seqlens_q, stream, shape, sms // shape.ctas)
 
 
 @cute.kernel
@@ -103,6 +105,8 @@ def kernel(
     lse: cute.Tensor,
     kv_heads: Int32,
     group: cute.FastDivmodDivisorV2,
+    pieces: cute.FastDivmodDivisorV2,
+    together: cute.FastDivmodDivisorV2,
     factor: Float32,
     causal: Int32,
     window: Int32,
@@ -123,20 +127,27 @@ def kernel(
 ) -> None:
     """The kernel; see the module."""
     thread, _, _ = cute.arch.thread_idx()
-    across, down, _ = cute.arch.block_idx()
+    cta, _, _ = cute.arch.block_idx()
     out = Quantized(positions, cos, sin, enc, codes, scales, heads_a_group, tiled)
-    if across + down + thread == 0:
-        dec[()] = recipe.global_scale(enc[()], Target.SM90).dec
     if tiled:
         encode.write_rest(out)
 
     def finish(me: Consumer, rows: Rows) -> None:
         encode.encode_rows(me, rows, out, shape)
 
-    given = Attention(
-        q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
-    )
-    kernel_512.work_on_rows(given, kernel_512.mask_of(words, ends, entries), finish, shape)
+    def fetch(base: Int32, rows: Rows) -> None:
+        encode.fetch(base, rows, out, shape)
+
+    read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
+    given = Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
+    kernel_512.work_on_rows(given, kernel_512.mask_of(words, ends, entries), finish, shape, fetch)
+    if cta + thread == 0:
+        dec[()] = recipe.global_scale(enc[()], Target.SM90).dec
+
+
+def shape_for(window: int | None, *, masked: bool) -> Shape:
+    """The kernel of `SHAPES` for a window and, besides, a mask of one's own."""
+    return SHAPES[shape_512.SHAPES.index(shape_512.shape_for(window, masked=masked))]
 
 
 def spec(tiled: bool, shape: Shape) -> KernelSpec:
@@ -159,10 +170,14 @@ def spec(tiled: bool, shape: Shape) -> KernelSpec:
         scales = compact(Uint8, (size(), size(), size(divisibility=DIM // BLOCK)), 16)
         numbers = Float32(0), *(Int32(0) for _ in range(3))
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return (*given, positions, cos, sin, enc, codes, scales, dec, lse, *numbers, stream, tiled, shape)
+        return (*given, positions, cos, sin, enc, codes, scales, dec, lse, *numbers, Int32(0), stream, tiled, shape)
 
     function = launch_masked if shape.masked else launch
     kind = "128x4" if tiled else "linear"
     return KernelSpec(
-        f"d512_{kind}_{kernel_512.name_of(shape)}", Target.SM90.value, function, arguments, (tiled, *shape)
+        f"d512_{kind}_{kernel_512.name_of(shape)}",
+        Target.SM90.value,
+        function,
+        arguments,
+        (tiled, *shape),
     )

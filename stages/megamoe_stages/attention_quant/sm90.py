@@ -14,9 +14,9 @@ from megamoe.cute.host import check_readable, dtype_name
 from megamoe.errors import ArgumentError
 from megamoe_stages.attention_quant import contract, kernel, limits
 from megamoe_stages.attention_quant.contract import QuantizedAttention
-from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE, window_argument
+from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE, processors, window_argument
 from megamoe_stages.multi_cta_attention.launch_512 import mask_arguments
-from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape, shape_for
+from megamoe_stages.multi_cta_attention.shape_512 import Shape
 
 
 def attention_quant(
@@ -102,7 +102,8 @@ def attention_quant(
         k = v = k.new_zeros((1, *k.shape[1:]))
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale  # the kernel takes the largest product for the largest score
-    launcher(scale_layout == "128x4", shape_for(window, masked=mask is not None or entries > 0))(
+    shape = kernel.shape_for(window, masked=mask is not None or entries > 0)
+    launcher(scale_layout == "128x4", shape)(
         q,
         k,
         v,
@@ -122,6 +123,7 @@ def attention_quant(
         int(causal),
         window_argument(q, k, window),
         int(sink is not None),
+        processors(q.device),
     )
     return QuantizedAttention(out, lse)
 
@@ -134,4 +136,4 @@ def launcher(tiled: bool, shape: Shape) -> Callable[..., None]:
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return [kernel.spec(tiled, shape) for tiled in (False, True) for shape in SHAPES]
+    return [kernel.spec(tiled, shape) for tiled in (False, True) for shape in kernel.SHAPES]

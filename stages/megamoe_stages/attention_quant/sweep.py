@@ -83,7 +83,7 @@ SUBJECT = Subject(
     }
     | {"causal, 16 heads, L 8192": _case(8192, **_LAYERS["causal, 16 heads"])},
     bytes_moved=bytes_moved,
-    flops=lambda q, k, v, *, window, **rest: attention.flops(q, k, v, window=window),
+    flops=lambda q, k, v, *, window, causal, **rest: attention.flops(q, k, v, window=window, causal=causal),
     expected=attention_quant,
     calls=calls,
     bounds={**contract.BOUNDS, **attention_cases.D512},

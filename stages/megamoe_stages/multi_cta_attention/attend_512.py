@@ -55,6 +55,8 @@ class Consumer:
         stat: (4,) fp32: largest products of a thread's two rows, their sums.
         weights: (TILE / 4,) words: of the tile whose values come next.
         scale: (2,) fp32: by what the sums shrink before that.
+        before: (1,) Int32, of pieces of rows before: bits 0 and 1, whether the tiles that each consumer has published
+            were odd in number; bit 2, whether the pieces were.
     """
 
     def __init__(self, base: Int32, number: Int32, factor: Float32, mask: Mask | None) -> None:
@@ -64,15 +66,36 @@ class Consumer:
         self.stat = cute.make_rmem_tensor((4,), Float32)
         self.weights = cute.make_rmem_tensor((TILE // 4,), Uint32)
         self.scale = cute.make_rmem_tensor((2,), Float32)
-        for i, zero in enumerate(wgmma.zeros(_COUNT)):
-            self.acc[i] = zero
+        self.before = cute.make_rmem_tensor((1,), Int32)
+        self.before[0] = Int32(0)
         for i in range(2):
             self.cursor[i] = Int32(0)
-            self.stat[i], self.stat[2 + i] = Float32(NONE), Float32(0.0)
+
+    def parity(self, tile: Int32, owner: int | Int32) -> Int32:
+        """Of the phase in which the owner publishes a tile's weights."""
+        return (tile // 2 ^ self.before[0] >> owner) % 2
+
+
+def begin(me: Consumer) -> None:
+    """Starts with rows that have seen nothing."""
+    for i, zero in enumerate(wgmma.zeros(_COUNT)):
+        me.acc[i] = zero
+    for i in range(2):
+        me.stat[i], me.stat[2 + i] = Float32(NONE), Float32(0.0)
+
+
+def end(me: Consumer, tiles: Int32) -> None:
+    """Remembers how many tiles the rows have seen."""
+    me.before[0] = me.before[0] ^ ((tiles + 1) // 2 % 2 | tiles // 2 % 2 << 1 | 4)
 
 
 @cute.jit
-def attend(me: Constexpr[Consumer], rows: Constexpr[Rows], work: Constexpr[Work], shape: Constexpr[Shape]) -> None:
+def attend(
+    me: Constexpr[Consumer],
+    rows: Constexpr[Rows],
+    work: Constexpr[Work],
+    shape: Constexpr[Shape],
+) -> None:
     """All tiles."""
     if (me.number == 0) & (work.tiles > 0):
         take_turn(me, Int32(0), rows, work, False, False, shape)
@@ -81,6 +104,9 @@ def attend(me: Constexpr[Consumer], rows: Constexpr[Rows], work: Constexpr[Work]
     own = (work.tiles - me.number + 1) // 2
     for turn in cutlass.range(own - 1, unroll=1):
         take_turn(me, me.number + 2 + 2 * turn, rows, work, True, True, shape)
+    if cutlass.const_expr(shape.persistent):
+        first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
+        ring.arrive_if(me.base + shape.queries_read_at, first)
     if own > 0:
         last_own = me.number + 2 * (own - 1)
         finish_own(me, rows.keys + rows.entries - work.start(last_own), shape)
@@ -339,7 +365,7 @@ def publish(me: Constexpr[Consumer], tile: Int32, shape: Constexpr[Shape]) -> No
     """Shows the weights of an own tile and the largest scores so far to the other consumer."""
     g, t, wide = lanes()
     ready = me.base + shape.ready_at + me.number * 16
-    ring.wait(ready + 8, tile // 2 % 2 ^ 1)
+    ring.wait(ready + 8, me.parity(tile, me.number) ^ 1)
     for half in cutlass.range_constexpr(2):
         row = wide * 16 + g + 8 * half
         at = me.base + shape.weights_at + me.number * BLOCK_BYTES + row * ROW_BYTES + t * 4
@@ -362,7 +388,7 @@ def follow(me: Consumer, tile: Int32, shape: Shape) -> list[Float32]:
     """Waits for the weights of the other consumer's tile and follows its largest scores; by what the sums shrink."""
     g, _, wide = lanes()
     other = 1 - me.number
-    ring.wait(me.base + shape.ready_at + other * 16, tile // 2 % 2)
+    ring.wait(me.base + shape.ready_at + other * 16, me.parity(tile, other))
     shrink = []
     for half in range(2):
         at = me.base + shape.tops_at + (other * ROWS + wide * 16 + g + 8 * half) * 4

@@ -70,6 +70,10 @@ CASES: dict[str, Case] = {
     "causal-d64": Case(make, {"lq": [33], "lk": [33]}),
     "causal-d128-gqa8": Case(make, {"lq": [64], "lk": [64], "heads": 8, "kv_heads": 1, "head_dim": 128}, bench=True),
     "d192-v128": Case(make, {"lq": [50], "lk": [50], "head_dim": 192, "v_dim": 128, "kv_heads": 4}),
+    "d192-v128-mask": Case(
+        make,
+        {"lq": [50, 9], "lk": [220, 30], "head_dim": 192, "v_dim": 128, "kv_heads": 4, "mask": 0.4, "sink": True},
+    ),
     "d256": Case(make, {"lq": [17], "lk": [40], "head_dim": 256}),
     "d512-sink-window": Case(
         make,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Constexpr, Float32, Int32, Uint8, cute
+from cutlass import BFloat16, Boolean, Constexpr, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from megamoe.cute import arith, attention_mma, mask_bits, multicast, ring
@@ -41,6 +41,8 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = (
     24,
     240,
 )  # together no more than the launch gives: 3 * 168, or they wait forever
+PIECES_TOGETHER = 128  # of rows, at least, of the heads that come together: twice what runs at a time
+PIECES_ALONE = 64  # of a head that comes alone
 _CHUNKS = 8  # of 16 bytes of a row of 128
 _LOADS_BARRIER = 2
 
@@ -58,6 +60,8 @@ class Attention(NamedTuple):
         lse: (queries * heads,) fp32.
         kv_heads: Of keys and values.
         group: Divides by the heads of a kv head.
+        pieces: Divides by how many pieces of rows a kv head can have.
+        together: Divides by how many kv heads' pieces come together.
         factor: Makes scores in base 2 of products.
         causal: Whether keys behind the query's position are hidden.
         window: Keys that a query sees up to its position; 0 for all.
@@ -73,6 +77,8 @@ class Attention(NamedTuple):
     lse: cute.Tensor
     kv_heads: Int32
     group: cute.FastDivmodDivisorV2
+    pieces: cute.FastDivmodDivisorV2
+    together: cute.FastDivmodDivisorV2
     factor: Float32
     causal: Int32
     window: Int32
@@ -80,6 +86,7 @@ class Attention(NamedTuple):
 
 
 Finish = Callable[[Consumer, Rows], None]
+Fetch = Callable[[Int32, Rows], None]
 
 
 @cute.jit
@@ -113,8 +120,7 @@ def launch_masked(
     cu_seqlens_k: cute.Tensor,
     sink: cute.Tensor,
     mask: cute.Tensor,  # (queries, columns) uint8, 0 for a hidden key
-    words: cute.Tensor,  # (queries, 2 a tile of 64 columns) int32, a place for the mask's bits
-    ends: cute.Tensor,  # (queries,) int32, for where its rows end
+    words: cute.Tensor,  # (queries, mask_bits.width_of(columns)) int32, a place for the mask's bits
     entries: Int32,  # keys at a sequence's end that have no position, and that the mask is of; 0: it is of all
     out: cute.Tensor,
     lse: cute.Tensor,
@@ -126,9 +132,10 @@ def launch_masked(
     shape: Constexpr[Shape],
 ) -> None:
     """Packs the mask, then launches as `launch` does."""
-    mask_bits.start_packing(mask, MaskBits(words, ends), stream)
+    bits = mask_bits.bits_of(words)
+    mask_bits.start_packing(mask, bits, stream)
     given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
-    start(kernel(*given, out, words, ends, entries, shape), q, k, cu_seqlens_q, stream, shape)
+    start(kernel(*given, out, *bits, entries, shape), q, k, cu_seqlens_q, stream, shape)
 
 
 def prepare(
@@ -152,20 +159,41 @@ def prepare(
     kv_heads = k.shape[1]
     group = cute.FastDivmodDivisorV2(q.shape[1] // kv_heads)
     factor = softmax_scale * Float32(1 / math.log(2))
-    return Attention(
-        q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
-    )
+    pieces, together = (cute.FastDivmodDivisorV2(number) for number in order_of(q, k, cu_seqlens_q, shape))
+    read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
+    return Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
 
 
-def start(
-    kernel: Any, q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, stream: CUstream, shape: Shape
-) -> None:
-    """Launches a kernel of this schedule: a cluster a piece of rows, some without work where sequences end early."""
+def order_of(q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, shape: Shape) -> tuple[Int32, Int32]:
+    """As many pieces of rows as a kv head can have, and how many heads' pieces come together; on the host.
+
+    The pieces with most keys come first, of some heads together: of few, so that their keys stay in L2, but not of one
+    head after the other, or the last head's longest piece would begin when nothing is left to do beside it.
+    """
     queries, heads, _ = q.shape
     kv_heads = k.shape[1]
     pieces = queries * (heads // kv_heads) // (shape.ctas * ROWS) + (cute.size(cu_seqlens_q) - 1)
+    several = cutlass.max(kv_heads * pieces // PIECES_TOGETHER, 1)
+    together = (kv_heads + (several - 1)) // several
+    return pieces, arith.select(pieces < PIECES_ALONE, together, Int32(1))
+
+
+def start(
+    kernel: Any,
+    q: cute.Tensor,
+    k: cute.Tensor,
+    cu_seqlens_q: cute.Tensor,
+    stream: CUstream,
+    shape: Shape,
+    most: int = 0,
+) -> None:
+    """Launches a kernel of this schedule: a cluster a piece of rows, some without work where sequences end early."""
+    pieces, together = order_of(q, k, cu_seqlens_q, shape)
+    clusters = (k.shape[1] + (together - 1)) // together * together * pieces
+    if shape.persistent:
+        clusters = cutlass.min(clusters, most)
     kernel.launch(
-        grid=[pieces * shape.ctas, kv_heads, 1],
+        grid=[clusters * shape.ctas, 1, 1],
         block=[THREADS, 1, 1],
         cluster=[shape.ctas, 1, 1],
         smem=shape.shared_bytes,
@@ -185,6 +213,8 @@ def kernel(
     lse: cute.Tensor,
     kv_heads: Int32,
     group: cute.FastDivmodDivisorV2,
+    pieces: cute.FastDivmodDivisorV2,
+    together: cute.FastDivmodDivisorV2,
     factor: Float32,
     causal: Int32,
     window: Int32,
@@ -200,9 +230,8 @@ def kernel(
     def finish(me: Consumer, rows: Rows) -> None:
         result_512.store(me, rows, out, shape)
 
-    given = Attention(
-        q, keys, values, cu_seqlens_q, cu_seqlens_k, sink, lse, kv_heads, group, factor, causal, window, has_sink
-    )
+    read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
+    given = Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
     work_on_rows(given, mask_of(words, ends, entries), finish, shape)
 
 
@@ -217,79 +246,220 @@ def work_on_rows(
     mask: Constexpr[Mask | None],
     finish: Constexpr[Finish],
     shape: Constexpr[Shape],
+    fetch: Constexpr[Fetch | None] = None,
 ) -> None:
     """The whole kernel, for all threads of a CTA.
 
     Args:
         given: What is read.
         mask: A mask of one's own, when the shape is masked.
-        finish: Gets a consumer whose sums have become the output, fp32, and writes it; its ring is free.
+        finish: Gets a consumer whose sums have become the output, fp32, and writes it; its ring is free unless the
+            kernel is persistent, the weights' place always.
         shape: How the work is cut.
+        fetch: Gets the shared memory's address in a warp of the producers and brings to `shape.angles_at` what
+            `finish` waits for at `shape.fetched_at`. A persistent kernel has one.
     """
-    number, kv_head, _ = cute.arch.block_idx()
-    _, heads, _ = given.q.shape
-    group = heads // given.kv_heads
-    cluster_rows = shape.ctas * ROWS
-    sequence, piece, pieces = find_sequence(number // shape.ctas, given.cu_seqlens_q, group, cluster_rows)
-    if sequence < cute.size(given.cu_seqlens_q) - 1:
-        query, key = given.cu_seqlens_q[sequence], given.cu_seqlens_k[sequence]
-        queries, keys = given.cu_seqlens_q[sequence + 1] - query, given.cu_seqlens_k[sequence + 1] - key
-        entries = Int32(0) if mask is None else cutlass.min(mask.entries, keys)
-        cluster_first = (pieces - 1 - piece) * cluster_rows  # those with most keys first
-        rank = number % shape.ctas
-        rows = Rows(
-            first=cluster_first + rank * ROWS,
-            count=queries * group,
-            group=given.group,
-            query=query,
-            heads=heads,
-            head=kv_head * group,
-            position=keys - entries - queries,
-            keys=keys - entries,
-            entries=entries,
-            causal=given.causal,
-            window=given.window,
-        )
-        work = work_of(rows, key, kv_head, cluster_first, mask, shape)
-        share_work(given, Source(given.keys, given.values, rank), rows, work, mask, finish, shape)
+    if cutlass.const_expr(shape.persistent):
+        share_work(given, mask, finish, fetch, None, shape)
+    else:
+        piece = piece_of(given, Int32(0), mask, shape)
+        if piece.exists:
+            share_work(given, mask, finish, fetch, piece, shape)
 
 
 @cute.jit
 def share_work(
     given: Constexpr[Attention],
-    source: Constexpr[Source],
-    rows: Constexpr[Rows],
-    work: Constexpr[Work],
     mask: Constexpr[Mask | None],
     finish: Constexpr[Finish],
+    fetch: Constexpr[Fetch | None],
+    only: Constexpr[Piece | None],
     shape: Constexpr[Shape],
 ) -> None:
-    """What the threads of a CTA do."""
+    """What the threads of a CTA do: for one piece of rows, or for those of its turns."""
     thread, _, _ = cute.arch.thread_idx()
     base = ring.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
     if thread == 0:
-        for i in cutlass.range_constexpr(CONSUMERS * shape.slots):
-            ring.init(base + shape.barriers_at + i * 16, 1)
-            ring.init(base + shape.barriers_at + i * 16 + 8, shape.ctas * GROUP // WARP)
-        for i in cutlass.range_constexpr(CONSUMERS):
-            ring.init(base + shape.ready_at + i * 16, GROUP)
-            ring.init(base + shape.ready_at + i * 16 + 8, GROUP // WARP)
-        ring.init_fence()
+        make_barriers(base, shape)
     meet(shape)
     if thread < GROUP:
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < CONSUMERS:
-            produce_512.produce(base, warp, source, work, shape)
+            supply(base, warp, given, mask, only, shape)
+        elif cutlass.const_expr(only is None):
+            prepare_turns(base, warp, given, fetch, shape)
+        elif cutlass.const_expr(fetch is not None):
+            fetch_once(base, warp, fetch, only.rows)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-        load_queries(given.q, base, rows)
         me = attend_512.Consumer(base, thread // GROUP - 1, given.factor, mask)
-        attend_512.attend(me, rows, work, shape)
-        result_512.finish_rows(me, rows, given.lse, given.sink, given.has_sink)
-        finish(me, rows)
+        if cutlass.const_expr(only is not None):
+            load_queries(given.q, base, only.rows, thread - GROUP, CONSUMERS * GROUP)
+            show_queries()
+            attention_mma.named_barrier(_LOADS_BARRIER, CONSUMERS * GROUP)
+            consume(me, only, given, finish, shape)
+        else:
+            for turn in cutlass.range(turns_of(given, shape), unroll=1):
+                piece = piece_of(given, turn, mask, shape)
+                if piece.exists:
+                    ring.wait(base + shape.queries_there_at, me.before[0] // 4)
+                    consume(me, piece, given, finish, shape)
     if cutlass.const_expr(shape.ctas > 1):
         meet(shape)  # nobody leaves while the others write to it
+
+
+def make_barriers(base: Int32, shape: Shape) -> None:
+    """The mbarriers of a CTA."""
+    for i in range(CONSUMERS * shape.slots):
+        ring.init(base + shape.barriers_at + i * 16, 1)
+        ring.init(base + shape.barriers_at + i * 16 + 8, shape.ctas * GROUP // WARP)
+    for i in range(CONSUMERS):
+        ring.init(base + shape.ready_at + i * 16, GROUP)
+        ring.init(base + shape.ready_at + i * 16 + 8, GROUP // WARP)
+    ring.init(base + shape.fetched_at, 1)
+    if shape.persistent:
+        ring.init(base + shape.queries_read_at, CONSUMERS * GROUP // WARP)
+        ring.init(base + shape.queries_there_at, GROUP // WARP - CONSUMERS)
+        ring.init(base + shape.turned_at, CONSUMERS * GROUP // WARP)
+    ring.init_fence()
+
+
+class Piece(NamedTuple):
+    """Rows of a cluster.
+
+    Attributes:
+        exists: Whether there are any; nothing else counts where not.
+        rows: Of the CTA.
+        first: Of the cluster.
+        token: The sequence's first key, among all.
+        kv_head: Which head of the keys.
+    """
+
+    exists: Boolean
+    rows: Rows
+    first: Int32
+    token: Int32
+    kv_head: Int32
+
+
+def piece_of(given: Attention, turn: Int32, mask: Mask | None, shape: Shape) -> Piece:
+    """What a CTA works on in its turn."""
+    cta, _, _ = cute.arch.block_idx()
+    cluster, rank = cta // shape.ctas, cta % shape.ctas
+    if shape.persistent:  # back and forth over the pieces of heads that come together, so that long and short ones meet
+        clusters, turns = clusters_and_turns(given, shape)
+        several, turn_of_these = turn // turns, turn % turns
+        number = turn_of_these * clusters + arith.select(turn % 2 == 0, cluster, clusters - 1 - cluster)
+        number, head = divmod(number, given.together)
+    else:
+        rest, head = divmod(cluster, given.together)
+        several, number = divmod(rest, given.pieces)
+    kv_head = cute.arch.make_warp_uniform(several * given.together.divisor + head)
+    heads, group = given.q.shape[1], given.group.divisor
+    cluster_rows = shape.ctas * ROWS
+    sequences = cute.size(given.cu_seqlens_q) - 1
+    sequence, piece, count = find_sequence(number, given.cu_seqlens_q, group, cluster_rows)
+    exists = (kv_head < given.kv_heads) & (sequence < sequences) & (number < given.pieces.divisor)
+    sequence = cutlass.min(sequence, sequences - 1)
+    query, key = given.cu_seqlens_q[sequence], given.cu_seqlens_k[sequence]
+    queries, keys = given.cu_seqlens_q[sequence + 1] - query, given.cu_seqlens_k[sequence + 1] - key
+    entries = Int32(0) if mask is None else cutlass.min(mask.entries, keys)
+    first = (count - 1 - piece) * cluster_rows  # those with most keys first
+    rows = Rows(
+        first=first + rank * ROWS,
+        count=queries * group,
+        group=given.group,
+        query=query,
+        heads=heads,
+        head=kv_head * group,
+        position=keys - entries - queries,
+        keys=keys - entries,
+        entries=entries,
+        causal=given.causal,
+        window=given.window,
+    )
+    return Piece(exists, rows, first, key, kv_head)
+
+
+def clusters_and_turns(given: Attention, shape: Shape) -> tuple[Int32, Int32]:
+    """Of a persistent kernel: its clusters, and their turns at the pieces of heads that come together."""
+    across, _, _ = cute.arch.grid_dim()
+    clusters = across // shape.ctas
+    return clusters, (given.together.divisor * given.pieces.divisor + (clusters - 1)) // clusters
+
+
+def turns_of(given: Attention, shape: Shape) -> Int32:
+    """How many pieces of rows a persistent CTA may get."""
+    _, turns = clusters_and_turns(given, shape)
+    together = given.together.divisor
+    return Int32(cute.arch.make_warp_uniform((given.kv_heads + (together - 1)) // together * turns))
+
+
+@cute.jit
+def supply(
+    base: Int32,
+    warp: Int32,
+    given: Constexpr[Attention],
+    mask: Constexpr[Mask | None],
+    only: Constexpr[Piece | None],
+    shape: Constexpr[Shape],
+) -> None:
+    """Keeps a consumer's ring full."""
+    cursor = cute.make_rmem_tensor((2,), Int32)
+    cursor[0], cursor[1] = Int32(0), Int32(0)
+    source = Source(given.keys, given.values, cute.arch.block_idx()[0] % shape.ctas)
+    if cutlass.const_expr(only is not None):
+        produce_512.produce(base, warp, cursor, source, work_on(only, mask, shape), shape)
+    else:
+        for turn in cutlass.range(turns_of(given, shape), unroll=1):
+            piece = piece_of(given, turn, mask, shape)
+            if piece.exists:
+                produce_512.produce(base, warp, cursor, source, work_on(piece, mask, shape), shape)
+
+
+@cute.jit
+def prepare_turns(
+    base: Int32, warp: Int32, given: Constexpr[Attention], fetch: Constexpr[Fetch], shape: Constexpr[Shape]
+) -> None:
+    """Brings the queries of each turn as soon as those before were read, and what the epilogue needs; two warps."""
+    thread = cute.arch.thread_idx()[0] - CONSUMERS * WARP
+    first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
+    done = Int32(0)
+    for turn in cutlass.range(turns_of(given, shape), unroll=1):
+        piece = piece_of(given, turn, None, shape)
+        if piece.exists:
+            ring.wait(base + shape.queries_read_at, done % 2 ^ 1)
+            load_queries(given.q, base, piece.rows, thread, GROUP - CONSUMERS * WARP)
+            show_queries()
+            cute.arch.sync_warp()
+            ring.arrive_if(base + shape.queries_there_at, first)
+            if warp == CONSUMERS:
+                ring.wait(base + shape.turned_at, done % 2 ^ 1)
+                fetch(base, piece.rows)
+            done = done + 1
+
+
+@cute.jit
+def fetch_once(base: Int32, warp: Int32, fetch: Constexpr[Fetch], rows: Constexpr[Rows]) -> None:
+    """Brings what the epilogue needs; one warp."""
+    if warp == CONSUMERS:
+        fetch(base, rows)
+
+
+def work_on(piece: Piece, mask: Mask | None, shape: Shape) -> Work:
+    """The keys of a piece of rows."""
+    return work_of(piece.rows, piece.token, piece.kv_head, piece.first, mask, shape)
+
+
+def consume(me: Consumer, piece: Piece, given: Attention, finish: Finish, shape: Shape) -> None:
+    """A piece of rows, whose queries are there."""
+    work = work_on(piece, me.mask, shape)
+    attend_512.begin(me)
+    attend_512.attend(me, piece.rows, work, shape)
+    result_512.finish_rows(me, piece.rows, given.lse, given.sink, given.has_sink)
+    finish(me, piece.rows)
+    attend_512.end(me, work.tiles)
 
 
 def meet(shape: Shape) -> None:
@@ -302,12 +472,11 @@ def meet(shape: Shape) -> None:
 
 
 @cute.jit
-def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows]) -> None:
-    """Brings the rows of q into shared memory, zeros where there are none; both consumers."""
-    thread = cute.arch.thread_idx()[0] - GROUP
+def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows], thread: Int32, threads: Constexpr[int]) -> None:
+    """Starts to bring the rows of q into shared memory, zeros where there are none; one of so many threads."""
     chunks = DIM // _CHUNKS
-    for i in cutlass.range(ROWS * chunks // (CONSUMERS * GROUP), unroll=4):
-        item = thread + i * (CONSUMERS * GROUP)
+    for i in cutlass.range(ROWS * chunks // threads, unroll=4):
+        item = thread + i * threads
         row, chunk = item // chunks, item % chunks
         at = base + chunk // _CHUNKS * BLOCK_BYTES + row * ROW_BYTES + ((chunk ^ row) % _CHUNKS) * 16
         inside = rows.first + row < rows.count
@@ -315,9 +484,12 @@ def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows]) -> None:
         size = arith.select(inside, Int32(16), Int32(0))
         attention_mma.copy16(at, ring.address(q.iterator) + (place * DIM + chunk * 8) * 2, size)
     attention_mma.commit_copies()
+
+
+def show_queries() -> None:
+    """Waits for what this thread has loaded of the queries, for the tensor cores."""
     attention_mma.wait_copies(0)
     attention_mma.proxy_fence()
-    attention_mma.named_barrier(_LOADS_BARRIER, CONSUMERS * GROUP)
 
 
 def tensors() -> list[object]:
@@ -337,7 +509,7 @@ def tensors() -> list[object]:
 
 
 def masked_arguments() -> list[object]:
-    """Fake mask, words, ends and entries."""
+    """Fake mask, words and entries."""
     return [*mask_bits.tensors(), Int32(0)]
 
 
@@ -358,4 +530,4 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
 
 def name_of(shape: Shape) -> str:
     """For names of kernels."""
-    return f"{shape.ctas}x{shape.chunk}{'_masked' if shape.masked else ''}"
+    return f"{shape.ctas}x{shape.chunk}{'_masked' if shape.masked else ''}{'_persistent' if shape.persistent else ''}"

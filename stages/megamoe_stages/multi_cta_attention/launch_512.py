@@ -61,8 +61,8 @@ def mask_arguments(q: Tensor, k: Tensor, mask: Tensor | None, entries: int) -> t
     queries, columns = mask.shape
     if columns == 0:
         mask, columns = mask.new_zeros((queries, 1)), 1
-    words = mask.new_empty((queries, mask_bits.WORDS * -(-columns // mask_bits.TILE)), dtype=torch.int32)
-    return mask.view(torch.uint8), words, words.new_empty(queries), entries
+    words = mask.new_empty((queries, mask_bits.width_of(columns)), dtype=torch.int32)
+    return mask.view(torch.uint8), words, entries
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megamoe_stages.multi_cta_attention import shape_512
-from megamoe_stages.multi_cta_attention.shape import DTYPES, HEADS, UNMASKED
+from megamoe_stages.multi_cta_attention.shape import DTYPES, HEADS
 
 
 def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
@@ -20,8 +20,6 @@ def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
         if head == (shape_512.DIM, shape_512.DIM):
             if facts.get("dtype", shape_512.DTYPE) != shape_512.DTYPE:
                 reasons.append(f"{facts['dtype']} queries of {head[0]}: that kernel takes {shape_512.DTYPE}")
-        elif facts.get("masked") and head in UNMASKED:
-            reasons.append(f"a mask of one's own with keys of {head[0]} and values of {head[1]}: no registers for it")
         elif head not in HEADS:
             reasons.append(f"keys of {head[0]} with values of {head[1]}: no kernel is compiled for them")
     return reasons

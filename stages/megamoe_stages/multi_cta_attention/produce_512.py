@@ -126,11 +126,14 @@ def load_value_tile(
 
 @cute.jit
 def produce(
-    base: Int32, which: Int32, source: Constexpr[Source], work: Constexpr[Work], shape: Constexpr[Shape]
+    base: Int32,
+    which: Int32,
+    cursor: cute.Tensor,
+    source: Constexpr[Source],
+    work: Constexpr[Work],
+    shape: Constexpr[Shape],
 ) -> None:
     """Loads all that a consumer reads, in the order in which it does (`attend_512`); one warp for each consumer."""
-    cursor = cute.make_rmem_tensor((2,), Int32)
-    cursor[0], cursor[1] = Int32(0), Int32(0)
     if which < work.tiles:
         load_key_tile(base, which, which, cursor, source, work, shape)
     if (which == 1) & (work.tiles > 0):

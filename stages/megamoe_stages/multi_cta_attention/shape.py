@@ -132,9 +132,11 @@ def shape_of(head_dim: int, v_dim: int, dtype: str, masked: bool = False) -> Sha
         (256, 256): Shape(256, 256, dtype, consumers=2, keys=80, late=True),
     }
     cut = cuts.get((head_dim, v_dim))
-    return cut._replace(masked=masked) if cut and not (masked and (head_dim, v_dim) in UNMASKED) else None
+    if cut is None or not masked:
+        return cut
+    return cut._replace(masked=True, keys=MASKED_KEYS.get((head_dim, v_dim), cut.keys))
 
 
 DTYPES = ("bfloat16", "float16")
 HEADS = ((64, 64), (128, 128), (192, 128), (256, 256))
-UNMASKED = ((192, 128),)  # a mask of one's own takes registers that are not there
+MASKED_KEYS = {(192, 128): 96}  # of a tile with a mask of one's own: for more there are no registers

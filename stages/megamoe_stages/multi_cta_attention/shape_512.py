@@ -18,6 +18,8 @@ BLOCKS = DIM // COLUMNS
 THREADS = (1 + CONSUMERS) * GROUP
 SHARED_BYTES = 227 * 1024  # that a CTA may have
 OUT_PITCH = 2 * HALF + 16  # bytes from a staged row of the output to the next: no two of eight in the same banks
+ANGLES_PITCH = 144  # bytes from a row's 32 cosines or sines to the next one's: eight rows in different banks
+ANGLES_BYTES = 2 * ROWS * ANGLES_PITCH
 _SMALL = 1024  # mbarriers, largest scores
 
 
@@ -29,11 +31,13 @@ class Shape(NamedTuple):
         chunk: Pieces of 8 KB that are loaded, waited for and given back together; 1, 2 or 4. Of keys a piece has 64
             columns of a tile, of values 16 rows of a consumer's half of the columns.
         masked: There is a mask of one's own.
+        persistent: A CTA stays for several pieces of rows; the next one's queries come while its epilogue works.
     """
 
     ctas: int = 2
     chunk: int = 1
     masked: bool = False
+    persistent: bool = False
 
     @property
     def chunk_bytes(self) -> int:
@@ -68,7 +72,8 @@ class Shape(NamedTuple):
     @property
     def slots(self) -> int:
         """Of a ring, in chunks."""
-        return (SHARED_BYTES - _SMALL - self.ring_at) // (CONSUMERS * self.chunk_bytes)
+        kept = _SMALL + (ANGLES_BYTES if self.persistent else 0)
+        return (SHARED_BYTES - kept - self.ring_at) // (CONSUMERS * self.chunk_bytes)
 
     @property
     def ring_bytes(self) -> int:
@@ -91,20 +96,56 @@ class Shape(NamedTuple):
         return self.ready_at + CONSUMERS * 16
 
     @property
+    def fetched_at(self) -> int:
+        """The mbarrier of what an epilogue fetches, a word behind it among that."""
+        return self.tops_at + CONSUMERS * ROWS * 4
+
+    @property
+    def word_at(self) -> int:
+        """A word for the epilogue."""
+        return self.fetched_at + 8
+
+    @property
+    def queries_read_at(self) -> int:
+        """Where the mbarriers of a persistent CTA start, the first of them: the queries were read."""
+        return self.word_at + 8
+
+    @property
+    def queries_there_at(self) -> int:
+        """The next queries are there."""
+        return self.queries_read_at + 8
+
+    @property
+    def turned_at(self) -> int:
+        """The epilogue has read what it fetched."""
+        return self.queries_there_at + 8
+
+    @property
+    def angles_at(self) -> int:
+        """Where an epilogue's cosines and sines start, if there is room for them."""
+        return self.barriers_at + _SMALL
+
+    @property
     def shared_bytes(self) -> int:
         """Of a CTA."""
-        return self.tops_at + CONSUMERS * ROWS * 4
+        return min(self.angles_at + ANGLES_BYTES, SHARED_BYTES)
 
 
 WIDE = Shape()
 MASKED = Shape(masked=True)
 NARROW = Shape(ctas=1, chunk=2)  # two CTAs' windows together are longer than each
-SHAPES = (WIDE, NARROW, MASKED)
+MASKED_NARROW = NARROW._replace(masked=True)
+SHAPES = (WIDE, NARROW, MASKED, MASKED_NARROW)
 _NARROW_WINDOW = 512
 
 
 def shape_for(window: int | None, *, masked: bool = False) -> Shape:
     """The kernel for a window and, besides, a mask of one's own."""
-    if masked:
-        return MASKED
-    return NARROW if window is not None and window <= _NARROW_WINDOW else WIDE
+    if is_narrow(window):
+        return MASKED_NARROW if masked else NARROW
+    return MASKED if masked else WIDE
+
+
+def is_narrow(window: int | None) -> bool:
+    """Whether the windows of two CTAs together are much longer than each."""
+    return window is not None and window <= _NARROW_WINDOW

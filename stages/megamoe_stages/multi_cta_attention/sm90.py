@@ -64,7 +64,7 @@ def multi_cta_attention(
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask)
     try:
         key = (
-            window,
+            q.shape[2] == shape_512.DIM and shape_512.is_narrow(window),
             entries > 0,
             *[None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors],
         )

@@ -28,7 +28,7 @@ def calls(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> dict[str, Call]:
     found = roofline.variants(STAGE, q=q, k=k, v=v, **options)
     if options["window"] is None and q.shape[1] == k.shape[1]:
         by_head = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, heads, L, D)
-        others = rivals.sdpa(*by_head, scale=options["softmax_scale"], causal=True)
+        others = rivals.sdpa(*by_head, scale=options["softmax_scale"], causal=options["causal"])
         found |= {name: rows_of(call) for name, call in others.items()}
     return found
 
@@ -38,16 +38,17 @@ def rows_of(call: Call) -> Call:
     return lambda: call()[0].transpose(0, 1)
 
 
-def pairs(length: int, window: int | None) -> int:
-    """Pairs of a query and a key that it sees, causal."""
+def pairs(length: int, window: int | None, causal: bool) -> int:
+    """Pairs of a query and a key that it sees; what lies behind the query takes as many again but for its own key."""
     seen = min(window or length, length)
-    return length * seen - seen * (seen - 1) // 2
+    before = length * seen - seen * (seen - 1) // 2
+    return before if causal else before + length * (length - 1) // 2
 
 
-def flops(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, **rest: Any) -> int:
+def flops(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, causal: bool, **rest: Any) -> int:
     """2 (D + Dv) for each visible pair and head."""
     length, heads, head_dim = q.shape
-    return 2 * heads * pairs(length, window) * (head_dim + v.shape[2])
+    return 2 * heads * pairs(length, window, causal) * (head_dim + v.shape[2])
 
 
 def bytes_moved(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> int:
