@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,21 @@ def test_what_has_no_prepared_form_is_refused() -> None:
     tensor.scales.view(torch.uint8)[0, 0, 0] = 0x7F
     with pytest.raises(ArgumentError, match="scales"):
         Weight(tensor).prepare()
+
+
+def test_prepared_weights_of_an_older_layout_are_refused() -> None:
+    """Their bytes would be read as other weights; such a state said no version."""
+
+    def with_state(weight: Weight, **changes: object) -> dict[str, torch.Tensor]:
+        state = weight.state_dict()
+        known = {**json.loads(bytes(state["_extra_state"].tolist())), **changes}
+        if known["version"] is None:
+            del known["version"]
+        return {**state, "_extra_state": torch.tensor(list(json.dumps(known).encode()), dtype=torch.uint8)}
+
+    source, target = Weight(random((2, 64, 48))), Weight(random((2, 64, 48), seed=2))
+    target.load_state_dict(with_state(source, version=None))
+    source.prepare()
+    for version in (None, 1):
+        with pytest.raises(ArgumentError, match="version 1 of the hopper layout, expected version 2"):
+            target.load_state_dict(with_state(source, version=version))

@@ -1,4 +1,4 @@
-"""What `weight_gemm` and its epilogues need besides `ring`: accesses that stay where they are written."""
+"""Accesses that stay where they are written, besides those of `ring`."""
 
 from __future__ import annotations
 

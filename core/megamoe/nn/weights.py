@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megamoe.errors import ArgumentError
 from megamoe.model import Decision, Role
 from megamoe.numerics import fragments
 from megamoe.numerics.gate_up import deinterleave, interleave
@@ -93,12 +94,23 @@ class Weight(nn.Module):
             "given": self._given,
             "order": self._given_order,
             "prepared": self.prepared,
+            "version": fragments.VERSION,
         }
         return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes what `get_extra_state` gave."""
+        """Takes what `get_extra_state` gave.
+
+        Raises:
+            ArgumentError: Prepared weights whose bytes are in the order of another version of the layout.
+        """
         known = _decoded(state)
+        version = known.get("version", 1)
+        if known["prepared"] and version != fragments.VERSION:
+            expected = f"version {fragments.VERSION}: load the weights as they came, and prepare them again"
+            raise ArgumentError(
+                "state", f"prepared weights in version {version} of the {fragments.HOPPER} layout", expected
+            )
         self._logical = tuple(known["shape"])
         self._layout, self._given, self._given_order = known["layout"], known["given"], known["order"]
         self.prepared = known["prepared"]

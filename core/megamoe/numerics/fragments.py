@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 from megamoe.errors import ArgumentError
 
 HOPPER = "hopper"
+VERSION = 2  # of the order of the bytes: 1 had k in another one
 GROUP_ROWS = 64  # rows of a slab
 UNIT_K = 128  # k of a slab
 _BLOCK = 16

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
-from cutlass._mlir.dialects import llvm
 
 from megamoe.cute import arith, attention_mma, bf16, bulk, ring, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe.cute.f16 import DECODED_UNIT
+from megamoe.cute.placed import count_round
 from megamoe_stages.fp4_kv_decode import gqa_work as work
 from megamoe_stages.fp4_kv_decode.gqa_attend import INFINITY, LOWEST, lanes
 from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, WARP, Shape
@@ -125,20 +125,6 @@ def stats_of(wide: Int32, ends: cutlass.Boolean, shape: Shape) -> Int32:
     return Int32(shape.stats_at + number * (shape.columns * 8))
 
 
-def _arrive(counter: Int64, most: Int32) -> Int32:
-    """How many have arrived before, in order with what was fenced; one more than `most` sets the counter back to 0."""
-    out = llvm.inline_asm(
-        Int32.mlir_type,
-        [counter.ir_value(), most.ir_value()],
-        "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;",
-        "=r,l,r,~{memory}",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    return Int32(out)
-
-
 def record_of(wide: Int32, ends: cutlass.Boolean, shape: Shape) -> Int32:
     """Where it is said whose sums they are: sequence, kv head * 2 + starts, first and last CTA that have some."""
     return Int32(shape.records_at + arith.select(ends, wide, wide + shape.warps) * 16)
@@ -226,7 +212,7 @@ def join_all(base: Uint32, kv_heads: Int32, result: Constexpr[Result], shape: Co
                     problem = words[0] * kv_heads + words[1] // 2
                     at = ring.address(result.arrived.iterator) + Int64(problem) * 4
                     others = words[3] - words[2]
-                    whole = arith.select(_arrive(at, others) == others, Int32(1), Int32(0))
+                    whole = arith.select(count_round(at, others) == others, Int32(1), Int32(0))
                 ring.store4(Int32(base) + shape.flags_at + 4 * number, whole)
         cute.arch.sync_threads()
         merge(base, records, result, shape)
