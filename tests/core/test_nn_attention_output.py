@@ -244,3 +244,14 @@ def test_what_does_not_fit_either_way_is_named() -> None:
     wrong = (q, k, positions, cos[0], *rest)
     with pytest.raises(ArgumentError, match="cos"):
         attend_quantized(*wrong, **options)
+
+
+def test_attention_is_traced_as_one_op() -> None:
+    """torch.compile sees one graph, whatever the configuration says."""
+    given, options = _prompt()
+    whole = torch.compile(attend_quantized, backend="eager", fullgraph=True)
+    with use({"attention_quant": "reference"}):
+        want = attend_quantized(*given, **options)
+        got = whole(*given, **options)
+    assert torch.equal(got.codes, want.codes)
+    assert torch.equal(got.scales.view(torch.uint8), want.scales.view(torch.uint8))

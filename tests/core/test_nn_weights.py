@@ -114,7 +114,10 @@ def test_prepared_weights_of_an_older_layout_are_refused() -> None:
 
     source, target = Weight(random((2, 64, 48))), Weight(random((2, 64, 48), seed=2))
     target.load_state_dict(with_state(source, version=None))
+    kept = target.given
     source.prepare()
-    for version in (None, 1):
-        with pytest.raises(ArgumentError, match="version 1 of the hopper layout, expected version 2"):
-            target.load_state_dict(with_state(source, version=version))
+    for prepared in (source, Weight(source.operand)):
+        for version in (None, 1):
+            with pytest.raises(ArgumentError, match="version 1 of the hopper layout, expected version 2"):
+                target.load_state_dict(with_state(prepared, version=version))
+            assert_same(target.given, kept)

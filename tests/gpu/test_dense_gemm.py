@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from megamoe.testing.guards import same_bytes
+from megamoe_stages.grouped_gemm import prefill
 from megamoe_stages.grouped_gemm.cases import make
 from megamoe_stages.grouped_gemm.reference import grouped_gemm as reference
 
 pytestmark = pytest.mark.gpu
-SIZES = ((1, 1536, 4096), (40, 4096, 2048), (128, 2048, 1024), (300, 1100, 448), (513, 4096, 512))  # M, N, K
+SIZES = ((1, 1536, 4096), (40, 1536, 4096), (16, 2048, 4096), (64, 1100, 4160), (300, 1536, 4096))  # M, N, K
 
 
 def inputs(rows: int, n: int, k: int) -> dict[str, Any]:
@@ -26,6 +27,8 @@ def test_launches_on_several_streams_do_not_meet() -> None:
     from megamoe_stages.grouped_gemm.sm90 import grouped_gemm
 
     problems = [inputs(*size) for size in SIZES]
+    for (rows, _, _), a in zip(SIZES, problems, strict=True):
+        assert prefill.cut(rows, a["weights"], prefill.processors(torch.device("cuda")), dense=True).sharing > 1
     want = [reference(**a) for a in problems]
     for a, expected in zip(problems, want, strict=True):
         assert same_bytes(grouped_gemm(**a), expected)

@@ -289,7 +289,7 @@ def attend_quantized(
 
     In one, attention_quant, where the configuration names a variant for it, and in two, multi_cta_attention and
     inverse_rope_quant, where it names one only for these; an op that is off is not called. Else in one, unless only
-    multi_cta_attention has a kernel for the problem.
+    multi_cta_attention has a kernel for the problem. While torch.compile traces: always in one.
 
     Args:
         q: (batch, queries, heads, D); query i sits at key position i + keys - queries.
@@ -311,6 +311,7 @@ def attend_quantized(
     Raises:
         ArgumentError: An argument does not fit the others or the ops.
         ConfigError: Neither way is left, as its ops are off.
+        NoVariantError: No variant may run an op that is left.
     """
     _check(q, k, compressed, visible)
     entries = 0 if compressed is None else compressed.shape[1]
@@ -329,6 +330,8 @@ def _in_one(
     one: tuple[Tensor | None, ...], two: tuple[Tensor | None, ...], groups: int, how: Mapping[str, Any]
 ) -> bool:
     """Whether `attend_quantized` calls attention_quant with `one`, rather than multi_cta_attention with `two`."""
+    if torch.compiler.is_compiling():
+        return True  # a trace holds for other configurations too, and cannot ask for this one
     config, apart = current_config(), ("multi_cta_attention", "inverse_rope_quant")
     if config.choice("attention_quant") == "off":
         return False

@@ -105,12 +105,6 @@ class Weight(nn.Module):
             ArgumentError: Prepared weights whose bytes are in the order of another version of the layout.
         """
         known = _decoded(state)
-        version = known.get("version", 1)
-        if known["prepared"] and version != fragments.VERSION:
-            expected = f"version {fragments.VERSION}: load the weights as they came, and prepare them again"
-            raise ArgumentError(
-                "state", f"prepared weights in version {version} of the {fragments.HOPPER} layout", expected
-            )
         self._logical = tuple(known["shape"])
         self._layout, self._given, self._given_order = known["layout"], known["given"], known["order"]
         self.prepared = known["prepared"]
@@ -127,7 +121,7 @@ class Weight(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state = state_dict.get(prefix + _STATE)
-        if state is not None and tuple(_decoded(state)["shape"]) == self._logical:
+        if state is not None and tuple(_decoded(state)["shape"]) == self._logical:  # refused before a buffer changes
             for name, buffer in self._buffers.items():  # the padding of the other layout makes them larger or smaller
                 loaded = state_dict.get(prefix + name)
                 if buffer is not None and isinstance(loaded, Tensor) and loaded.shape != buffer.shape:
@@ -155,7 +149,13 @@ def is_kernel(decision: Decision) -> bool:
 
 
 def _decoded(state: Tensor) -> dict[str, Any]:
+    """A state that can be read here; raises as `Weight.set_extra_state`."""
     found: dict[str, Any] = json.loads(bytes(state.tolist()))
+    version = found.get("version", 1)
+    if fragments.is_fragments(found["layout"]) and version != fragments.VERSION:
+        got = f"prepared weights in version {version} of the {fragments.HOPPER} layout"
+        expected = f"version {fragments.VERSION}: load the weights as they came, and prepare them again"
+        raise ArgumentError("state", got, expected)
     return found
 
 

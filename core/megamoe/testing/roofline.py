@@ -352,6 +352,6 @@ def _families(points: Sequence[Point]) -> dict[str, list[Point]]:
     """Points by the words of their names besides the size, "pro 128x4" of "pro 64x7168 128x4"."""
     found: dict[str, list[Point]] = {}
     for p in points:
-        model, _, *rest = [*p.case.split(), ""] if " " in p.case else ["", ""]
-        found.setdefault(" ".join([model, *rest]).strip(), []).append(p)
+        words = p.case.split()
+        found.setdefault(" ".join(words[:1] + words[2:]) if len(words) > 1 else "", []).append(p)
     return found
