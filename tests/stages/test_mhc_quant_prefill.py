@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ import torch
 import ptxemu
 from megamoe.cute import arith, compiler, inspect, warp
 from megamoe.cute.arith import Target
+from megamoe.dispatch import Facts
 from megamoe.errors import ArgumentError
+from megamoe.model import Arch, Machine
 from megamoe.numerics import nvfp4
+from megamoe.runtime import runtime
 from megamoe_stages.mhc_quant import (
     limits,
     prefill_cut,
@@ -199,3 +203,14 @@ def test_limits_take_the_models() -> None:
 def test_what_the_kernel_cannot_do_is_refused_before_a_launch(params: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match="H"):
         sm90_many.mhc_quant(**make(torch.Generator().manual_seed(0), **params))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "rows", "name"), [(4096, 1, "fused_many_sm90"), (7168, 8192, "fused_many_sm90"), (208, 64, "fused_sm90")]
+)
+def test_it_goes_before_the_kernel_for_few_tokens(hidden: int, rows: int, name: str) -> None:
+    """Where both can run, by the shipped records of both: fails too when they are of other sources."""
+    packages = {package: version(package) for package in ("nvidia-cutlass-dsl", "apache-tvm-ffi")}
+    facts: Facts = {"dtype": "bfloat16", "streams": 4, "hidden": hidden, "rows": rows}
+    decision = runtime().decide(runtime().stages["mhc_quant"], Machine(Arch(90), packages), facts=facts)
+    assert decision.variant.name == name
