@@ -286,6 +286,29 @@ def test_refuses_arguments_that_do_not_fit() -> None:
     wrong("softmax_scale", float("inf"))
 
 
+def test_caches_share_no_memory_where_tokens_are_appended() -> None:
+    args = inputs("two-caches")
+    codes, scales = args["k_codes"], args["k_scales"]
+    room = torch.zeros(codes.numel() + args["extra_codes"].numel(), dtype=torch.uint8)  # one allocation for both caches
+    apart = {
+        "k_codes": room[: codes.numel()].view(codes.shape).copy_(codes),
+        "extra_codes": room[codes.numel() :].view(args["extra_codes"].shape).copy_(args["extra_codes"]),
+    }
+    for which in VARIANTS:
+        own = {name: clone(value) for name, value in args.items()}
+        for name, value in variant(which)(**(args | apart))._asdict().items():
+            assert same_bytes(value, variant(which)(**own)._asdict()[name])
+    first: dict[str, Any] = {"case": "two-caches", "k_codes": codes, "k_scales": scales}
+    wrong("extra_codes", lambda extra: codes.flatten()[-extra.numel() :].view(extra.shape), **first)
+    wrong("extra_scales", lambda extra: scales.flatten()[: extra.numel()].view(extra.shape), **first)
+    wrong(
+        "extra_codes", lambda extra: room[: extra.numel()].view(extra.shape), **(first | {"k_codes": apart["k_codes"]})
+    )
+    same = {"extra_codes": codes, "extra_scales": scales, "extra_table": args["block_table"]}
+    for which in VARIANTS:
+        variant(which)(**(args | same | {"k_new": None}))  # nothing is written
+
+
 def test_check_values_names_the_culprit() -> None:
     extra = ("extra_codes", "extra_table", "extra_lengths", "extra_scale", "extra_indices")
     names = ("k_codes", "block_table", "lengths", "k_scale", "v_scale", "indices", "window", *extra)

@@ -165,6 +165,8 @@ def check(
         check_tensor("extra_lengths", extra_lengths, [batch], [torch.int32], like=q)
         if extra_indices is not None:
             check_tensor("extra_indices", extra_indices, [batch, queries, "picked"], [torch.int32], like=q)
+        if k_new is not None:
+            _check_apart({"extra_codes": extra_codes, "extra_scales": extra_scales}, (k_codes, k_scales))
     _check_options(softmax_scale, window, splits, indexed=indices is not None)
 
 
@@ -184,6 +186,23 @@ def _check_cache(
     shape = [*codes.shape[:3], codes.shape[3] * 2 // BLOCK]
     check_tensor(f"{side}_scales", scales, shape, [torch.float8_e4m3fn], like=like)
     check_tensor(f"{side}_scale", scale, [], [torch.float32], like=like)
+
+
+def _check_apart(named: Mapping[str, Tensor | None], written: tuple[Tensor, ...]) -> None:
+    """Refuses tensors that share memory with what is appended to: a kernel may read them while it is written."""
+    for name, tensor in named.items():
+        for other in written:
+            if tensor is not None and tensor.untyped_storage() is other.untyped_storage():
+                start, end = _bytes_of(tensor)
+                first, last = _bytes_of(other)
+                if max(start, first) < min(end, last):
+                    raise ArgumentError(name, "memory that k_new is written to", "a second cache apart from the first")
+
+
+def _bytes_of(tensor: Tensor) -> tuple[int, int]:
+    """Where in its storage a contiguous tensor lies: its first byte, and the first one behind it."""
+    start = tensor.storage_offset() * tensor.element_size()
+    return start, start + tensor.nbytes
 
 
 def _check_options(softmax_scale: object, window: object, splits: object, *, indexed: bool) -> None:

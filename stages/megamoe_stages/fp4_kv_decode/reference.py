@@ -46,7 +46,8 @@ def fp4_kv_decode(
     are.
 
     A second cache (`extra_`; DeepSeek-V4's compressed entries beside the window) joins the same softmax: entry t of it
-    exists by the same rule, and every query sees each one, or those that `extra_indices` picks for it.
+    exists by the same rule, and every query sees each one, or those that `extra_indices` picks for it. It shares no
+    memory with the first one where tokens are appended: a variant may read it while they are written.
 
     The cache is written in place; a page must belong to one sequence. `contract.check_values` checks, for debugging,
     what is only known from values.
@@ -68,7 +69,7 @@ def fp4_kv_decode(
         indices: int32 (batch, queries, n): the tokens that each query sees, -1 for none, no token twice. Positions
             (causality) and `window` then play no part.
         extra_codes: uint8 (extra pages, kv_heads, extra page, D/2), keys that are the values; None for no second cache,
-            and with v_codes. Nothing is appended to it.
+            and with v_codes. Nothing is appended to it; see above.
         extra_scales: float8_e4m3fn (extra pages, kv_heads, extra page, D/16).
         extra_table: int32 (batch, extra max_pages).
         extra_lengths: int32 (batch,), its entries.
@@ -83,7 +84,8 @@ def fp4_kv_decode(
         where nothing is visible.
 
     Raises:
-        ArgumentError: An argument of another dtype, shape or device, or not contiguous.
+        ArgumentError: An argument of another dtype, shape or device, or not contiguous; a second cache in the memory
+            that new tokens are written to.
     """
     contract.check(
         q,
