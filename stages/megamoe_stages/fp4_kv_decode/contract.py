@@ -201,8 +201,8 @@ def _check_apart(named: Mapping[str, Tensor | None], written: tuple[Tensor, ...]
 
 def _bytes_of(tensor: Tensor) -> tuple[int, int]:
     """Where in its storage a contiguous tensor lies: its first byte, and the first one behind it."""
-    start = tensor.storage_offset() * tensor.element_size()
-    return start, start + tensor.nbytes
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return start, start + int(tensor.nbytes)
 
 
 def _check_options(softmax_scale: object, window: object, splits: object, *, indexed: bool) -> None:
