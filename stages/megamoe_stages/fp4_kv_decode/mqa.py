@@ -42,10 +42,11 @@ def init_barriers(base: Int32, shape: Shape) -> None:
     for i in range(CONSUMERS * QUARTERS):
         ring.init(base + shape.full_at + i * 8, GROUP + WARPS)  # copies of all threads, masks of all warps
     for i in range(PIECES):
-        ring.init(base + shape.empty_at + i * 8, WARPS)
+        ring.init(base + shape.empty_at + i * 8, GROUP)
     for i in range(2):
         ring.init(base + shape.ready_at + i * 8, GROUP)
         ring.init(base + shape.free_at + i * 8, CONSUMERS * WARPS)
+    ring.init(base + shape.totals_at, CONSUMERS * GROUP)
 
 
 @cute.jit

@@ -55,7 +55,8 @@ class Shape(_Kind):
     flags_at = facts_at + 32  # (2,) int32: 1 + the last tile that changed what is subtracted
     masks_at = flags_at + 16  # of the tokens that exist, 8 bytes a tile
     barriers_at = masks_at + 8 * MASKS  # full and empty of each piece, ready and free of each decoded tile
-    flag_at = barriers_at + 8 * (CONSUMERS * QUARTERS + PIECES + 4)
+    totals_at = barriers_at + 8 * (CONSUMERS * QUARTERS + PIECES + 4)  # a barrier: the sums of weights of all warps
+    flag_at = totals_at + 8
     shared_bytes = flag_at + 16
     threads = GROUP * (1 + CONSUMERS)
 
