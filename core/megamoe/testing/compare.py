@@ -14,11 +14,6 @@ from megamoe.testing.cases import EXACT, Bound
 
 Value = Tensor | NVFP4Tensor
 
-# MKL sets a vector function up in its first call. Where threads share that call, one of them may compute its part with
-# a coarser version: exp off by 1e-4, in one process of a thousand. So references must not be the first to call them.
-for _function in (torch.exp, torch.log, torch.log1p, torch.tanh, torch.erf):
-    _function(torch.ones(1))
-
 
 @dataclass(frozen=True, slots=True)
 class LeafResult:
