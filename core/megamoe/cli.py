@@ -274,7 +274,7 @@ def compile_kernels(
     ship: Annotated[bool, typer.Option("--ship", help="Write records of kind `compiled` into the tree.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compile the kernels, with or without a GPU, and show what came out; exit 1 when one spills registers."""
+    """Compile the kernels, with or without a GPU, and show what came out; exit 1 when one has a fault (a spill)."""
     from megamoe import verify as verifier
     from megamoe.cute import report as compiled
     from megamoe.runtime import runtime
@@ -286,10 +286,10 @@ def compile_kernels(
         print(json.dumps([compiled.as_dict(row) for row in rows], indent=1))
     else:
         console.print(compiled.table(rows))
-    spilled = [row for row in rows if row.kernel.spills]
-    for row in spilled:
-        print(f"{row.spec.name} ({row.spec.arch}) uses local memory", file=sys.stderr)
-    if spilled:
+    faulty = [row for row in rows if row.kernel.faults]
+    for row in faulty:
+        print(f"{row.spec.name} ({row.spec.arch}): {'; '.join(row.kernel.faults)}", file=sys.stderr)
+    if faulty:
         raise typer.Exit(1)
     if ship:
         for record in compiled.records(rows, current.stages, current.machine().packages):

@@ -123,6 +123,43 @@ def test_local_memory_is_seen() -> None:
         assert plain.count("global") and not plain.count("local") and indexed.count("local")
 
 
+def sass(*instructions: tuple[str, int, int]) -> str:
+    """As `inspect.disassembly`: instructions, each with its scoreboard (7: none) and a mask of those it waits for."""
+    lines = [".text.some_kernel:"]
+    for i, (text, scoreboard, waits) in enumerate(instructions):
+        lines.append(f"        /*{i * 16:04x}*/                   {text} ;    /* 0x{i:016x} */")
+        lines.append(f"{'':80} /* 0x{0xFE20000000C00 & (1 << 46) - 1 | scoreboard << 46 | waits << 52:016x} */")
+    return "\n".join(lines)
+
+
+LOAD, LATER_LOAD = ("LDS.128 R8, [R3]", 2, 0), ("@P1 LDS.U16 R7, [R6+0x40]", 3, 0)
+COPY, TENSOR_COPY = ("@!UP1 UBLKCP.S.G [UR8], [UR6], UR10", 7, 0), ("UTMALDG.2D [UR8], [UR4]", 7, 0)
+USE, USE_OF_LATER = ("LOP3.LUT R4, R8, 0x1, RZ, 0x3c, !PT", 7, 0b100), ("IMAD R0, R7, R7, R7", 7, 0b1000)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "found"),
+    [
+        ([LOAD, COPY], ["0x0010"]),
+        ([LOAD, TENSOR_COPY, COPY], ["0x0010", "0x0020"]),
+        ([LOAD, USE, COPY], []),
+        ([LOAD, LATER_LOAD, USE, COPY], ["0x0030"]),  # the later one may still be on its way
+        ([LOAD, LATER_LOAD, USE_OF_LATER, COPY], []),  # loads come in order
+        ([LOAD, USE_OF_LATER, COPY], ["0x0020"]),  # of a scoreboard of something else
+        ([("LDS R4, [R2]", 7, 0), LOAD, USE, COPY], []),
+        ([("LDG.E R4, [R2]", 2, 0), COPY], []),  # not of shared memory
+        ([("@!PT LDS RZ, [RZ]", 7, 0), COPY], []),  # never executed
+        ([LOAD, ("UTMASTG.2D [UR8], [UR4]", 7, 0)], []),  # reads what the load reads
+        ([LOAD, ("@P0 BRA `(.L_x_1)", 7, 0), COPY], ["0x0020"]),
+        ([LOAD, ("BRA `(.L_x_1)", 7, 0), COPY], []),  # reached from elsewhere
+        ([LOAD, ("BAR.ARV 0x1, 0x80", 7, 0), COPY], ["0x0020"]),  # waits for no load
+    ],
+)
+def test_copies_that_may_overtake_loads_are_seen(instructions: list[tuple[str, int, int]], found: list[str]) -> None:
+    assert inspect.early_copies(sass(*instructions)) == ({"some_kernel": found} if found else {})
+    assert inspect.early_copies(sass(*instructions) + "\n" + sass(COPY)) == ({"some_kernel": found} if found else {})
+
+
 @pytest.mark.parametrize("target", [Target.SM90, Target.SM100], ids=str)
 @pytest.mark.parametrize("scale_layout", ["linear", "128x4"])
 def test_the_quantise_kernel_compiles_without_spills(target: Target, scale_layout: str) -> None:
@@ -141,21 +178,24 @@ def test_stages_declare_their_kernels() -> None:
     assert len(sm100.kernels()) == len(sm90.kernels())
 
 
-@pytest.mark.parametrize(("stack", "code"), [(0, 0), (16, 1)])
-def test_compile_fails_on_local_memory(
-    stack: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("stack", "copies", "words"), [(0, (), ""), (16, (), "local memory"), (0, ("0x0310",), "a bulk copy at 0x0310")]
+)
+def test_compile_fails_on_faults(
+    stack: int, copies: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = lookup_spec(1)
     variant = next(v for v in STAGE.variants if v.name == "fused_sm90")
-    compiled = inspect.Kernel("lookup", 40, stack, 0, None)
+    compiled, code = inspect.Kernel("lookup", 40, stack, 0, None, copies), int(bool(words))
     row = report.Row("quantize", variant, spec, Artifact(spec, Path(), 1.5, False), compiled)
     monkeypatch.setattr(report, "compile_all", lambda stages, arch, fresh: [row])
     assert cli.main(["compile", "quantize", "--arch", "sm_90a"]) == code
     out = capsys.readouterr()
     assert "lookup1" in out.out
-    assert ("local memory" in out.err) == (code == 1)
+    assert words in out.err and bool(out.err) == bool(words)
     (record,) = report.records([row], {"quantize": STAGE}, {"some": "1.0"})
     assert (record.kind, record.arch, record.variant, record.ok) == (Kind.COMPILED, Arch(90), "fused_sm90", code == 0)
+    assert words in record.cases[0].reason
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,10 @@ _SHT_SYMTAB = 2
 _EIFMT_SVAL = 4  # an attribute of .nv.info with a payload of the size given in its header
 _EIATTR_FRAME_SIZE = 0x11
 _EIATTR_REGCOUNT = 0x2F
+_ENCODED = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]{16} \*/")
+_SECOND_HALF = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/")
+_SHARED_LOADS = ("LDS", "LDSM")
+_BULK_COPIES = ("UBLKCP", "UTMALDG")  # into shared memory
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)[\w.]*")
 # Instructions that a count is worth showing of, by the column they go to.
 GROUPS: Mapping[str, frozenset[str]] = {
@@ -44,6 +48,7 @@ class Kernel:
         stack: Bytes of local memory a thread: spills and indexed arrays.
         shared: Bytes of static shared memory.
         instructions: How many of each there are in the code, by mnemonic; None where nvdisasm was not found.
+        early_copies: As `early_copies` finds them; empty where nvdisasm was not found.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Kernel:
     stack: int
     shared: int
     instructions: Mapping[str, int] | None
+    early_copies: tuple[str, ...] = ()
 
     @property
     def total(self) -> int | None:
@@ -68,6 +74,13 @@ class Kernel:
         """Whether a thread touches local memory."""
         return self.stack > 0 or bool(self.count("local"))
 
+    @property
+    def faults(self) -> list[str]:
+        """What no kernel may have."""
+        early = "before its warp's loads of shared memory are there"
+        copies = [f"a bulk copy at {at} {early}" for at in self.early_copies]
+        return ([f"{self.stack} bytes of local memory"] if self.spills else []) + copies
+
 
 def kernels(cubin: bytes) -> list[Kernel]:
     """The kernels of a cubin."""
@@ -75,13 +88,16 @@ def kernels(cubin: bytes) -> list[Kernel]:
     sizes = {name: size for name, _, _, size, _ in _headers(cubin)}  # shared memory takes no room in the file
     info = sections.get(".nv.info", b"")
     registers, stack = _attribute(info, _EIATTR_REGCOUNT), _attribute(info, _EIATTR_FRAME_SIZE)
-    instructions = _instructions(cubin)
+    code = disassembly(cubin)
+    instructions = None if code is None else _instructions(code)
+    early = {} if code is None else early_copies(code)
     found = []
     for index, name in sorted(_symbols(cubin, sections).items()):
         if f".text.{name}" in sections and index in registers:
             counts = None if instructions is None else instructions.get(name, Counter())
             shared = sizes.get(f".nv.shared.{name}", 0)
-            found.append(Kernel(name, registers[index], stack.get(index, 0), shared, counts))
+            copies = tuple(early.get(name, ()))
+            found.append(Kernel(name, registers[index], stack.get(index, 0), shared, counts, copies))
     return found
 
 
@@ -121,14 +137,14 @@ def _attribute(info: bytes, tag: int) -> dict[int, int]:
 
 
 def disassembly(cubin: bytes) -> str | None:
-    """SASS of a cubin, or None where there is no nvdisasm."""
+    """SASS of a cubin, with its encoding, or None where there is no nvdisasm."""
     tool = nvdisasm()
     if tool is None:
         return None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=False)
+        done = subprocess.run([tool, "-c", "-hex", file.name], capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else None
 
 
@@ -143,11 +159,8 @@ def nvdisasm() -> str | None:
     return next((str(f / "nvdisasm") for f in folders if (f / "nvdisasm").is_file()), None)
 
 
-def _instructions(cubin: bytes) -> dict[str, Counter[str]] | None:
+def _instructions(text: str) -> dict[str, Counter[str]]:
     """Mnemonics without modifiers, counted, by kernel; NOP is padding and does not count."""
-    text = disassembly(cubin)
-    if text is None:
-        return None
     counts: dict[str, Counter[str]] = {}
     current: Counter[str] = Counter()
     for line in text.splitlines():
@@ -156,3 +169,41 @@ def _instructions(cubin: bytes) -> dict[str, Counter[str]] | None:
         elif (match := _INSTRUCTION.match(line)) and match[1] != "NOP":
             current[match[1]] += 1
     return counts
+
+
+def early_copies(text: str) -> dict[str, list[str]]:
+    """Addresses of bulk and tensor copies into shared memory that a warp asks for before its own loads of it are there.
+
+    A load waits in a queue that the copy engine does not stand in, so one that reads what the copy writes may get the
+    new bytes. Which place is written SASS does not say; no kernel has reason to ask for a copy before it has waited.
+    The code is followed in its order. A load is there when something waits for its scoreboard, or for a later load's:
+    loads of shared memory come in order.
+
+    Args:
+        text: As `disassembly`.
+
+    Returns:
+        By kernel; only those that have such copies.
+    """
+    found: dict[str, list[str]] = {}
+    kernel, match, waiting = "", None, list[int]()  # scoreboards of loads on their way
+    for line in text.splitlines():
+        if line.startswith(".text."):
+            kernel, match = line.removeprefix(".text.").rstrip(":"), None
+            waiting.clear()
+        elif first := _ENCODED.match(line):
+            match = first
+        elif match and (second := _SECOND_HALF.match(line)):
+            control = int(second[1], 16)  # the bits above the second word's operands
+            mask, scoreboard = control >> 52 & 0x3F, control >> 46 & 7
+            there = [i for i, one in enumerate(waiting) if mask >> one & 1]  # 7, none, is in no mask
+            del waiting[: there[-1] + 1 if there else 0]
+            name = re.sub(r"^@!?U?P\d\s+", "", match[2]).split(".")[0].split(" ")[0]  # @!PT, never, stays
+            if name in _SHARED_LOADS:
+                waiting.append(scoreboard)
+            elif name in _BULK_COPIES and waiting:
+                found.setdefault(kernel, []).append(f"0x{match[1]}")
+            elif name in ("BRA", "BRX", "EXIT", "RET") and not match[2].startswith("@"):
+                waiting.clear()  # what follows is reached from elsewhere
+            match = None
+    return found

@@ -52,10 +52,10 @@ def compile_all(stages: Iterable[Stage], arch: Arch | None = None, *, fresh: boo
 
 
 def records(rows: Iterable[Row], stages: Mapping[str, Stage], packages: Mapping[str, str]) -> list[Evidence]:
-    """Evidence of kind `compiled`, one a variant and architecture; a kernel that uses local memory has failed."""
+    """Evidence of kind `compiled`, one a variant and architecture; a kernel with `faults` has failed."""
     cases: dict[tuple[str, Variant, str], list[CaseResult]] = {}
     for row in rows:
-        reason = f"{row.kernel.stack} bytes of local memory" if row.kernel.spills else ""
+        reason = "; ".join(row.kernel.faults)
         result = CaseResult(row.spec.name, not reason, float(row.kernel.stack), 0.0, reason)
         cases.setdefault((row.stage, row.variant, row.spec.arch), []).append(result)
     return [
