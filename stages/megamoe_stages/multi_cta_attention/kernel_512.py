@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Boolean, Constexpr, Float32, Int32, Uint8, cute
+from cutlass import BFloat16, Boolean, Constexpr, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from megamoe.cute import arith, attention_mma, mask_bits, multicast, ring
 from megamoe.cute.arith import Target
+from megamoe.cute.attention_mma import CHUNK
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mask_bits import MaskBits
 from megamoe.cute.multicast import Boxes
@@ -43,7 +44,7 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = (
 )  # together no more than the launch gives: 3 * 168, or they wait forever
 PIECES_TOGETHER = 128  # of rows, at least, of the heads that come together: twice what runs at a time
 PIECES_ALONE = 64  # of a head that comes alone
-_CHUNKS = 8  # of 16 bytes of a row of 128
+_CHUNKS = ROW_BYTES // CHUNK
 _LOADS_BARRIER = 2
 
 
@@ -295,7 +296,7 @@ def share_work(
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         me = attend_512.Consumer(base, thread // GROUP - 1, given.factor, mask)
         if cutlass.const_expr(only is not None):
-            load_queries(given.q, base, only.rows, thread - GROUP, CONSUMERS * GROUP)
+            load_queries(given.q, base, only.rows, thread // WARP - GROUP // WARP, CONSUMERS * GROUP // WARP)
             show_queries()
             attention_mma.named_barrier(_LOADS_BARRIER, CONSUMERS * GROUP)
             consume(me, only, given, finish, shape)
@@ -350,7 +351,8 @@ def piece_of(given: Attention, turn: Int32, mask: Mask | None, shape: Shape) -> 
     if shape.persistent:  # back and forth over the pieces of heads that come together, so that long and short ones meet
         clusters, turns = clusters_and_turns(given, shape)
         several, turn_of_these = turn // turns, turn % turns
-        number = turn_of_these * clusters + arith.select(turn % 2 == 0, cluster, clusters - 1 - cluster)
+        place = (cluster + several // 2) % clusters  # so that not always the same ones get nothing
+        number = turn_of_these * clusters + arith.select(turn % 2 == 0, place, clusters - 1 - place)
         number, head = divmod(number, given.together)
     else:
         rest, head = divmod(cluster, given.together)
@@ -423,14 +425,13 @@ def prepare_turns(
     base: Int32, warp: Int32, given: Constexpr[Attention], fetch: Constexpr[Fetch], shape: Constexpr[Shape]
 ) -> None:
     """Brings the queries of each turn as soon as those before were read, and what the epilogue needs; two warps."""
-    thread = cute.arch.thread_idx()[0] - CONSUMERS * WARP
     first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
     done = Int32(0)
     for turn in cutlass.range(turns_of(given, shape), unroll=1):
         piece = piece_of(given, turn, None, shape)
         if piece.exists:
             ring.wait(base + shape.queries_read_at, done % 2 ^ 1)
-            load_queries(given.q, base, piece.rows, thread, GROUP - CONSUMERS * WARP)
+            load_queries(given.q, base, piece.rows, warp - CONSUMERS, GROUP // WARP - CONSUMERS)
             show_queries()
             cute.arch.sync_warp()
             ring.arrive_if(base + shape.queries_there_at, first)
@@ -472,17 +473,30 @@ def meet(shape: Shape) -> None:
 
 
 @cute.jit
-def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows], thread: Int32, threads: Constexpr[int]) -> None:
-    """Starts to bring the rows of q into shared memory, zeros where there are none; one of so many threads."""
-    chunks = DIM // _CHUNKS
-    for i in cutlass.range(ROWS * chunks // threads, unroll=4):
-        item = thread + i * threads
-        row, chunk = item // chunks, item % chunks
-        at = base + chunk // _CHUNKS * BLOCK_BYTES + row * ROW_BYTES + ((chunk ^ row) % _CHUNKS) * 16
-        inside = rows.first + row < rows.count
-        place = rows.place(arith.select(inside, rows.first + row, Int32(0)))
-        size = arith.select(inside, Int32(16), Int32(0))
-        attention_mma.copy16(at, ring.address(q.iterator) + (place * DIM + chunk * 8) * 2, size)
+def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows], warp: Int32, warps: Constexpr[int]) -> None:
+    """Starts to bring the rows of q into shared memory, zeros where there are none; one of so many warps.
+
+    A warp takes every so many rows. Where its rows lie in q each lane finds for one or two of them.
+    """
+    lane = cute.arch.lane_idx()
+    each = ROWS // warps
+    places = []
+    for i in cutlass.range_constexpr((each + WARP - 1) // WARP):
+        row = rows.first + warp + (i * WARP + lane) * warps
+        inside = (row < rows.count) & (i * WARP + lane < each)
+        places.append(arith.select(inside, Int32(rows.place(arith.select(inside, row, Int32(0)))), Int32(-1)))
+    source = ring.address(q.iterator) + lane * CHUNK
+    target = base + lane // _CHUNKS * BLOCK_BYTES
+    for i in cutlass.range_constexpr(len(places)):
+        for j in cutlass.range(min(each, WARP), unroll=4):
+            row = warp + (i * WARP + j) * warps
+            place = cute.arch.shuffle_sync(places[i], j)
+            size = arith.select(place < 0, Int32(0), Int32(CHUNK))
+            there = source + Int64(cutlass.max(place, 0)) * (2 * DIM)
+            at = target + row * ROW_BYTES + ((lane ^ row) & (_CHUNKS - 1)) * CHUNK
+            for part in cutlass.range_constexpr(2 * DIM // (WARP * CHUNK)):
+                step = part * (WARP // _CHUNKS)
+                attention_mma.copy16(at + step * BLOCK_BYTES, there + part * WARP * CHUNK, size)
     attention_mma.commit_copies()
 
 
