@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Boolean, Constexpr, Float32, Int32, Int64, Uint8, cute
+from cutlass import BFloat16, Boolean, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from megamoe.cute import arith, attention_mma, mask_bits, multicast, ring
@@ -289,7 +289,7 @@ def share_work(
         if warp < CONSUMERS:
             supply(base, warp, given, mask, only, shape)
         elif cutlass.const_expr(only is None):
-            prepare_turns(base, warp, given, fetch, shape)
+            prepare_turns(base, warp, given, mask, fetch, shape)
         elif cutlass.const_expr(fetch is not None):
             fetch_once(base, warp, fetch, only.rows)
     else:
@@ -301,11 +301,7 @@ def share_work(
             attention_mma.named_barrier(_LOADS_BARRIER, CONSUMERS * GROUP)
             consume(me, only, given, finish, shape)
         else:
-            for turn in cutlass.range(turns_of(given, shape), unroll=1):
-                piece = piece_of(given, turn, mask, shape)
-                if piece.exists:
-                    ring.wait(base + shape.queries_there_at, me.before[0] // 4)
-                    consume(me, piece, given, finish, shape)
+            take_pieces(me, given, mask, finish, shape)
     if cutlass.const_expr(shape.ctas > 1):
         meet(shape)  # nobody leaves while the others write to it
 
@@ -422,16 +418,23 @@ def supply(
 
 @cute.jit
 def prepare_turns(
-    base: Int32, warp: Int32, given: Constexpr[Attention], fetch: Constexpr[Fetch], shape: Constexpr[Shape]
+    base: Int32,
+    warp: Int32,
+    given: Constexpr[Attention],
+    mask: Constexpr[Mask | None],
+    fetch: Constexpr[Fetch],
+    shape: Constexpr[Shape],
 ) -> None:
-    """Brings the queries of each turn as soon as those before were read, and what the epilogue needs; two warps."""
+    """Brings the queries of each turn as soon as those before were read, and tells the consumers of it; two warps."""
     first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
     done = Int32(0)
     for turn in cutlass.range(turns_of(given, shape), unroll=1):
-        piece = piece_of(given, turn, None, shape)
+        piece = piece_of(given, turn, mask, shape)
         if piece.exists:
             ring.wait(base + shape.queries_read_at, done % 2 ^ 1)
             load_queries(given.q, base, piece.rows, warp - CONSUMERS, GROUP // WARP - CONSUMERS)
+            if warp == CONSUMERS:
+                tell(base, piece, shape)
             show_queries()
             cute.arch.sync_warp()
             ring.arrive_if(base + shape.queries_there_at, first)
@@ -439,6 +442,52 @@ def prepare_turns(
                 ring.wait(base + shape.turned_at, done % 2 ^ 1)
                 fetch(base, piece.rows)
             done = done + 1
+    ring.wait(base + shape.queries_read_at, done % 2 ^ 1)
+    if warp == CONSUMERS:
+        attention_mma.store16(base + shape.record_at, [Uint32(0)] * 4)
+        cute.arch.sync_warp()
+    ring.arrive_if(base + shape.queries_there_at, first)
+
+
+def tell(base: Int32, piece: Piece, shape: Shape) -> None:
+    """Writes which rows the consumers have next; a warp."""
+    rows = piece.rows
+    words = [Uint32(word) for word in (Int32(1), piece.first, rows.count, rows.query, rows.head, rows.position)]
+    words += [Uint32(rows.keys), Uint32(rows.entries)]
+    for i in range(2):
+        attention_mma.store16(base + shape.record_at + 16 * i, words[4 * i : 4 * i + 4])
+
+
+@cute.jit
+def take_pieces(
+    me: Constexpr[Consumer],
+    given: Constexpr[Attention],
+    mask: Constexpr[Mask | None],
+    finish: Constexpr[Finish],
+    shape: Constexpr[Shape],
+) -> None:
+    """A persistent CTA's pieces of rows, for a consumer."""
+    going = Int32(1)
+    while going != 0:
+        ring.wait(me.base + shape.queries_there_at, me.before[0] // 4)
+        at = me.base + shape.record_at
+        words = [cute.arch.make_warp_uniform(Int32(word)) for i in range(2) for word in ring.load16(at + 16 * i)]
+        going, first, count, query, head, position, keys, entries = words
+        if going != 0:
+            rows = Rows(
+                first=first + cute.arch.block_idx()[0] % shape.ctas * ROWS,
+                count=count,
+                group=given.group,
+                query=query,
+                heads=given.q.shape[1],
+                head=head,
+                position=position,
+                keys=keys,
+                entries=Int32(0) if mask is None else entries,
+                causal=given.causal,
+                window=given.window,
+            )
+            consume(me, Piece(Boolean(True), rows, first, Int32(0), Int32(0)), given, finish, shape)
 
 
 @cute.jit
@@ -454,7 +503,7 @@ def work_on(piece: Piece, mask: Mask | None, shape: Shape) -> Work:
 
 
 def consume(me: Consumer, piece: Piece, given: Attention, finish: Finish, shape: Shape) -> None:
-    """A piece of rows, whose queries are there."""
+    """A piece of rows, whose queries are there; the sequence's place among all keys is not needed."""
     work = work_on(piece, me.mask, shape)
     attend_512.begin(me)
     attend_512.attend(me, piece.rows, work, shape)

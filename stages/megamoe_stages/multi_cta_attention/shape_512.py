@@ -121,6 +121,11 @@ class Shape(NamedTuple):
         return self.queries_there_at + 8
 
     @property
+    def record_at(self) -> int:
+        """Where a persistent CTA's consumers find which rows are theirs."""
+        return -(-(self.turned_at + 8) // 16) * 16
+
+    @property
     def angles_at(self) -> int:
         """Where an epilogue's cosines and sines start, if there is room for them."""
         return self.barriers_at + _SMALL
