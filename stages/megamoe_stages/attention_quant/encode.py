@@ -13,8 +13,9 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, multicast, recipe, ring
+from megamoe.cute import arith, attention_mma, recipe, ring
 from megamoe.cute.arith import Target
+from megamoe.cute.attention_mma import CHUNK
 from megamoe.cute.layout import TILE, TILE_COLS, offset_128x4
 from megamoe.cute.recipe import BLOCK, GlobalScale
 from megamoe.cute.warp import WARP
@@ -30,6 +31,7 @@ _SCALE_BYTES = HALF // BLOCK
 _STEPS = _SCALE_BYTES // 2  # a lane has the blocks of half of a consumer's columns of a row, one a step
 _STEP_BYTES = 2 * BLOCK * 4  # of a row in shared memory
 _ANGLE_BYTES = ROPE_DIM // 2 * 4  # cosines or sines of a row
+_CHUNKS = _ANGLE_BYTES // CHUNK
 _SINES_AT = ROWS * ANGLES_PITCH
 
 
@@ -77,16 +79,21 @@ def fetch(base: Int32, rows: Constexpr[Rows], out: Constexpr[Quantized], shape: 
     for i in cutlass.range_constexpr(ROWS // WARP):
         query, _ = rows.split(cutlass.min(rows.first + i * WARP + lane, rows.count - 1))
         position = out.positions[query * step]
-        at.append(arith.select((position < 0) | (position > last), last, position))
+        at.append(Int32(arith.select((position < 0) | (position > last), last, position)))
+    row, chunk = lane // _CHUNKS, lane % _CHUNKS * CHUNK
+    there = base + shape.angles_at + row * ANGLES_PITCH + chunk
+    for i in cutlass.range_constexpr(ROWS // WARP):
+        for j in cutlass.range(_CHUNKS, unroll=2):  # four rows each
+            line = Int64(cute.arch.shuffle_sync(at[i], j * (WARP // _CHUNKS) + row)) * _ANGLE_BYTES + chunk
+            target = there + (i * WARP + j * (WARP // _CHUNKS)) * ANGLES_PITCH
+            attention_mma.copy16(target, ring.address(out.cos.iterator) + line, Int32(CHUNK))
+            attention_mma.copy16(target + _SINES_AT, ring.address(out.sin.iterator) + line, Int32(CHUNK))
+    attention_mma.commit_copies()
     if lane == 0:
         ring.store4(base + shape.word_at, out.enc[()])
-    full = base + shape.fetched_at
-    multicast.expect_if(full, 2 * ROWS * _ANGLE_BYTES, arith.select(lane == 0, Int32(1), Int32(0)))
+    attention_mma.wait_copies(0)
     cute.arch.sync_warp()
-    for i in cutlass.range_constexpr(ROWS // WARP):
-        there, line = base + shape.angles_at + (i * WARP + lane) * ANGLES_PITCH, Int64(at[i]) * _ANGLE_BYTES
-        ring.copy(ring.address(out.cos.iterator) + line, there, Int32(_ANGLE_BYTES), full)
-        ring.copy(ring.address(out.sin.iterator) + line, there + _SINES_AT, Int32(_ANGLE_BYTES), full)
+    ring.arrive_if(base + shape.fetched_at, arith.select(lane == 0, Int32(1), Int32(0)))
 
 
 @cute.jit

@@ -20,7 +20,7 @@ from megamoe_stages.multi_cta_attention.kernel_512 import Attention
 from megamoe_stages.multi_cta_attention.rows_512 import Rows
 from megamoe_stages.multi_cta_attention.shape_512 import DIM, Shape
 
-SHAPES = tuple(shape._replace(persistent=shape.ctas > 1) for shape in shape_512.SHAPES)  # as was faster
+SHAPES = tuple(shape._replace(persistent=True) for shape in shape_512.SHAPES)
 
 
 @cute.jit
