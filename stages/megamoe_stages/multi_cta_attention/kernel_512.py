@@ -255,10 +255,11 @@ def work_on_rows(
         given: What is read.
         mask: A mask of one's own, when the shape is masked.
         finish: Gets a consumer whose sums have become the output, fp32, and writes it; its ring is free unless the
-            kernel is persistent, the weights' place always.
+            kernel is persistent, the weights' place always. That of a persistent kernel waits for the next queries and
+            asks for the next rows' first scores (`attend_512.ask`).
         shape: How the work is cut.
-        fetch: Gets the shared memory's address in a warp of the producers and brings to `shape.angles_at` what
-            `finish` waits for at `shape.fetched_at`. A persistent kernel has one.
+        fetch: Of a persistent kernel: gets the shared memory's address in a warp of the producers and brings to
+            `shape.angles_at` what `finish` waits for at `shape.fetched_at`.
     """
     if cutlass.const_expr(shape.persistent):
         share_work(given, mask, finish, fetch, None, shape)
@@ -290,8 +291,6 @@ def share_work(
             supply(base, warp, given, mask, only, shape)
         elif cutlass.const_expr(only is None):
             prepare_turns(base, warp, given, mask, fetch, shape)
-        elif cutlass.const_expr(fetch is not None):
-            fetch_once(base, warp, fetch, only.rows)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         me = attend_512.Consumer(base, thread // GROUP - 1, given.factor, mask)
@@ -414,6 +413,8 @@ def supply(
             piece = piece_of(given, turn, mask, shape)
             if piece.exists:
                 produce_512.produce(base, warp, cursor, source, work_on(piece, mask, shape), shape)
+        nothing = Work(Int32(0), Int32(0), Int32(0), Int32(0))
+        produce_512.produce(base, warp, cursor, source, nothing, shape)
 
 
 @cute.jit
@@ -458,6 +459,12 @@ def tell(base: Int32, piece: Piece, shape: Shape) -> None:
         attention_mma.store16(base + shape.record_at + 16 * i, words[4 * i : 4 * i + 4])
 
 
+def told(base: Int32, shape: Shape) -> list[Int32]:
+    """What `tell` wrote."""
+    at = base + shape.record_at
+    return [cute.arch.make_warp_uniform(Int32(word)) for i in range(2) for word in ring.load16(at + 16 * i)]
+
+
 @cute.jit
 def take_pieces(
     me: Constexpr[Consumer],
@@ -467,34 +474,29 @@ def take_pieces(
     shape: Constexpr[Shape],
 ) -> None:
     """A persistent CTA's pieces of rows, for a consumer."""
-    going = Int32(1)
+    ring.wait(me.base + shape.queries_there_at, Int32(0))
+    scores: list[Float32] = []
+    held: list[Int32] = []
+    for part in cutlass.range_constexpr(attend_512.ASKED_PARTS):
+        scores, held = attend_512.ask(me, scores, held, part, shape)
+    attend_512.keep_scores(me, scores, held, shape)
+    going, first, count, query, head, position, keys, entries = told(me.base, shape)
     while going != 0:
-        ring.wait(me.base + shape.queries_there_at, me.before[0] // 4)
-        at = me.base + shape.record_at
-        words = [cute.arch.make_warp_uniform(Int32(word)) for i in range(2) for word in ring.load16(at + 16 * i)]
-        going, first, count, query, head, position, keys, entries = words
-        if going != 0:
-            rows = Rows(
-                first=first + cute.arch.block_idx()[0] % shape.ctas * ROWS,
-                count=count,
-                group=given.group,
-                query=query,
-                heads=given.q.shape[1],
-                head=head,
-                position=position,
-                keys=keys,
-                entries=Int32(0) if mask is None else entries,
-                causal=given.causal,
-                window=given.window,
-            )
-            consume(me, Piece(Boolean(True), rows, first, Int32(0), Int32(0)), given, finish, shape)
-
-
-@cute.jit
-def fetch_once(base: Int32, warp: Int32, fetch: Constexpr[Fetch], rows: Constexpr[Rows]) -> None:
-    """Brings what the epilogue needs; one warp."""
-    if warp == CONSUMERS:
-        fetch(base, rows)
+        rows = Rows(
+            first=first + cute.arch.block_idx()[0] % shape.ctas * ROWS,
+            count=count,
+            group=given.group,
+            query=query,
+            heads=given.q.shape[1],
+            head=head,
+            position=position,
+            keys=keys,
+            entries=Int32(0) if mask is None else entries,
+            causal=given.causal,
+            window=given.window,
+        )
+        consume(me, Piece(Boolean(True), rows, first, Int32(0), Int32(0)), given, finish, shape)
+        going, first, count, query, head, position, keys, entries = told(me.base, shape)
 
 
 def work_on(piece: Piece, mask: Mask | None, shape: Shape) -> Work:
