@@ -164,7 +164,7 @@ def test_no_kernel_spills(tiled: bool, shape: Shape) -> None:
 
 @pytest.mark.parametrize("shape", kernel.SHAPES)
 def test_shared_memory_holds_what_a_kernel_needs(shape: Shape) -> None:
-    assert shape.turned_at + 8 <= shape.angles_at
+    assert shape.record_at + 32 <= shape.angles_at
     assert shape.angles_at + ANGLES_BYTES == shape.shared_bytes <= SHARED_BYTES
 
 

@@ -82,12 +82,12 @@ def fetch(base: Int32, rows: Constexpr[Rows], out: Constexpr[Quantized], shape: 
         query, _ = rows.split(cutlass.min(rows.first + i * WARP + lane, rows.count - 1))
         position = out.positions[query * step]
         at.append(Int32(arith.select((position < 0) | (position > last), last, position)))
-    row, chunk = lane // _CHUNKS, lane % _CHUNKS * CHUNK
-    there = base + shape.angles_at + row * ANGLES_PITCH + chunk
+    row, chunk = lane // _CHUNKS, lane % _CHUNKS
     for i in cutlass.range_constexpr(ROWS // WARP):
         for j in cutlass.range(_CHUNKS, unroll=2):  # four rows each
-            line = Int64(cute.arch.shuffle_sync(at[i], j * (WARP // _CHUNKS) + row)) * _ANGLE_BYTES + chunk
-            target = there + (i * WARP + j * (WARP // _CHUNKS)) * ANGLES_PITCH
+            here = j * (WARP // _CHUNKS) + row
+            line = Int64(cute.arch.shuffle_sync(at[i], here)) * _ANGLE_BYTES + chunk * CHUNK
+            target = base + shape.angles_at + angles_of(i * WARP + here, chunk)
             attention_mma.copy16(target, ring.address(out.cos.iterator) + line, Int32(CHUNK))
             attention_mma.copy16(target + _SINES_AT, ring.address(out.sin.iterator) + line, Int32(CHUNK))
     attention_mma.commit_copies()
@@ -209,12 +209,18 @@ def turn(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
     """Takes the rotation out of the last 64 columns, which are this consumer's."""
     g, t, wide = lanes()
     for half in cutlass.range_constexpr(2):
-        angles = me.base + shape.angles_at + (wide * _WARP_ROWS + g + 8 * half) * ANGLES_PITCH + t * 4
+        row = wide * _WARP_ROWS + g + 8 * half
         for block in cutlass.range_constexpr(ROPE_DIM // 8):
             place = (HALF - ROPE_DIM) // 2 + 4 * block + 2 * half
             x = [me.acc[place], me.acc[place + 1]]
-            c, s = (arith.number(Uint32(ring.load4(angles + 16 * block + there))) for there in (0, _SINES_AT))
+            at = me.base + shape.angles_at + angles_of(row, block) + t * 4
+            c, s = (arith.number(Uint32(ring.load4(at + there))) for there in (0, _SINES_AT))
             me.acc[place], me.acc[place + 1] = turn_back(x, [c], [s], Target.SM90)
+
+
+def angles_of(row: Int32, chunk: int | Int32) -> Int32:
+    """Where 16 bytes of a row's cosines are: swizzled, so that eight rows are in different banks."""
+    return row * ANGLES_PITCH + ((chunk ^ row) & (_CHUNKS - 1)) * CHUNK
 
 
 def hold(me: Consumer) -> None:

@@ -29,6 +29,7 @@ from megamoe_stages.multi_cta_attention.shape_512 import (
     ROW_BYTES,
     ROWS,
     TILE,
+    TOTALS_BYTES,
     Shape,
 )
 
@@ -99,7 +100,7 @@ def attend(
     work: Constexpr[Work],
     shape: Constexpr[Shape],
 ) -> None:
-    """All tiles."""
+    """All tiles, but for the values of the last ones."""
     if (me.number == 0) & (work.tiles > 0):
         take_turn(me, Int32(0), rows, work, False, False, shape)
     if (me.number == 1) & (work.tiles > 1):
@@ -110,6 +111,17 @@ def attend(
     if cutlass.const_expr(shape.persistent):
         first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
         ring.arrive_if(me.base + shape.queries_read_at, first)
+
+
+@cute.jit
+def add_last(
+    me: Constexpr[Consumer],
+    rows: Constexpr[Rows],
+    work: Constexpr[Work],
+    shape: Constexpr[Shape],
+) -> None:
+    """The values of the last tiles; then the sums of both consumers are one."""
+    own = (work.tiles - me.number + 1) // 2
     if own > 0:
         last_own = me.number + 2 * (own - 1)
         finish_own(me, rows.keys + rows.entries - work.start(last_own), shape)
@@ -447,8 +459,7 @@ def follow(me: Consumer, tile: Int32, shape: Shape) -> list[Float32]:
 def join_totals(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
     """Adds the sums of both consumers, whose largest scores are the same by now."""
     g, t, wide = lanes()
-    at = me.base + shape.tops_at + (wide * 16 + g) * 4
-    attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
+    at = me.base + shape.totals_at + me.before[0] // 4 * TOTALS_BYTES + (wide * 16 + g) * 4
     one = arith.select(t == 0, Int32(1), Int32(0))
     for half in cutlass.range_constexpr(2):
         attention_mma.store4_if(at + (me.number * ROWS + 8 * half) * 4, me.stat[2 + half], one)

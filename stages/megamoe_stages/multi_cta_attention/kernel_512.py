@@ -29,6 +29,7 @@ from megamoe_stages.multi_cta_attention.produce_512 import Source
 from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, Work, find_sequence, work_of
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
+    BLOCKS,
     CONSUMERS,
     DIM,
     GROUP,
@@ -45,6 +46,7 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = (
 PIECES_TOGETHER = 128  # of rows, at least, of the heads that come together: twice what runs at a time
 PIECES_ALONE = 64  # of a head that comes alone
 _CHUNKS = ROW_BYTES // CHUNK
+_ROWS_AT_ONCE = WARP // _CHUNKS
 _LOADS_BARRIER = 2
 
 
@@ -509,7 +511,10 @@ def consume(me: Consumer, piece: Piece, given: Attention, finish: Finish, shape:
     work = work_on(piece, me.mask, shape)
     attend_512.begin(me)
     attend_512.attend(me, piece.rows, work, shape)
-    result_512.finish_rows(me, piece.rows, given.lse, given.sink, given.has_sink)
+    sinks = cute.make_rmem_tensor((2,), Float32)
+    result_512.load_sinks(sinks, piece.rows, given.sink, given.has_sink)
+    attend_512.add_last(me, piece.rows, work, shape)
+    result_512.finish_rows(me, piece.rows, given.lse, sinks)
     finish(me, piece.rows)
     attend_512.end(me, work.tiles)
 
@@ -527,27 +532,19 @@ def meet(shape: Shape) -> None:
 def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows], warp: Int32, warps: Constexpr[int]) -> None:
     """Starts to bring the rows of q into shared memory, zeros where there are none; one of so many warps.
 
-    A warp takes every so many rows. Where its rows lie in q each lane finds for one or two of them.
+    Eight lanes share a row, so a warp finds four rows' places at a time.
     """
     lane = cute.arch.lane_idx()
-    each = ROWS // warps
-    places = []
-    for i in cutlass.range_constexpr((each + WARP - 1) // WARP):
-        row = rows.first + warp + (i * WARP + lane) * warps
-        inside = (row < rows.count) & (i * WARP + lane < each)
-        places.append(arith.select(inside, Int32(rows.place(arith.select(inside, row, Int32(0)))), Int32(-1)))
-    source = ring.address(q.iterator) + lane * CHUNK
-    target = base + lane // _CHUNKS * BLOCK_BYTES
-    for i in cutlass.range_constexpr(len(places)):
-        for j in cutlass.range(min(each, WARP), unroll=4):
-            row = warp + (i * WARP + j) * warps
-            place = cute.arch.shuffle_sync(places[i], j)
-            size = arith.select(place < 0, Int32(0), Int32(CHUNK))
-            there = source + Int64(cutlass.max(place, 0)) * (2 * DIM)
-            at = target + row * ROW_BYTES + ((lane ^ row) & (_CHUNKS - 1)) * CHUNK
-            for part in cutlass.range_constexpr(2 * DIM // (WARP * CHUNK)):
-                step = part * (WARP // _CHUNKS)
-                attention_mma.copy16(at + step * BLOCK_BYTES, there + part * WARP * CHUNK, size)
+    chunk = lane % _CHUNKS
+    for i in cutlass.range(ROWS // warps // _ROWS_AT_ONCE, unroll=1):
+        row = (i * warps + warp) * _ROWS_AT_ONCE + lane // _CHUNKS
+        inside = rows.first + row < rows.count
+        place = rows.place(arith.select(inside, rows.first + row, Int32(0)))
+        size = arith.select(inside, Int32(CHUNK), Int32(0))
+        source = ring.address(q.iterator) + (place * (2 * DIM) + chunk * CHUNK)
+        target = base + row * ROW_BYTES + ((chunk ^ row) & (_CHUNKS - 1)) * CHUNK
+        for block in cutlass.range_constexpr(BLOCKS):
+            attention_mma.copy16(target + block * BLOCK_BYTES, source + block * ROW_BYTES, size)
     attention_mma.commit_copies()
 
 

@@ -20,9 +20,19 @@ _WARP_ROWS = 16
 
 
 @cute.jit
-def finish_rows(
-    me: Constexpr[Consumer], rows: Constexpr[Rows], lse: cute.Tensor, sinks: cute.Tensor, has_sink: Int32
-) -> None:
+def load_sinks(sinks: cute.Tensor, rows: Constexpr[Rows], given: cute.Tensor, has_sink: Int32) -> None:
+    """Loads the sinks of a thread's two rows, -inf for none."""
+    g, _, wide = lanes()
+    for half in cutlass.range_constexpr(2):
+        sinks[half] = Float32(NONE)
+    if has_sink != 0:
+        for half in cutlass.range_constexpr(2):
+            _, head = rows.split(cutlass.min(rows.first + wide * _WARP_ROWS + g + 8 * half, rows.count - 1))
+            sinks[half] = given[head]
+
+
+@cute.jit
+def finish_rows(me: Constexpr[Consumer], rows: Constexpr[Rows], lse: cute.Tensor, sinks: cute.Tensor) -> None:
     """Turns the sums of a thread's two rows into their output, in place, and writes their lse."""
     g, t, wide = lanes()
     scale = []
@@ -31,9 +41,7 @@ def finish_rows(
         inside = row < rows.count
         query, head = rows.split(arith.select(inside, row, Int32(0)))
         top, total = arith.mul(finite(me.stat[half]), me.factor, Target.SM90), me.stat[2 + half]
-        whole = total
-        if has_sink != 0:
-            whole = total + exp2(sinks[head] * Float32(_LOG2E) - top)
+        whole = total + exp2(sinks[half] * Float32(_LOG2E) - top)
         some = total > Float32(0.0)
         scale.append(arith.select(some, Float32(1.0) / whole, Float32(0.0)))
         own = arith.select(some, (top + attention_mma.log2(total)) * Float32(_LN2), Float32(NONE))

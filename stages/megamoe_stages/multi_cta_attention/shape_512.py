@@ -18,9 +18,10 @@ BLOCKS = DIM // COLUMNS
 THREADS = (1 + CONSUMERS) * GROUP
 SHARED_BYTES = 227 * 1024  # that a CTA may have
 OUT_PITCH = 2 * HALF + 16  # bytes from a staged row of the output to the next: no two of eight in the same banks
-ANGLES_PITCH = 144  # bytes from a row's 32 cosines or sines to the next one's: eight rows in different banks
+ANGLES_PITCH = 128  # bytes of a row's 32 cosines or sines
 ANGLES_BYTES = 2 * ROWS * ANGLES_PITCH
-_SMALL = 1024  # mbarriers, largest scores
+TOTALS_BYTES = CONSUMERS * ROWS * 4
+_SMALL = 2048  # mbarriers, largest scores, sums
 
 
 class Shape(NamedTuple):
@@ -92,13 +93,18 @@ class Shape(NamedTuple):
 
     @property
     def tops_at(self) -> int:
-        """Where the largest scores start, and at the end the sums."""
+        """Where the largest scores start."""
         return self.ready_at + CONSUMERS * 16
+
+    @property
+    def totals_at(self) -> int:
+        """Where the sums of the weights start: of one piece of rows, then of the next."""
+        return self.tops_at + CONSUMERS * ROWS * 4
 
     @property
     def fetched_at(self) -> int:
         """The mbarrier of what an epilogue fetches, a word behind it among that."""
-        return self.tops_at + CONSUMERS * ROWS * 4
+        return self.totals_at + 2 * TOTALS_BYTES
 
     @property
     def word_at(self) -> int:
