@@ -77,9 +77,7 @@ def fused(a: dict[str, Any], shape: Shape) -> QuantizedAttention:
     """What the kernel writes, over poisoned memory."""
     out, lse = contract.fake(**a)
     out.codes.fill_(0xAA), out.scales.view(torch.uint8).fill_(0x55), lse.fill_(torch.nan)
-    artifact = compiler.compile_kernel(
-        kernel.spec(a["scale_layout"] == "128x4", shape._replace(persistent=True))
-    )
+    artifact = compiler.compile_kernel(kernel.spec(a["scale_layout"] == "128x4", shape._replace(persistent=True)))
     turned = (a["positions"].view(torch.int32), a["cos"], a["sin"], a["global_scale_enc"])
     written = (out.codes, out.scales.view(torch.uint8), out.global_scale_dec, lse)
     ptxemu.run(artifact, *common(a), *masked(a), *turned, *written, *numbers(a), SMS).raise_for_findings()
