@@ -9,6 +9,7 @@ import torch
 
 import ptxemu
 from megamoe.cute import compiler
+from megamoe.cute.host import dtype_name
 from megamoe.cute.inspect import kernels
 from megamoe.testing import compare
 from megamoe.testing.guards import same_bytes
@@ -18,6 +19,7 @@ from megamoe_stages.multi_cta_attention.contract import AttentionOutput
 from megamoe_stages.multi_cta_attention.reference import multi_cta_attention as reference
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
+    DTYPES,
     GROUP,
     HALF,
     MASKED,
@@ -49,6 +51,8 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "entries-all": {"lq": [5, 30], "lk": [12, 260], "entries": 140, "kv_heads": 1},
     "entries-no-columns": {"lq": [7], "lk": [80], "entries": 70, "mask": 1.0, "mask_columns": 0},
     "entries-full": {"lq": [33, 50], "lk": [90, 300], "entries": 66, "mask": 0.4, "causal": False, "heads": 2},
+    "fp16": {"lq": [70, 9], "lk": [330, 20], "heads": 2, "dtype": "float16", "sink": True},
+    "fp16-entries": {"lq": [40, 3], "lk": [100, 4], "dtype": "float16", "entries": 9, "mask": 0.5, "window": 20},
     "forty-sequences": {"lq": [i % 3 for i in range(40)], "lk": [7 * i % 11 for i in range(40)], "sink": True},
 }
 
@@ -76,6 +80,7 @@ def emulated(a: dict[str, Any], shape: Shape | None = None, policy: str = "eager
         entries=a.get("entries", 0),
     )
     shape = shape or (MASKED if "mask" in a or "entries" in a else WIDE)
+    shape = shape._replace(dtype=dtype_name(a["q"]))
     artifact = compiler.compile_kernel(kernel_512.spec(shape))
     ptxemu.run(artifact, *arguments, policy=policy, seed=seed).raise_for_findings()
     return out
@@ -92,7 +97,7 @@ def test_matches_the_reference(name: str) -> None:
     assert not unlike(emulated(given), given)
 
 
-@pytest.mark.parametrize("name", ["tails-and-empty-sequences", "full"])
+@pytest.mark.parametrize("name", ["tails-and-empty-sequences", "full", "fp16"])
 def test_one_cta_a_cluster_matches_the_reference(name: str) -> None:
     given = inputs(name)
     assert not unlike(emulated(given, NARROW), given)
@@ -134,7 +139,7 @@ def test_scales_that_are_not_positive(scale: float) -> None:
     assert not unlike(emulated(given), given)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [shape._replace(dtype=dtype) for dtype in DTYPES for shape in SHAPES])
 def test_compiles_within_a_minute_and_does_not_spill(shape: Shape) -> None:
     artifact = compiler.compile_kernel(kernel_512.spec(shape))
     assert artifact.seconds < 60
@@ -162,7 +167,9 @@ def test_what_takes_which_kernel() -> None:
     assert shape_for(128) == NARROW
     assert shape_for(128, masked=True) == MASKED_NARROW
     assert shape_for(None, masked=True) == MASKED
+    assert shape_for(128, dtype="float16") == NARROW._replace(dtype="float16")
     assert not limits.supports({"head_dim": 512, "masked": True})
     assert not limits.supports({"dtype": "bfloat16", "head_dim": 512, "v_dim": 512})
-    assert "float16" in limits.supports({"dtype": "float16", "head_dim": 512})[0]
+    assert not limits.supports({"dtype": "float16", "head_dim": 512, "entries": True})
+    assert "float32" in limits.supports({"dtype": "float32", "head_dim": 512})[0]
     assert "256" in limits.supports({"head_dim": 512, "v_dim": 256})[0]

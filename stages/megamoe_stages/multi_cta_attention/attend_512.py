@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, bf16, mask_bits, multicast, ring, wgmma
+from megamoe.cute import arith, attention_mma, mask_bits, multicast, ring, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe.cute.mask_bits import MaskBits
-from megamoe.cute.softmax import fma
+from megamoe.cute.softmax import fma, left_operands
 from megamoe.cute.warp import sum_of_four
 from megamoe_stages.multi_cta_attention.produce_512 import advance
 from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, Work, lanes
@@ -183,7 +183,7 @@ def take_turn(
     if cutlass.const_expr(not asked):
         scores = attention_mma.wait(scores, running)
     release(held, shape)
-    softmax(me, scores, words, tile, rows, work)
+    softmax(me, scores, words, tile, rows, work, shape)
     publish(me, tile, shape)
     if cutlass.const_expr(follows):
         sums = attention_mma.wait(sums)
@@ -284,7 +284,7 @@ def add_scores(scores: list[Float32], base: Int32, at: Int32, chunk: int, shape:
         for k in range(_STEPS):
             ahead = (chunk * shape.chunk + i) * (BLOCK_BYTES >> 4) + k * _STEP_BYTES
             there = i * (BLOCK_BYTES >> 4) + k * _STEP_BYTES
-            scores = attention_mma.mma_shared(scores, queries + ahead, keys + there)
+            scores = attention_mma.mma_shared(scores, queries + ahead, keys + there, shape.kind)
     return scores
 
 
@@ -300,7 +300,7 @@ def start_own(
         wgmma.fence()
         for k in range(steps):
             part = weights[4 * (first + k) : 4 * (first + k) + 4]
-            sums = attention_mma.mma_transposed(sums, part, values + k * _STEP_ROWS)
+            sums = attention_mma.mma_transposed(sums, part, values + k * _STEP_ROWS, shape.kind)
         wgmma.commit()
         held += empty
     return sums, held
@@ -317,7 +317,7 @@ def start_other(
         wgmma.fence()
         for k in range(steps):
             left = weights + (first + k) * _STEP_BYTES
-            sums = attention_mma.mma_shared_transposed(sums, left, values + k * _STEP_ROWS)
+            sums = attention_mma.mma_shared_transposed(sums, left, values + k * _STEP_ROWS, shape.kind)
         wgmma.commit()
         held += empty
         groups += 1
@@ -370,6 +370,7 @@ def softmax(
     tile: Int32,
     rows: Constexpr[Rows],
     work: Constexpr[Work],
+    shape: Constexpr[Shape],
 ) -> None:
     """The weights of a tile, and by what the sums so far shrink; `words` are those of `mask_bits.hide`, or none."""
     target = Target.SM90
@@ -395,8 +396,8 @@ def softmax(
         p = [exp2(fma(x[i], me.factor, minus)) for i in own]
         for value in p:
             total = total + value
-        for i in cutlass.range_constexpr(TILE // 8):
-            me.weights[2 * i + half] = bf16.pack(p[2 * i], p[2 * i + 1], target)
+        for i, word in enumerate(left_operands(p, shape.kind)):
+            me.weights[2 * i + half] = word
         me.stat[half], me.stat[2 + half] = top, total
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Boolean, Constexpr, Float32, Int32, Uint8, Uint32, cute
+from cutlass import BFloat16, Boolean, Constexpr, Float16, Float32, Int32, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from megamoe.cute import arith, attention_mma, mask_bits, multicast, ring
@@ -32,6 +32,7 @@ from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCKS,
     CONSUMERS,
     DIM,
+    DTYPES,
     GROUP,
     ROW_BYTES,
     ROWS,
@@ -54,7 +55,7 @@ class Attention(NamedTuple):
     """What all kernels of this schedule read, and the lse that they write.
 
     Attributes:
-        q: (queries, heads, 512) bf16.
+        q: (queries, heads, 512) bf16 or fp16.
         keys: Boxes of the keys.
         values: Boxes of the values.
         cu_seqlens_q: (sequences + 1,) int32.
@@ -94,13 +95,13 @@ Fetch = Callable[[Int32, Rows], None]
 
 @cute.jit
 def launch(
-    q: cute.Tensor,  # (queries, heads, 512) bf16
-    k: cute.Tensor,  # (keys, kv_heads, 512) bf16
+    q: cute.Tensor,  # (queries, heads, 512) bf16 or fp16
+    k: cute.Tensor,  # (keys, kv_heads, 512), as q
     v: cute.Tensor,  # the same
     cu_seqlens_q: cute.Tensor,  # (sequences + 1,) int32
     cu_seqlens_k: cute.Tensor,  # (sequences + 1,) int32
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
-    out: cute.Tensor,  # (queries, heads, 512) bf16
+    out: cute.Tensor,  # (queries, heads, 512) bf16 or fp16
     lse: cute.Tensor,  # (queries, heads) fp32
     softmax_scale: Float32,
     causal: Int32,
@@ -554,13 +555,14 @@ def show_queries() -> None:
     attention_mma.proxy_fence()
 
 
-def tensors() -> list[object]:
+def tensors(dtype: str = DTYPES[0]) -> list[object]:
     """Fake q, k, v, cu_seqlens of both, sink and lse, to compile for any sizes."""
     size = cute.sym_int32
     kv_heads = size()
 
     def heads_of(heads: object) -> object:
-        return make_fake_compact_tensor(BFloat16, (size(), heads, DIM), stride_order=(2, 1, 0), assumed_align=16)
+        element = {"bfloat16": BFloat16, "float16": Float16}[dtype]
+        return make_fake_compact_tensor(element, (size(), heads, DIM), stride_order=(2, 1, 0), assumed_align=16)
 
     def vector(dtype: type) -> object:
         return make_fake_compact_tensor(dtype, (size(),), stride_order=(0,), assumed_align=4)
@@ -579,8 +581,8 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
     """The kernel for any sizes."""
 
     def arguments() -> tuple[object, ...]:
-        *given, lse = tensors()
-        out = tensors()[0]
+        *given, lse = tensors(shape.dtype)
+        out = tensors(shape.dtype)[0]
         if shape.masked:
             given += masked_arguments()
         numbers = Float32(0), *(Int32(0) for _ in range(3))
@@ -592,4 +594,5 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
 
 def name_of(shape: Shape) -> str:
     """For names of kernels."""
-    return f"{shape.ctas}x{shape.chunk}{'_masked' if shape.masked else ''}{'_persistent' if shape.persistent else ''}"
+    flags = [name for name in ("masked", "persistent") if getattr(shape, name)]
+    return "_".join([f"{shape.ctas}x{shape.chunk}", *flags, *([] if shape.dtype == DTYPES[0] else [shape.dtype])])

@@ -13,7 +13,7 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.contract import AttentionOutput
 from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE, nothing, window_argument
-from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape
+from megamoe_stages.multi_cta_attention.shape_512 import DTYPES, SHAPES, Shape
 
 
 def attend(
@@ -73,4 +73,4 @@ def attend_kernel(shape: Shape) -> Callable[..., None]:
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return [kernel_512.spec(shape) for shape in SHAPES]
+    return [kernel_512.spec(shape._replace(dtype=dtype)) for dtype in DTYPES for shape in SHAPES]

@@ -7,9 +7,10 @@ import math
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, cute
 
-from megamoe.cute import arith, attention_mma, bf16, multicast, ring
+from megamoe.cute import arith, attention_mma, multicast, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
+from megamoe.cute.softmax import left_operands
 from megamoe_stages.multi_cta_attention.attend_512 import NONE, Consumer, finite
 from megamoe_stages.multi_cta_attention.rows_512 import Rows, lanes
 from megamoe_stages.multi_cta_attention.shape_512 import DIM, HALF, OUT_PITCH, Shape
@@ -59,9 +60,7 @@ def store(me: Constexpr[Consumer], rows: Constexpr[Rows], out: cute.Tensor, shap
     at = me.base + shape.ring_at + me.number * shape.ring_bytes + wide * (_WARP_ROWS * OUT_PITCH)
     matrix = at + (lane % 16) * OUT_PITCH + lane // 16 * 16  # of lane 8 i + r: rows 8 (i % 2) + r, columns 8 (i // 2)
     for pair in cutlass.range_constexpr(HALF // 16):
-        words = [
-            bf16.pack(me.acc[8 * pair + 2 * i], me.acc[8 * pair + 2 * i + 1], Target.SM90) for i in range(4)
-        ]  # rows 0 and 8 of columns 0, then of columns 8
+        words = left_operands([me.acc[8 * pair + i] for i in range(8)], shape.kind)  # rows 0, 8 of columns 0, then 8
         multicast.store_matrices(matrix + pair * 32, words)
     attention_mma.proxy_fence()
     cute.arch.sync_warp()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 DIM = 512
-DTYPE = "bfloat16"
+DTYPES = ("bfloat16", "float16")
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2  # warpgroups, each with half of the columns of the output
 ROWS = 64  # queries times heads of a CTA
@@ -33,12 +33,19 @@ class Shape(NamedTuple):
             columns of a tile, of values 16 rows of a consumer's half of the columns.
         masked: There is a mask of one's own.
         persistent: A CTA stays for several pieces of rows; the next one's queries come while its epilogue works.
+        dtype: "bfloat16" or "float16".
     """
 
     ctas: int = 2
     chunk: int = 1
     masked: bool = False
     persistent: bool = False
+    dtype: str = DTYPES[0]
+
+    @property
+    def kind(self) -> str:
+        """The dtype as PTX has it."""
+        return {"bfloat16": "bf16", "float16": "f16"}[self.dtype]
 
     @property
     def chunk_bytes(self) -> int:
@@ -146,15 +153,14 @@ WIDE = Shape()
 MASKED = Shape(masked=True)
 NARROW = Shape(ctas=1, chunk=2)  # two CTAs' windows together are longer than each
 MASKED_NARROW = NARROW._replace(masked=True)
-SHAPES = (WIDE, NARROW, MASKED, MASKED_NARROW)
+SHAPES = (WIDE, NARROW, MASKED, MASKED_NARROW)  # of bfloat16
 _NARROW_WINDOW = 512
 
 
-def shape_for(window: int | None, *, masked: bool = False) -> Shape:
+def shape_for(window: int | None, *, masked: bool = False, dtype: str = DTYPES[0]) -> Shape:
     """The kernel for a window and, besides, a mask of one's own."""
-    if is_narrow(window):
-        return MASKED_NARROW if masked else NARROW
-    return MASKED if masked else WIDE
+    narrow, wide = (MASKED_NARROW, MASKED) if masked else (NARROW, WIDE)
+    return (narrow if is_narrow(window) else wide)._replace(dtype=dtype)
 
 
 def is_narrow(window: int | None) -> bool:

@@ -121,7 +121,9 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | No
     _check_addresses(q, k, v)
     empty = q.numel() == 0 or k.numel() == 0 or (mask is not None and entries == 0 and mask.numel() == 0)
     if shape is None:
-        kernel = launch_512.attend_kernel(shape_512.shape_for(window, masked=masked or entries > 0))
+        kernel = launch_512.attend_kernel(
+            shape_512.shape_for(window, masked=masked or entries > 0, dtype=dtype_name(q))
+        )
         return Plan(kernel, 0, 0, empty)
     return Plan(launch.attend_kernel(shape), shape.rows, launch.processors(q.device), empty)
 
