@@ -21,7 +21,6 @@ from megamoe.cute.recipe import BLOCK, GlobalScale
 from megamoe.cute.warp import WARP
 from megamoe_stages.attention_quant.limits import ROPE_DIM
 from megamoe_stages.inverse_rope_quant.kernel import turn_back
-from megamoe_stages.multi_cta_attention import attend_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.rows_512 import Rows, lanes
 from megamoe_stages.multi_cta_attention.shape_512 import ANGLES_PITCH, BLOCK_BYTES, BLOCKS, CONSUMERS, HALF, ROWS, Shape
@@ -30,7 +29,6 @@ _WARP_ROWS = 16
 _CODE_BYTES = HALF // 2  # of a row
 _SCALE_BYTES = HALF // BLOCK
 _STEPS = _SCALE_BYTES // 2  # a lane has the blocks of half of a consumer's columns of a row, one a step
-_HALF_STEPS = TILE_COLS  # whose scales are a word
 _STEP_BYTES = 2 * BLOCK * 4  # of a row in shared memory
 _ANGLE_BYTES = ROPE_DIM // 2 * 4  # cosines or sines of a row
 _CHUNKS = _ANGLE_BYTES // CHUNK
@@ -111,29 +109,9 @@ def encode_rows(
     cute.arch.sync_warp()
     ring.arrive_if(me.base + shape.turned_at, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
     place = place_of(me, rows, out)
-    for half in cutlass.range_constexpr(2):
-        encode_half(me, half, place, enc, shape)
-
-
-@cute.jit
-def encode_half(
-    me: Constexpr[Consumer],
-    half: Constexpr[int],
-    place: Constexpr[Place],
-    enc: Float32,
-    shape: Constexpr[Shape],
-) -> None:
-    """Half of the steps; products for the next rows run beside those of the second half."""
     scale = recipe.regular_global_scale(enc, Target.SM90)
     regular, codes, scales = scale.regular, [], []
-    scores: list[Float32] = []
-    held: list[Int32] = []
-    if cutlass.const_expr(half == 1):
-        ring.wait(me.base + shape.queries_there_at, me.before[0] // 4 ^ 1)
-    for i in cutlass.range_constexpr(_HALF_STEPS):
-        step = half * _HALF_STEPS + i
-        if cutlass.const_expr(half == 1):
-            scores, held = attend_512.ask(me, scores, held, i, shape)
+    for step in cutlass.range_constexpr(_STEPS):
         block = recipe.encode_block(exchange(me, step), Float32, scale, Target.SM90)
         regular = regular & block.regular
         codes += [block.low, block.high]
@@ -141,11 +119,11 @@ def encode_half(
         if cutlass.const_expr(len(codes) == 4):
             ring.store_global16_if(place.codes + (step - 1) * (BLOCK // 2), codes, place.inside)
             codes = []
-    store_scales(place, half, word_of(scales))
-    if cutlass.const_expr(half == 1):
-        attend_512.keep_scores(me, scores, held, shape)
+        if cutlass.const_expr(len(scales) == TILE_COLS):
+            store_scales(place, step // TILE_COLS, word_of(scales))
+            scales = []
     if arith.any_lane(~regular, Target.SM90):  # rare: NaN, infinity, saturation
-        encode_exactly(me, half, place, recipe.global_scale(enc, Target.SM90))
+        encode_exactly(me, place, recipe.global_scale(enc, Target.SM90))
 
 
 def exchange(me: Consumer, step: int) -> list[Uint32]:
@@ -180,28 +158,24 @@ def word_of(scales: list[Uint32]) -> Uint32:
 
 
 @cute.jit
-def encode_exactly(
-    me: Constexpr[Consumer], half: Constexpr[int], place: Constexpr[Place], scale: Constexpr[GlobalScale]
-) -> None:
+def encode_exactly(me: Constexpr[Consumer], place: Constexpr[Place], scale: Constexpr[GlobalScale]) -> None:
     """Encodes and writes anything; the registers move down from step to step, so that there is one code for all."""
-    word = cute.make_rmem_tensor((1,), Uint32)
-    word[0] = Uint32(0)
-    for i in cutlass.range(_HALF_STEPS, unroll=1):
-        step = half * _HALF_STEPS
-        block = recipe.encode_any_block(exchange(me, step), Float32, scale, Target.SM90)
+    words = cute.make_rmem_tensor((2,), Uint32)
+    words[0], words[1] = Uint32(0), Uint32(0)
+    for step in cutlass.range(_STEPS, unroll=1):
+        block = recipe.encode_any_block(exchange(me, 0), Float32, scale, Target.SM90)
         if place.inside != 0:
-            attention_mma.store8_global(place.codes + (step + i) * (BLOCK // 2), [block.low, block.high])
-        word[0] = word[0] >> 8 | block.scale << 24
-        move_down(me, step)
-    store_scales(place, half, word[0])
+            attention_mma.store8_global(place.codes + step * (BLOCK // 2), [block.low, block.high])
+        words[0], words[1] = words[0] >> 8 | words[1] << 24, words[1] >> 8 | block.scale << 24
+        move_down(me)
+    for i in cutlass.range_constexpr(2):
+        store_scales(place, i, words[i])
 
 
-def move_down(me: Consumer, step: int) -> None:
-    """Puts the next step's values where those of `step` were, and so on to the end of its half."""
-    for upper in range(2):
-        first = HALF // 4 * upper
-        for i in range(8 * step, 8 * (step // _HALF_STEPS + 1) * _HALF_STEPS - 8):
-            me.acc[first + i] = me.acc[first + i + 8]
+def move_down(me: Consumer) -> None:
+    """Puts the next step's values where the first one's were."""
+    for i in range(HALF // 2 - 8):
+        me.acc[i] = me.acc[i + 8]
 
 
 @cute.jit

@@ -41,7 +41,6 @@ CONSUMERS_BARRIER = 1  # of both consumers; 0 is that of the CTA
 _CLEAR_BARRIER = 3  # of the first one; 2 is that of the queries' loads
 _LOCAL = (1 << 18) - 1
 NONE = float("-inf")
-ASKED_PARTS = 4
 
 
 class Consumer:
@@ -57,7 +56,6 @@ class Consumer:
         stat: (4,) fp32: largest products of a thread's two rows, their sums.
         weights: (TILE / 4,) words: of the tile whose values come next.
         scale: (2,) fp32: by what the sums shrink before that.
-        scores: (TILE / 2,) fp32: of a persistent kernel, the scores of its first tile, asked for ahead (`ask`).
         before: (1,) Int32, of pieces of rows before: bits 0 and 1, whether the tiles that each consumer has published
             were odd in number; bit 2, whether the pieces were.
     """
@@ -69,7 +67,6 @@ class Consumer:
         self.stat = cute.make_rmem_tensor((4,), Float32)
         self.weights = cute.make_rmem_tensor((TILE // 4,), Uint32)
         self.scale = cute.make_rmem_tensor((2,), Float32)
-        self.scores = cute.make_rmem_tensor((TILE // 2,), Float32)
         self.before = cute.make_rmem_tensor((1,), Int32)
         self.before[0] = Int32(0)
         for i in range(2):
@@ -108,9 +105,8 @@ def attend(
     own = (work.tiles - me.number + 1) // 2
     for turn in cutlass.range(own - 1, unroll=1):
         take_turn(me, me.number + 2 + 2 * turn, rows, work, True, True, shape)
-    if cutlass.const_expr(shape.persistent):
-        first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
-        ring.arrive_if(me.base + shape.queries_read_at, first)
+    first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
+    ring.arrive_if(me.base + shape.queries_read_at, first)
 
 
 @cute.jit
@@ -156,11 +152,10 @@ def take_turn(
     """
     sums = [me.acc[i] for i in range(_COUNT)]
     held: list[Int32] = []
-    asked = shape.persistent and not owns  # for the scores, and they are there
     if cutlass.const_expr(owns):
         sums, held = start_own(me, sums, None, shape)
-    scores = [me.scores[i] for i in range(TILE // 2)] if asked else attention_mma.fence(wgmma.zeros(TILE // 2))
-    for chunk in cutlass.range_constexpr(0 if asked else shape.key_chunks):
+    scores = attention_mma.fence(wgmma.zeros(TILE // 2))
+    for chunk in cutlass.range_constexpr(shape.key_chunks):
         at, empty = next_chunk(me, shape)
         wgmma.fence()
         scores = add_scores(scores, me.base, at, chunk, shape)
@@ -180,8 +175,7 @@ def take_turn(
         # a few entries may follow a tile that reaches behind them: the last tile is not the only one to clear
         count = None if me.mask is None else rows.keys + rows.entries - work.start(tile - 1)
         sums, others, running = start_other(me, sums, count, shape)
-    if cutlass.const_expr(not asked):
-        scores = attention_mma.wait(scores, running)
+    scores = attention_mma.wait(scores, running)
     release(held, shape)
     softmax(me, scores, words, tile, rows, work, shape)
     publish(me, tile, shape)
@@ -191,45 +185,6 @@ def take_turn(
         acknowledge(me, shape)
     for i in cutlass.range_constexpr(_COUNT):
         me.acc[i] = sums[i]
-
-
-def ask(
-    me: Consumer, scores: list[Float32], held: list[Int32], part: int, shape: Shape
-) -> tuple[list[Float32], list[Int32]]:
-    """Starts one of `ASKED_PARTS` parts of the first scores of a persistent CTA's next rows, once their queries came.
-
-    They come even where there is no tile or are no more rows: keys are loaded all the same, and nobody looks at them.
-
-    Args:
-        me: This consumer.
-        scores: So far.
-        held: What is to be given back when the part before was read.
-        part: Its number.
-        shape: Of the kernel.
-
-    Returns:
-        The new `scores` and `held`.
-    """
-    if part == 0:
-        scores = attention_mma.fence(wgmma.zeros(TILE // 2))
-    each = shape.key_chunks // ASKED_PARTS
-    for chunk in range(part * each, (part + 1) * each):
-        at, empty = next_chunk(me, shape)
-        wgmma.fence()
-        scores = add_scores(scores, me.base, at, chunk, shape)
-        wgmma.commit()
-        if chunk > 0:
-            wgmma.wait(1)
-            release(held, shape)
-        held = empty
-    return scores, held
-
-
-def keep_scores(me: Consumer, scores: list[Float32], held: list[Int32], shape: Shape) -> None:
-    """Waits for what was asked for."""
-    for i, score in enumerate(attention_mma.wait(scores)):
-        me.scores[i] = score
-    release(held, shape)
 
 
 @cute.jit

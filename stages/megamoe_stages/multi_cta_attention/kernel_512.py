@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Boolean, Constexpr, Float16, Float32, Int32, Uint8, Uint32, cute
+from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from megamoe.cute import arith, attention_mma, mask_bits, multicast, ring
@@ -25,8 +25,9 @@ from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 from megamoe_stages.multi_cta_attention import attend_512, produce_512, result_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
+from megamoe_stages.multi_cta_attention.pieces_512 import Attention, piece_of, tell, told, turns_of, work_on
 from megamoe_stages.multi_cta_attention.produce_512 import Source
-from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, Work, find_sequence, work_of
+from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, work_of
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
     BLOCKS,
@@ -48,46 +49,6 @@ PIECES_TOGETHER = 128  # of rows, at least, of the heads that come together: twi
 PIECES_ALONE = 64  # of a head that comes alone
 _CHUNKS = ROW_BYTES // CHUNK
 _ROWS_AT_ONCE = WARP // _CHUNKS
-_LOADS_BARRIER = 2
-
-
-class Attention(NamedTuple):
-    """What all kernels of this schedule read, and the lse that they write.
-
-    Attributes:
-        q: (queries, heads, 512) bf16 or fp16.
-        keys: Boxes of the keys.
-        values: Boxes of the values.
-        cu_seqlens_q: (sequences + 1,) int32.
-        cu_seqlens_k: (sequences + 1,) int32.
-        sink: (heads,) fp32; not read unless has_sink.
-        lse: (queries * heads,) fp32.
-        kv_heads: Of keys and values.
-        group: Divides by the heads of a kv head.
-        pieces: Divides by how many pieces of rows a kv head can have.
-        together: Divides by how many kv heads' pieces come together.
-        factor: Makes scores in base 2 of products.
-        causal: Whether keys behind the query's position are hidden.
-        window: Keys that a query sees up to its position; 0 for all.
-        has_sink: Whether there are sinks.
-    """
-
-    q: cute.Tensor
-    keys: Boxes
-    values: Boxes
-    cu_seqlens_q: cute.Tensor
-    cu_seqlens_k: cute.Tensor
-    sink: cute.Tensor
-    lse: cute.Tensor
-    kv_heads: Int32
-    group: cute.FastDivmodDivisorV2
-    pieces: cute.FastDivmodDivisorV2
-    together: cute.FastDivmodDivisorV2
-    factor: Float32
-    causal: Int32
-    window: Int32
-    has_sink: Int32
-
 
 Finish = Callable[[Consumer, Rows], None]
 Fetch = Callable[[Int32, Rows], None]
@@ -107,12 +68,13 @@ def launch(
     causal: Int32,
     window: Int32,  # 0 for none
     has_sink: Int32,
+    sms: Int32,
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
-    """Launches a cluster for each piece of rows of each sequence and kv head."""
+    """Launches persistent clusters that take turns at the pieces of rows of all sequences and kv heads."""
     given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
-    start(kernel(*given, out, None, None, None, shape), q, k, cu_seqlens_q, stream, shape)
+    start(kernel(*given, out, None, None, None, shape), q, k, cu_seqlens_q, stream, shape, sms)
 
 
 @cute.jit
@@ -132,6 +94,7 @@ def launch_masked(
     causal: Int32,
     window: Int32,
     has_sink: Int32,
+    sms: Int32,
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
@@ -139,7 +102,7 @@ def launch_masked(
     bits = mask_bits.bits_of(words)
     mask_bits.start_packing(mask, bits, stream)
     given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
-    start(kernel(*given, out, *bits, entries, shape), q, k, cu_seqlens_q, stream, shape)
+    start(kernel(*given, out, *bits, entries, shape), q, k, cu_seqlens_q, stream, shape, sms)
 
 
 def prepare(
@@ -189,13 +152,11 @@ def start(
     cu_seqlens_q: cute.Tensor,
     stream: CUstream,
     shape: Shape,
-    most: int = 0,
+    sms: Int32,
 ) -> None:
-    """Launches a kernel of this schedule: a cluster a piece of rows, some without work where sequences end early."""
+    """Launches a kernel of this schedule: as many clusters as the GPU's SMs hold, or there are pieces of rows."""
     pieces, together = order_of(q, k, cu_seqlens_q, shape)
-    clusters = (k.shape[1] + (together - 1)) // together * together * pieces
-    if shape.persistent:
-        clusters = cutlass.min(clusters, most)
+    clusters = cutlass.min((k.shape[1] + (together - 1)) // together * together * pieces, sms // shape.ctas)
     kernel.launch(
         grid=[clusters * shape.ctas, 1, 1],
         block=[THREADS, 1, 1],
@@ -257,31 +218,11 @@ def work_on_rows(
     Args:
         given: What is read.
         mask: A mask of one's own, when the shape is masked.
-        finish: Gets a consumer whose sums have become the output, fp32, and writes it; its ring is free unless the
-            kernel is persistent, the weights' place always. That of a persistent kernel waits for the next queries and
-            asks for the next rows' first scores (`attend_512.ask`).
+        finish: Gets a consumer whose sums have become the output, fp32, and writes it; the weights' place is free.
         shape: How the work is cut.
-        fetch: Of a persistent kernel: gets the shared memory's address in a warp of the producers and brings to
-            `shape.angles_at` what `finish` waits for at `shape.fetched_at`.
+        fetch: Gets the shared memory's address in a warp of the producers, and brings to `shape.angles_at` what
+            `finish` waits for at `shape.fetched_at` and gives back at `shape.turned_at`.
     """
-    if cutlass.const_expr(shape.persistent):
-        share_work(given, mask, finish, fetch, None, shape)
-    else:
-        piece = piece_of(given, Int32(0), mask, shape)
-        if piece.exists:
-            share_work(given, mask, finish, fetch, piece, shape)
-
-
-@cute.jit
-def share_work(
-    given: Constexpr[Attention],
-    mask: Constexpr[Mask | None],
-    finish: Constexpr[Finish],
-    fetch: Constexpr[Fetch | None],
-    only: Constexpr[Piece | None],
-    shape: Constexpr[Shape],
-) -> None:
-    """What the threads of a CTA do: for one piece of rows, or for those of its turns."""
     thread, _, _ = cute.arch.thread_idx()
     base = ring.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
     if thread == 0:
@@ -291,19 +232,13 @@ def share_work(
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < CONSUMERS:
-            supply(base, warp, given, mask, only, shape)
-        elif cutlass.const_expr(only is None):
+            supply(base, warp, given, mask, shape)
+        else:
             prepare_turns(base, warp, given, mask, fetch, shape)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         me = attend_512.Consumer(base, thread // GROUP - 1, given.factor, mask)
-        if cutlass.const_expr(only is not None):
-            load_queries(given.q, base, only.rows, thread // WARP - GROUP // WARP, CONSUMERS * GROUP // WARP)
-            show_queries()
-            attention_mma.named_barrier(_LOADS_BARRIER, CONSUMERS * GROUP)
-            consume(me, only, given, finish, shape)
-        else:
-            take_pieces(me, given, mask, finish, shape)
+        take_pieces(me, given, mask, finish, shape)
     if cutlass.const_expr(shape.ctas > 1):
         meet(shape)  # nobody leaves while the others write to it
 
@@ -316,84 +251,11 @@ def make_barriers(base: Int32, shape: Shape) -> None:
     for i in range(CONSUMERS):
         ring.init(base + shape.ready_at + i * 16, GROUP)
         ring.init(base + shape.ready_at + i * 16 + 8, GROUP // WARP)
+    ring.init(base + shape.queries_read_at, CONSUMERS * GROUP // WARP)
+    ring.init(base + shape.queries_there_at, GROUP // WARP - CONSUMERS)
     ring.init(base + shape.fetched_at, 1)
-    if shape.persistent:
-        ring.init(base + shape.queries_read_at, CONSUMERS * GROUP // WARP)
-        ring.init(base + shape.queries_there_at, GROUP // WARP - CONSUMERS)
-        ring.init(base + shape.turned_at, CONSUMERS * GROUP // WARP)
+    ring.init(base + shape.turned_at, CONSUMERS * GROUP // WARP)
     ring.init_fence()
-
-
-class Piece(NamedTuple):
-    """Rows of a cluster.
-
-    Attributes:
-        exists: Whether there are any; nothing else counts where not.
-        rows: Of the CTA.
-        first: Of the cluster.
-        token: The sequence's first key, among all.
-        kv_head: Which head of the keys.
-    """
-
-    exists: Boolean
-    rows: Rows
-    first: Int32
-    token: Int32
-    kv_head: Int32
-
-
-def piece_of(given: Attention, turn: Int32, mask: Mask | None, shape: Shape) -> Piece:
-    """What a CTA works on in its turn."""
-    cta, _, _ = cute.arch.block_idx()
-    cluster, rank = cta // shape.ctas, cta % shape.ctas
-    if shape.persistent:  # back and forth over the pieces of heads that come together, so that long and short ones meet
-        clusters, turns = clusters_and_turns(given, shape)
-        several, turn_of_these = turn // turns, turn % turns
-        place = (cluster + several // 2) % clusters  # so that not always the same ones get nothing
-        number = turn_of_these * clusters + arith.select(turn % 2 == 0, place, clusters - 1 - place)
-        number, head = divmod(number, given.together)
-    else:
-        rest, head = divmod(cluster, given.together)
-        several, number = divmod(rest, given.pieces)
-    kv_head = cute.arch.make_warp_uniform(several * given.together.divisor + head)
-    heads, group = given.q.shape[1], given.group.divisor
-    cluster_rows = shape.ctas * ROWS
-    sequences = cute.size(given.cu_seqlens_q) - 1
-    sequence, piece, count = find_sequence(number, given.cu_seqlens_q, group, cluster_rows)
-    exists = (kv_head < given.kv_heads) & (sequence < sequences) & (number < given.pieces.divisor)
-    sequence = cutlass.min(sequence, sequences - 1)
-    query, key = given.cu_seqlens_q[sequence], given.cu_seqlens_k[sequence]
-    queries, keys = given.cu_seqlens_q[sequence + 1] - query, given.cu_seqlens_k[sequence + 1] - key
-    entries = Int32(0) if mask is None else cutlass.min(mask.entries, keys)
-    first = (count - 1 - piece) * cluster_rows  # those with most keys first
-    rows = Rows(
-        first=first + rank * ROWS,
-        count=queries * group,
-        group=given.group,
-        query=query,
-        heads=heads,
-        head=kv_head * group,
-        position=keys - entries - queries,
-        keys=keys - entries,
-        entries=entries,
-        causal=given.causal,
-        window=given.window,
-    )
-    return Piece(exists, rows, first, key, kv_head)
-
-
-def clusters_and_turns(given: Attention, shape: Shape) -> tuple[Int32, Int32]:
-    """Of a persistent kernel: its clusters, and their turns at the pieces of heads that come together."""
-    across, _, _ = cute.arch.grid_dim()
-    clusters = across // shape.ctas
-    return clusters, (given.together.divisor * given.pieces.divisor + (clusters - 1)) // clusters
-
-
-def turns_of(given: Attention, shape: Shape) -> Int32:
-    """How many pieces of rows a persistent CTA may get."""
-    _, turns = clusters_and_turns(given, shape)
-    together = given.together.divisor
-    return Int32(cute.arch.make_warp_uniform((given.kv_heads + (together - 1)) // together * turns))
 
 
 @cute.jit
@@ -402,22 +264,16 @@ def supply(
     warp: Int32,
     given: Constexpr[Attention],
     mask: Constexpr[Mask | None],
-    only: Constexpr[Piece | None],
     shape: Constexpr[Shape],
 ) -> None:
     """Keeps a consumer's ring full."""
     cursor = cute.make_rmem_tensor((2,), Int32)
     cursor[0], cursor[1] = Int32(0), Int32(0)
     source = Source(given.keys, given.values, cute.arch.block_idx()[0] % shape.ctas)
-    if cutlass.const_expr(only is not None):
-        produce_512.produce(base, warp, cursor, source, work_on(only, mask, shape), shape)
-    else:
-        for turn in cutlass.range(turns_of(given, shape), unroll=1):
-            piece = piece_of(given, turn, mask, shape)
-            if piece.exists:
-                produce_512.produce(base, warp, cursor, source, work_on(piece, mask, shape), shape)
-        nothing = Work(Int32(0), Int32(0), Int32(0), Int32(0))
-        produce_512.produce(base, warp, cursor, source, nothing, shape)
+    for turn in cutlass.range(turns_of(given, shape), unroll=1):
+        piece = piece_of(given, turn, mask, shape)
+        if piece.exists:
+            produce_512.produce(base, warp, cursor, source, work_on(piece, mask, shape), shape)
 
 
 @cute.jit
@@ -426,7 +282,7 @@ def prepare_turns(
     warp: Int32,
     given: Constexpr[Attention],
     mask: Constexpr[Mask | None],
-    fetch: Constexpr[Fetch],
+    fetch: Constexpr[Fetch | None],
     shape: Constexpr[Shape],
 ) -> None:
     """Brings the queries of each turn as soon as those before were read, and tells the consumers of it; two warps."""
@@ -442,9 +298,8 @@ def prepare_turns(
             show_queries()
             cute.arch.sync_warp()
             ring.arrive_if(base + shape.queries_there_at, first)
-            if warp == CONSUMERS:
-                ring.wait(base + shape.turned_at, done % 2 ^ 1)
-                fetch(base, piece.rows)
+            if cutlass.const_expr(fetch is not None):
+                fetch_next(base, warp, fetch, piece.rows, done, shape)
             done = done + 1
     ring.wait(base + shape.queries_read_at, done % 2 ^ 1)
     if warp == CONSUMERS:
@@ -453,19 +308,19 @@ def prepare_turns(
     ring.arrive_if(base + shape.queries_there_at, first)
 
 
-def tell(base: Int32, piece: Piece, shape: Shape) -> None:
-    """Writes which rows the consumers have next; a warp."""
-    rows = piece.rows
-    words = [Uint32(word) for word in (Int32(1), piece.first, rows.count, rows.query, rows.head, rows.position)]
-    words += [Uint32(rows.keys), Uint32(rows.entries)]
-    for i in range(2):
-        attention_mma.store16(base + shape.record_at + 16 * i, words[4 * i : 4 * i + 4])
-
-
-def told(base: Int32, shape: Shape) -> list[Int32]:
-    """What `tell` wrote."""
-    at = base + shape.record_at
-    return [cute.arch.make_warp_uniform(Int32(word)) for i in range(2) for word in ring.load16(at + 16 * i)]
+@cute.jit
+def fetch_next(
+    base: Int32,
+    warp: Int32,
+    fetch: Constexpr[Fetch],
+    rows: Constexpr[Rows],
+    done: Int32,
+    shape: Constexpr[Shape],
+) -> None:
+    """Brings what the epilogue needs as soon as that before was read; one of the two warps."""
+    if warp == CONSUMERS:
+        ring.wait(base + shape.turned_at, done % 2 ^ 1)
+        fetch(base, rows)
 
 
 @cute.jit
@@ -476,15 +331,11 @@ def take_pieces(
     finish: Constexpr[Finish],
     shape: Constexpr[Shape],
 ) -> None:
-    """A persistent CTA's pieces of rows, for a consumer."""
-    ring.wait(me.base + shape.queries_there_at, Int32(0))
-    scores: list[Float32] = []
-    held: list[Int32] = []
-    for part in cutlass.range_constexpr(attend_512.ASKED_PARTS):
-        scores, held = attend_512.ask(me, scores, held, part, shape)
-    attend_512.keep_scores(me, scores, held, shape)
-    going, first, count, query, head, position, keys, entries = told(me.base, shape)
+    """The CTA's pieces of rows, for a consumer."""
+    going = Int32(1)
     while going != 0:
+        ring.wait(me.base + shape.queries_there_at, me.before[0] // 4)
+        going, first, count, query, head, position, keys, entries = told(me.base, shape)
         rows = Rows(
             first=first + cute.arch.block_idx()[0] % shape.ctas * ROWS,
             count=count,
@@ -498,25 +349,20 @@ def take_pieces(
             causal=given.causal,
             window=given.window,
         )
-        consume(me, Piece(Boolean(True), rows, first, Int32(0), Int32(0)), given, finish, shape)
-        going, first, count, query, head, position, keys, entries = told(me.base, shape)
+        if going != 0:
+            consume(me, rows, first, given, finish, shape)
 
 
-def work_on(piece: Piece, mask: Mask | None, shape: Shape) -> Work:
-    """The keys of a piece of rows."""
-    return work_of(piece.rows, piece.token, piece.kv_head, piece.first, mask, shape)
-
-
-def consume(me: Consumer, piece: Piece, given: Attention, finish: Finish, shape: Shape) -> None:
-    """A piece of rows, whose queries are there; the sequence's place among all keys is not needed."""
-    work = work_on(piece, me.mask, shape)
+def consume(me: Consumer, rows: Rows, first: Int32, given: Attention, finish: Finish, shape: Shape) -> None:
+    """Rows whose queries are there; `first` is the cluster's first one."""
+    work = work_of(rows, Int32(0), Int32(0), first, me.mask, shape)  # where the keys are is nothing to a consumer
     attend_512.begin(me)
-    attend_512.attend(me, piece.rows, work, shape)
+    attend_512.attend(me, rows, work, shape)
     sinks = cute.make_rmem_tensor((2,), Float32)
-    result_512.load_sinks(sinks, piece.rows, given.sink, given.has_sink)
-    attend_512.add_last(me, piece.rows, work, shape)
-    result_512.finish_rows(me, piece.rows, given.lse, sinks)
-    finish(me, piece.rows)
+    result_512.load_sinks(sinks, rows, given.sink, given.has_sink)
+    attend_512.add_last(me, rows, work, shape)
+    result_512.finish_rows(me, rows, given.lse, sinks)
+    finish(me, rows)
     attend_512.end(me, work.tiles)
 
 
@@ -585,7 +431,7 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
         out = tensors(shape.dtype)[0]
         if shape.masked:
             given += masked_arguments()
-        numbers = Float32(0), *(Int32(0) for _ in range(3))
+        numbers = Float32(0), *(Int32(0) for _ in range(4))
         return (*given, out, lse, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True), shape)
 
     function = launch_masked if shape.masked else launch
@@ -594,5 +440,5 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
 
 def name_of(shape: Shape) -> str:
     """For names of kernels."""
-    flags = [name for name in ("masked", "persistent") if getattr(shape, name)]
-    return "_".join([f"{shape.ctas}x{shape.chunk}", *flags, *([] if shape.dtype == DTYPES[0] else [shape.dtype])])
+    flags = ["masked"] * shape.masked + [shape.dtype] * (shape.dtype != DTYPES[0])
+    return "_".join([f"{shape.ctas}x{shape.chunk}", *flags])

@@ -30,6 +30,7 @@ def attend(
     causal: bool,
     window: int | None,
     entries: int,
+    sms: int,
 ) -> tuple[object, ...]:
     """The arguments of a kernel, `MASKED` with a mask or entries; nothing but a mask of entries is empty."""
     if softmax_scale < 0:
@@ -48,6 +49,7 @@ def attend(
         int(causal),
         window_argument(q, k, window),
         int(sink is not None),
+        sms,
     )
 
 

@@ -133,11 +133,8 @@ def produce(
     work: Constexpr[Work],
     shape: Constexpr[Shape],
 ) -> None:
-    """Loads all that a consumer reads, in the order in which it does (`attend_512`); one warp for each consumer.
-
-    A persistent kernel's consumers read keys of a first tile even where there is none.
-    """
-    if (which < work.tiles) | shape.persistent:
+    """Loads all that a consumer reads, in the order in which it does (`attend_512`); one warp for each consumer."""
+    if which < work.tiles:
         load_key_tile(base, which, which, cursor, source, work, shape)
     if (which == 1) & (work.tiles > 0):
         load_value_tile(base, which, Int32(0), cursor, source, work, shape)

@@ -17,7 +17,6 @@ BLOCK_BYTES = ROWS * ROW_BYTES
 BLOCKS = DIM // COLUMNS
 THREADS = (1 + CONSUMERS) * GROUP
 SHARED_BYTES = 227 * 1024  # that a CTA may have
-OUT_PITCH = 2 * HALF + 16  # bytes from a staged row of the output to the next: no two of eight in the same banks
 ANGLES_PITCH = 128  # bytes of a row's 32 cosines or sines
 ANGLES_BYTES = 2 * ROWS * ANGLES_PITCH
 TOTALS_BYTES = CONSUMERS * ROWS * 4
@@ -32,14 +31,14 @@ class Shape(NamedTuple):
         chunk: Pieces of 8 KB that are loaded, waited for and given back together; 1, 2 or 4. Of keys a piece has 64
             columns of a tile, of values 16 rows of a consumer's half of the columns.
         masked: There is a mask of one's own.
-        persistent: A CTA stays for several pieces of rows; the next one's queries come while its epilogue works.
+        angles: There is room for an epilogue's cosines and sines.
         dtype: "bfloat16" or "float16".
     """
 
     ctas: int = 2
     chunk: int = 1
     masked: bool = False
-    persistent: bool = False
+    angles: bool = False
     dtype: str = DTYPES[0]
 
     @property
@@ -80,8 +79,7 @@ class Shape(NamedTuple):
     @property
     def slots(self) -> int:
         """Of a ring, in chunks."""
-        kept = _SMALL + (ANGLES_BYTES if self.persistent else 0)
-        return (SHARED_BYTES - kept - self.ring_at) // (CONSUMERS * self.chunk_bytes)
+        return (SHARED_BYTES - _SMALL - self.angles_bytes - self.ring_at) // (CONSUMERS * self.chunk_bytes)
 
     @property
     def ring_bytes(self) -> int:
@@ -120,7 +118,7 @@ class Shape(NamedTuple):
 
     @property
     def queries_read_at(self) -> int:
-        """Where the mbarriers of a persistent CTA start, the first of them: the queries were read."""
+        """The mbarrier of queries that were read."""
         return self.word_at + 8
 
     @property
@@ -135,18 +133,23 @@ class Shape(NamedTuple):
 
     @property
     def record_at(self) -> int:
-        """Where a persistent CTA's consumers find which rows are theirs."""
+        """Where consumers find which rows are theirs."""
         return -(-(self.turned_at + 8) // 16) * 16
 
     @property
     def angles_at(self) -> int:
-        """Where an epilogue's cosines and sines start, if there is room for them."""
+        """Where an epilogue's cosines and sines start."""
         return self.barriers_at + _SMALL
+
+    @property
+    def angles_bytes(self) -> int:
+        """Of them."""
+        return ANGLES_BYTES if self.angles else 0
 
     @property
     def shared_bytes(self) -> int:
         """Of a CTA."""
-        return min(self.angles_at + ANGLES_BYTES, SHARED_BYTES)
+        return self.angles_at + self.angles_bytes
 
 
 WIDE = Shape()

@@ -24,7 +24,7 @@ class Plan(NamedTuple):
 
     Attributes:
         kernel: The launcher.
-        rows: Of a persistent CTA; 0 for head_dim 512, whose CTAs are not.
+        rows: Of a CTA; 0 for head_dim 512.
         sms: Of the GPU.
         empty: There is nothing to attend to.
     """
@@ -101,7 +101,7 @@ def multi_cta_attention(
     given = (q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, out)
     if plan.rows == 0:
         arguments = launch_512.attend(
-            *given, softmax_scale=softmax_scale, causal=causal, window=window, entries=entries
+            *given, softmax_scale=softmax_scale, causal=causal, window=window, entries=entries, sms=plan.sms
         )
     else:
         rows, sms = plan.rows, plan.sms
@@ -124,7 +124,7 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | No
         kernel = launch_512.attend_kernel(
             shape_512.shape_for(window, masked=masked or entries > 0, dtype=dtype_name(q))
         )
-        return Plan(kernel, 0, 0, empty)
+        return Plan(kernel, 0, launch.processors(q.device), empty)
     return Plan(launch.attend_kernel(shape), shape.rows, launch.processors(q.device), empty)
 
 
