@@ -92,8 +92,7 @@ def fetch(base: Int32, rows: Constexpr[Rows], out: Constexpr[Quantized], shape: 
     if lane == 0:
         ring.store4(base + shape.word_at, out.enc[()])
     attention_mma.wait_copies(0)
-    cute.arch.sync_warp()
-    ring.arrive_if(base + shape.fetched_at, arith.select(lane == 0, Int32(1), Int32(0)))
+    ring.arrive_if(base + shape.fetched_at, Int32(1))
 
 
 @cute.jit
@@ -106,8 +105,7 @@ def encode_rows(
     if me.number == CONSUMERS - 1:
         turn(me, shape)
     hold(me)
-    cute.arch.sync_warp()
-    ring.arrive_if(me.base + shape.turned_at, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
+    ring.arrive_if(me.base + shape.turned_at, Int32(1))
     place = place_of(me, rows, out)
     scale = recipe.regular_global_scale(enc, Target.SM90)
     regular, codes, scales = scale.regular, [], []

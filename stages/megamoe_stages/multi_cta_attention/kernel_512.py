@@ -13,7 +13,7 @@ from typing import Any
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Uint8, Uint32, cute
+from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from megamoe.cute import arith, attention_mma, mask_bits, multicast, ring
@@ -25,7 +25,7 @@ from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 from megamoe_stages.multi_cta_attention import attend_512, produce_512, result_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
-from megamoe_stages.multi_cta_attention.pieces_512 import Attention, piece_of, tell, told, turns_of, work_on
+from megamoe_stages.multi_cta_attention.pieces_512 import Attention, piece_of, tell, tell_end, told, turns_of, work_on
 from megamoe_stages.multi_cta_attention.produce_512 import Source
 from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, work_of
 from megamoe_stages.multi_cta_attention.shape_512 import (
@@ -68,7 +68,7 @@ def launch(
     causal: Int32,
     window: Int32,  # 0 for none
     has_sink: Int32,
-    sms: Int32,
+    sms: Int32,  # of the GPU
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
@@ -94,7 +94,7 @@ def launch_masked(
     causal: Int32,
     window: Int32,
     has_sink: Int32,
-    sms: Int32,
+    sms: Int32,  # of the GPU
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
@@ -251,10 +251,10 @@ def make_barriers(base: Int32, shape: Shape) -> None:
     for i in range(CONSUMERS):
         ring.init(base + shape.ready_at + i * 16, GROUP)
         ring.init(base + shape.ready_at + i * 16 + 8, GROUP // WARP)
-    ring.init(base + shape.queries_read_at, CONSUMERS * GROUP // WARP)
-    ring.init(base + shape.queries_there_at, GROUP // WARP - CONSUMERS)
-    ring.init(base + shape.fetched_at, 1)
-    ring.init(base + shape.turned_at, CONSUMERS * GROUP // WARP)
+    ring.init(base + shape.queries_read_at, CONSUMERS * GROUP)
+    ring.init(base + shape.queries_there_at, GROUP - CONSUMERS * WARP)
+    ring.init(base + shape.fetched_at, WARP)
+    ring.init(base + shape.turned_at, CONSUMERS * GROUP)
     ring.init_fence()
 
 
@@ -286,7 +286,6 @@ def prepare_turns(
     shape: Constexpr[Shape],
 ) -> None:
     """Brings the queries of each turn as soon as those before were read, and tells the consumers of it; two warps."""
-    first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
     done = Int32(0)
     for turn in cutlass.range(turns_of(given, shape), unroll=1):
         piece = piece_of(given, turn, mask, shape)
@@ -296,16 +295,14 @@ def prepare_turns(
             if warp == CONSUMERS:
                 tell(base, piece, shape)
             show_queries()
-            cute.arch.sync_warp()
-            ring.arrive_if(base + shape.queries_there_at, first)
+            ring.arrive_if(base + shape.queries_there_at, Int32(1))
             if cutlass.const_expr(fetch is not None):
                 fetch_next(base, warp, fetch, piece.rows, done, shape)
             done = done + 1
     ring.wait(base + shape.queries_read_at, done % 2 ^ 1)
     if warp == CONSUMERS:
-        attention_mma.store16(base + shape.record_at, [Uint32(0)] * 4)
-        cute.arch.sync_warp()
-    ring.arrive_if(base + shape.queries_there_at, first)
+        tell_end(base, shape)
+    ring.arrive_if(base + shape.queries_there_at, Int32(1))
 
 
 @cute.jit
