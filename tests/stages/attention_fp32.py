@@ -13,7 +13,7 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.multicast import Boxes
 from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
-from megamoe_stages.multi_cta_attention.kernel_512 import Attention
+from megamoe_stages.multi_cta_attention.pieces_512 import Attention
 from megamoe_stages.multi_cta_attention.rows_512 import Rows, lanes
 from megamoe_stages.multi_cta_attention.shape_512 import DIM, HALF, Shape
 
@@ -32,12 +32,13 @@ def launch(
     causal: Int32,
     window: Int32,
     has_sink: Int32,
+    sms: Int32,
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
     numbers = (softmax_scale, causal, window, has_sink)
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
-    kernel_512.start(kernel(*given, out, None, None, None, shape), q, k, cu_seqlens_q, stream, shape)
+    kernel_512.start(kernel(*given, out, None, None, None, shape), q, k, cu_seqlens_q, stream, shape, sms)
 
 
 @cute.jit
@@ -57,6 +58,7 @@ def launch_masked(
     causal: Int32,
     window: Int32,
     has_sink: Int32,
+    sms: Int32,
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
@@ -64,7 +66,7 @@ def launch_masked(
     mask_bits.start_packing(mask, bits, stream)
     numbers = (softmax_scale, causal, window, has_sink)
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
-    kernel_512.start(kernel(*given, out, *bits, entries, shape), q, k, cu_seqlens_q, stream, shape)
+    kernel_512.start(kernel(*given, out, *bits, entries, shape), q, k, cu_seqlens_q, stream, shape, sms)
 
 
 @cute.kernel
@@ -117,7 +119,7 @@ def spec(shape: Shape) -> KernelSpec:
             given += kernel_512.masked_arguments()
         size = cute.sym_int32
         out = make_fake_compact_tensor(Float32, (size(), size(), DIM), stride_order=(2, 1, 0), assumed_align=16)
-        numbers = Float32(0), *(Int32(0) for _ in range(3))
+        numbers = Float32(0), *(Int32(0) for _ in range(4))
         return (*given, out, lse, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True), shape)
 
     schedule = compiler.cache_key(kernel_512.spec(shape))  # a test's own key would not follow the stage's sources

@@ -65,15 +65,16 @@ def mma_transposed(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64, dtype:
     return _mma(acc, [*a, b], "{{${0}, ${1}, ${2}, ${3}}}, ${4}, 1, 1, 1, 1", "rrrrl", dtype)
 
 
-def mma_shared_transposed(acc: Sequence[Float32], a: Int64, b: Int64) -> list[Float32]:
+def mma_shared_transposed(acc: Sequence[Float32], a: Int64, b: Int64, dtype: str = "bf16") -> list[Float32]:
     """acc + a b, of a (64, 16) K-major and b (16, n) MN-major, both in shared memory.
 
     Args:
         acc: n / 2 values.
         a: `wgmma.descriptor`.
         b: `transposed`.
+        dtype: Of a and b, "bf16" or "f16".
     """
-    return _mma(acc, [a, b], "${0}, ${1}, 1, 1, 1, 0, 1", "ll")
+    return _mma(acc, [a, b], "${0}, ${1}, 1, 1, 1, 0, 1", "ll", dtype)
 
 
 def _mma(

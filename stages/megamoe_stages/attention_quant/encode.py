@@ -13,8 +13,9 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, multicast, recipe, ring
+from megamoe.cute import arith, attention_mma, recipe, ring
 from megamoe.cute.arith import Target
+from megamoe.cute.attention_mma import CHUNK
 from megamoe.cute.layout import TILE, TILE_COLS, offset_128x4
 from megamoe.cute.recipe import BLOCK, GlobalScale
 from megamoe.cute.warp import WARP
@@ -30,6 +31,7 @@ _SCALE_BYTES = HALF // BLOCK
 _STEPS = _SCALE_BYTES // 2  # a lane has the blocks of half of a consumer's columns of a row, one a step
 _STEP_BYTES = 2 * BLOCK * 4  # of a row in shared memory
 _ANGLE_BYTES = ROPE_DIM // 2 * 4  # cosines or sines of a row
+_CHUNKS = _ANGLE_BYTES // CHUNK
 _SINES_AT = ROWS * ANGLES_PITCH
 
 
@@ -77,16 +79,20 @@ def fetch(base: Int32, rows: Constexpr[Rows], out: Constexpr[Quantized], shape: 
     for i in cutlass.range_constexpr(ROWS // WARP):
         query, _ = rows.split(cutlass.min(rows.first + i * WARP + lane, rows.count - 1))
         position = out.positions[query * step]
-        at.append(arith.select((position < 0) | (position > last), last, position))
+        at.append(Int32(arith.select((position < 0) | (position > last), last, position)))
+    row, chunk = lane // _CHUNKS, lane % _CHUNKS
+    for i in cutlass.range_constexpr(ROWS // WARP):
+        for j in cutlass.range(_CHUNKS, unroll=2):  # four rows each
+            here = j * (WARP // _CHUNKS) + row
+            line = Int64(cute.arch.shuffle_sync(at[i], here)) * _ANGLE_BYTES + chunk * CHUNK
+            target = base + shape.angles_at + angles_of(i * WARP + here, chunk)
+            attention_mma.copy16(target, ring.address(out.cos.iterator) + line, Int32(CHUNK))
+            attention_mma.copy16(target + _SINES_AT, ring.address(out.sin.iterator) + line, Int32(CHUNK))
+    attention_mma.commit_copies()
     if lane == 0:
         ring.store4(base + shape.word_at, out.enc[()])
-    full = base + shape.fetched_at
-    multicast.expect_if(full, 2 * ROWS * _ANGLE_BYTES, arith.select(lane == 0, Int32(1), Int32(0)))
-    cute.arch.sync_warp()
-    for i in cutlass.range_constexpr(ROWS // WARP):
-        there, line = base + shape.angles_at + (i * WARP + lane) * ANGLES_PITCH, Int64(at[i]) * _ANGLE_BYTES
-        ring.copy(ring.address(out.cos.iterator) + line, there, Int32(_ANGLE_BYTES), full)
-        ring.copy(ring.address(out.sin.iterator) + line, there + _SINES_AT, Int32(_ANGLE_BYTES), full)
+    attention_mma.wait_copies(0)
+    ring.arrive_if(base + shape.fetched_at, Int32(1))
 
 
 @cute.jit
@@ -98,10 +104,8 @@ def encode_rows(
     enc = arith.number(Uint32(ring.load4(me.base + shape.word_at)))
     if me.number == CONSUMERS - 1:
         turn(me, shape)
-    if cutlass.const_expr(shape.persistent):
-        hold(me)
-        cute.arch.sync_warp()
-        ring.arrive_if(me.base + shape.turned_at, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
+    hold(me)
+    ring.arrive_if(me.base + shape.turned_at, Int32(1))
     place = place_of(me, rows, out)
     scale = recipe.regular_global_scale(enc, Target.SM90)
     regular, codes, scales = scale.regular, [], []
@@ -177,12 +181,18 @@ def turn(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
     """Takes the rotation out of the last 64 columns, which are this consumer's."""
     g, t, wide = lanes()
     for half in cutlass.range_constexpr(2):
-        angles = me.base + shape.angles_at + (wide * _WARP_ROWS + g + 8 * half) * ANGLES_PITCH + t * 4
+        row = wide * _WARP_ROWS + g + 8 * half
         for block in cutlass.range_constexpr(ROPE_DIM // 8):
             place = (HALF - ROPE_DIM) // 2 + 4 * block + 2 * half
             x = [me.acc[place], me.acc[place + 1]]
-            c, s = (arith.number(Uint32(ring.load4(angles + 16 * block + there))) for there in (0, _SINES_AT))
+            at = me.base + shape.angles_at + angles_of(row, block) + t * 4
+            c, s = (arith.number(Uint32(ring.load4(at + there))) for there in (0, _SINES_AT))
             me.acc[place], me.acc[place + 1] = turn_back(x, [c], [s], Target.SM90)
+
+
+def angles_of(row: Int32, chunk: int | Int32) -> Int32:
+    """Where 16 bytes of a row's cosines are: swizzled, so that eight rows are in different banks."""
+    return row * ANGLES_PITCH + ((chunk ^ row) & (_CHUNKS - 1)) * CHUNK
 
 
 def hold(me: Consumer) -> None:

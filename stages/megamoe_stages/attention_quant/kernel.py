@@ -16,11 +16,11 @@ from megamoe_stages.attention_quant.encode import Quantized
 from megamoe_stages.attention_quant.limits import ROPE_DIM
 from megamoe_stages.multi_cta_attention import kernel_512, shape_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
-from megamoe_stages.multi_cta_attention.kernel_512 import Attention
+from megamoe_stages.multi_cta_attention.pieces_512 import Attention
 from megamoe_stages.multi_cta_attention.rows_512 import Rows
 from megamoe_stages.multi_cta_attention.shape_512 import DIM, Shape
 
-SHAPES = tuple(shape._replace(persistent=shape.ctas > 1) for shape in shape_512.SHAPES)  # as was faster
+SHAPES = tuple(shape._replace(angles=True) for shape in shape_512.SHAPES)
 
 
 @cute.jit
@@ -53,7 +53,7 @@ def launch(
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
     heads_a_group = cute.FastDivmodDivisorV2(codes.shape[2] // (DIM // 2))
     made = kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, None, None, None, tiled, shape)
-    kernel_512.start(made, q, k, cu_seqlens_q, stream, shape, sms // shape.ctas)
+    kernel_512.start(made, q, k, cu_seqlens_q, stream, shape, sms)
 
 
 @cute.jit
@@ -91,7 +91,7 @@ def launch_masked(
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
     heads_a_group = cute.FastDivmodDivisorV2(codes.shape[2] // (DIM // 2))
     made = kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, *bits, entries, tiled, shape)
-    kernel_512.start(made, q, k, cu_seqlens_q, stream, shape, sms // shape.ctas)
+    kernel_512.start(made, q, k, cu_seqlens_q, stream, shape, sms)
 
 
 @cute.kernel

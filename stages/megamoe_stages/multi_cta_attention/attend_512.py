@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, bf16, mask_bits, multicast, ring, wgmma
+from megamoe.cute import arith, attention_mma, mask_bits, multicast, ring, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe.cute.mask_bits import MaskBits
-from megamoe.cute.softmax import fma
+from megamoe.cute.softmax import fma, left_operands
 from megamoe.cute.warp import sum_of_four
 from megamoe_stages.multi_cta_attention.produce_512 import advance
 from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, Work, lanes
@@ -29,6 +29,7 @@ from megamoe_stages.multi_cta_attention.shape_512 import (
     ROW_BYTES,
     ROWS,
     TILE,
+    TOTALS_BYTES,
     Shape,
 )
 
@@ -96,7 +97,7 @@ def attend(
     work: Constexpr[Work],
     shape: Constexpr[Shape],
 ) -> None:
-    """All tiles."""
+    """All tiles, but for the values of the last ones."""
     if (me.number == 0) & (work.tiles > 0):
         take_turn(me, Int32(0), rows, work, False, False, shape)
     if (me.number == 1) & (work.tiles > 1):
@@ -104,9 +105,18 @@ def attend(
     own = (work.tiles - me.number + 1) // 2
     for turn in cutlass.range(own - 1, unroll=1):
         take_turn(me, me.number + 2 + 2 * turn, rows, work, True, True, shape)
-    if cutlass.const_expr(shape.persistent):
-        first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
-        ring.arrive_if(me.base + shape.queries_read_at, first)
+    ring.arrive_if(me.base + shape.queries_read_at, Int32(1))
+
+
+@cute.jit
+def add_last(
+    me: Constexpr[Consumer],
+    rows: Constexpr[Rows],
+    work: Constexpr[Work],
+    shape: Constexpr[Shape],
+) -> None:
+    """The values of the last tiles; then the sums of both consumers are one."""
+    own = (work.tiles - me.number + 1) // 2
     if own > 0:
         last_own = me.number + 2 * (own - 1)
         finish_own(me, rows.keys + rows.entries - work.start(last_own), shape)
@@ -166,7 +176,7 @@ def take_turn(
         sums, others, running = start_other(me, sums, count, shape)
     scores = attention_mma.wait(scores, running)
     release(held, shape)
-    softmax(me, scores, words, tile, rows, work)
+    softmax(me, scores, words, tile, rows, work, shape)
     publish(me, tile, shape)
     if cutlass.const_expr(follows):
         sums = attention_mma.wait(sums)
@@ -228,7 +238,7 @@ def add_scores(scores: list[Float32], base: Int32, at: Int32, chunk: int, shape:
         for k in range(_STEPS):
             ahead = (chunk * shape.chunk + i) * (BLOCK_BYTES >> 4) + k * _STEP_BYTES
             there = i * (BLOCK_BYTES >> 4) + k * _STEP_BYTES
-            scores = attention_mma.mma_shared(scores, queries + ahead, keys + there)
+            scores = attention_mma.mma_shared(scores, queries + ahead, keys + there, shape.kind)
     return scores
 
 
@@ -244,7 +254,7 @@ def start_own(
         wgmma.fence()
         for k in range(steps):
             part = weights[4 * (first + k) : 4 * (first + k) + 4]
-            sums = attention_mma.mma_transposed(sums, part, values + k * _STEP_ROWS)
+            sums = attention_mma.mma_transposed(sums, part, values + k * _STEP_ROWS, shape.kind)
         wgmma.commit()
         held += empty
     return sums, held
@@ -261,7 +271,7 @@ def start_other(
         wgmma.fence()
         for k in range(steps):
             left = weights + (first + k) * _STEP_BYTES
-            sums = attention_mma.mma_shared_transposed(sums, left, values + k * _STEP_ROWS)
+            sums = attention_mma.mma_shared_transposed(sums, left, values + k * _STEP_ROWS, shape.kind)
         wgmma.commit()
         held += empty
         groups += 1
@@ -314,6 +324,7 @@ def softmax(
     tile: Int32,
     rows: Constexpr[Rows],
     work: Constexpr[Work],
+    shape: Constexpr[Shape],
 ) -> None:
     """The weights of a tile, and by what the sums so far shrink; `words` are those of `mask_bits.hide`, or none."""
     target = Target.SM90
@@ -339,8 +350,8 @@ def softmax(
         p = [exp2(fma(x[i], me.factor, minus)) for i in own]
         for value in p:
             total = total + value
-        for i in cutlass.range_constexpr(TILE // 8):
-            me.weights[2 * i + half] = bf16.pack(p[2 * i], p[2 * i + 1], target)
+        for i, word in enumerate(left_operands(p, shape.kind)):
+            me.weights[2 * i + half] = word
         me.stat[half], me.stat[2 + half] = top, total
 
 
@@ -403,8 +414,7 @@ def follow(me: Consumer, tile: Int32, shape: Shape) -> list[Float32]:
 def join_totals(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
     """Adds the sums of both consumers, whose largest scores are the same by now."""
     g, t, wide = lanes()
-    at = me.base + shape.tops_at + (wide * 16 + g) * 4
-    attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
+    at = me.base + shape.totals_at + me.before[0] // 4 * TOTALS_BYTES + (wide * 16 + g) * 4
     one = arith.select(t == 0, Int32(1), Int32(0))
     for half in cutlass.range_constexpr(2):
         attention_mma.store4_if(at + (me.number * ROWS + 8 * half) * 4, me.stat[2 + half], one)

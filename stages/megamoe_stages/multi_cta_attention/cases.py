@@ -207,6 +207,24 @@ CASES: dict[str, Case] = {
     "mask-no-columns": Case(make, {"lq": [4], "lk": [6], "mask": 1.0, "mask_columns": 0}),
     "many-tiles": Case(make, {"lq": [600], "lk": [1100], "heads": 2, "kv_heads": 1, "window": 900, "sink": True}),
     "fp16": Case(make, {"lq": [33, 20], "lk": [50, 20], "dtype": "float16", "sink": True}, bounds=_FP16),
+    "d512-fp16": Case(
+        make,
+        {"lq": [33, 20], "lk": [90, 20], "dtype": "float16", "head_dim": 512, "sink": True},
+        bounds={**D512, **_FP16},
+    ),
+    "d512-fp16-entries": Case(
+        make,
+        {
+            "lq": [20, 9],
+            "lk": [130, 31],
+            "dtype": "float16",
+            "head_dim": 512,
+            "entries": 30,
+            "mask": 0.5,
+            "window": 40,
+        },
+        bounds={**D512, **_FP16},
+    ),
     "fp32": Case(make, {"lq": [33, 20], "lk": [50, 20], "dtype": "float32", "sink": True}, bounds=_FP32),
     "fp32-wide-scores": Case(
         make, {"lq": [70], "lk": [90], "dtype": "float32", "gain": 20.0, "sink": True}, bounds=_FP32

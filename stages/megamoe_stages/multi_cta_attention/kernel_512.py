@@ -9,27 +9,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Boolean, Constexpr, Float32, Int32, Uint8, cute
+from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from megamoe.cute import arith, attention_mma, mask_bits, multicast, ring
 from megamoe.cute.arith import Target
+from megamoe.cute.attention_mma import CHUNK
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mask_bits import MaskBits
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 from megamoe_stages.multi_cta_attention import attend_512, produce_512, result_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
+from megamoe_stages.multi_cta_attention.pieces_512 import Attention, piece_of, tell, tell_end, told, turns_of, work_on
 from megamoe_stages.multi_cta_attention.produce_512 import Source
-from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, Work, find_sequence, work_of
+from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, work_of
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
+    BLOCKS,
     CONSUMERS,
     DIM,
+    DTYPES,
     GROUP,
     ROW_BYTES,
     ROWS,
@@ -43,47 +47,8 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = (
 )  # together no more than the launch gives: 3 * 168, or they wait forever
 PIECES_TOGETHER = 128  # of rows, at least, of the heads that come together: twice what runs at a time
 PIECES_ALONE = 64  # of a head that comes alone
-_CHUNKS = 8  # of 16 bytes of a row of 128
-_LOADS_BARRIER = 2
-
-
-class Attention(NamedTuple):
-    """What all kernels of this schedule read, and the lse that they write.
-
-    Attributes:
-        q: (queries, heads, 512) bf16.
-        keys: Boxes of the keys.
-        values: Boxes of the values.
-        cu_seqlens_q: (sequences + 1,) int32.
-        cu_seqlens_k: (sequences + 1,) int32.
-        sink: (heads,) fp32; not read unless has_sink.
-        lse: (queries * heads,) fp32.
-        kv_heads: Of keys and values.
-        group: Divides by the heads of a kv head.
-        pieces: Divides by how many pieces of rows a kv head can have.
-        together: Divides by how many kv heads' pieces come together.
-        factor: Makes scores in base 2 of products.
-        causal: Whether keys behind the query's position are hidden.
-        window: Keys that a query sees up to its position; 0 for all.
-        has_sink: Whether there are sinks.
-    """
-
-    q: cute.Tensor
-    keys: Boxes
-    values: Boxes
-    cu_seqlens_q: cute.Tensor
-    cu_seqlens_k: cute.Tensor
-    sink: cute.Tensor
-    lse: cute.Tensor
-    kv_heads: Int32
-    group: cute.FastDivmodDivisorV2
-    pieces: cute.FastDivmodDivisorV2
-    together: cute.FastDivmodDivisorV2
-    factor: Float32
-    causal: Int32
-    window: Int32
-    has_sink: Int32
-
+_CHUNKS = ROW_BYTES // CHUNK
+_ROWS_AT_ONCE = WARP // _CHUNKS
 
 Finish = Callable[[Consumer, Rows], None]
 Fetch = Callable[[Int32, Rows], None]
@@ -91,24 +56,25 @@ Fetch = Callable[[Int32, Rows], None]
 
 @cute.jit
 def launch(
-    q: cute.Tensor,  # (queries, heads, 512) bf16
-    k: cute.Tensor,  # (keys, kv_heads, 512) bf16
+    q: cute.Tensor,  # (queries, heads, 512) bf16 or fp16
+    k: cute.Tensor,  # (keys, kv_heads, 512), as q
     v: cute.Tensor,  # the same
     cu_seqlens_q: cute.Tensor,  # (sequences + 1,) int32
     cu_seqlens_k: cute.Tensor,  # (sequences + 1,) int32
     sink: cute.Tensor,  # (heads,) fp32; not read unless has_sink
-    out: cute.Tensor,  # (queries, heads, 512) bf16
+    out: cute.Tensor,  # (queries, heads, 512) bf16 or fp16
     lse: cute.Tensor,  # (queries, heads) fp32
     softmax_scale: Float32,
     causal: Int32,
     window: Int32,  # 0 for none
     has_sink: Int32,
+    sms: Int32,  # of the GPU
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
-    """Launches a cluster for each piece of rows of each sequence and kv head."""
+    """Launches persistent clusters that take turns at the pieces of rows of all sequences and kv heads."""
     given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
-    start(kernel(*given, out, None, None, None, shape), q, k, cu_seqlens_q, stream, shape)
+    start(kernel(*given, out, None, None, None, shape), q, k, cu_seqlens_q, stream, shape, sms)
 
 
 @cute.jit
@@ -128,6 +94,7 @@ def launch_masked(
     causal: Int32,
     window: Int32,
     has_sink: Int32,
+    sms: Int32,  # of the GPU
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
@@ -135,7 +102,7 @@ def launch_masked(
     bits = mask_bits.bits_of(words)
     mask_bits.start_packing(mask, bits, stream)
     given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
-    start(kernel(*given, out, *bits, entries, shape), q, k, cu_seqlens_q, stream, shape)
+    start(kernel(*given, out, *bits, entries, shape), q, k, cu_seqlens_q, stream, shape, sms)
 
 
 def prepare(
@@ -185,13 +152,11 @@ def start(
     cu_seqlens_q: cute.Tensor,
     stream: CUstream,
     shape: Shape,
-    most: int = 0,
+    sms: Int32,
 ) -> None:
-    """Launches a kernel of this schedule: a cluster a piece of rows, some without work where sequences end early."""
+    """Launches a kernel of this schedule: as many clusters as the GPU's SMs hold, or there are pieces of rows."""
     pieces, together = order_of(q, k, cu_seqlens_q, shape)
-    clusters = (k.shape[1] + (together - 1)) // together * together * pieces
-    if shape.persistent:
-        clusters = cutlass.min(clusters, most)
+    clusters = cutlass.min((k.shape[1] + (together - 1)) // together * together * pieces, sms // shape.ctas)
     kernel.launch(
         grid=[clusters * shape.ctas, 1, 1],
         block=[THREADS, 1, 1],
@@ -253,30 +218,11 @@ def work_on_rows(
     Args:
         given: What is read.
         mask: A mask of one's own, when the shape is masked.
-        finish: Gets a consumer whose sums have become the output, fp32, and writes it; its ring is free unless the
-            kernel is persistent, the weights' place always.
+        finish: Gets a consumer whose sums have become the output, fp32, and writes it; the weights' place is free.
         shape: How the work is cut.
-        fetch: Gets the shared memory's address in a warp of the producers and brings to `shape.angles_at` what
-            `finish` waits for at `shape.fetched_at`. A persistent kernel has one.
+        fetch: Gets the shared memory's address in a warp of the producers, and brings to `shape.angles_at` what
+            `finish` waits for at `shape.fetched_at` and gives back at `shape.turned_at`.
     """
-    if cutlass.const_expr(shape.persistent):
-        share_work(given, mask, finish, fetch, None, shape)
-    else:
-        piece = piece_of(given, Int32(0), mask, shape)
-        if piece.exists:
-            share_work(given, mask, finish, fetch, piece, shape)
-
-
-@cute.jit
-def share_work(
-    given: Constexpr[Attention],
-    mask: Constexpr[Mask | None],
-    finish: Constexpr[Finish],
-    fetch: Constexpr[Fetch | None],
-    only: Constexpr[Piece | None],
-    shape: Constexpr[Shape],
-) -> None:
-    """What the threads of a CTA do: for one piece of rows, or for those of its turns."""
     thread, _, _ = cute.arch.thread_idx()
     base = ring.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
     if thread == 0:
@@ -286,25 +232,13 @@ def share_work(
         cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < CONSUMERS:
-            supply(base, warp, given, mask, only, shape)
-        elif cutlass.const_expr(only is None):
-            prepare_turns(base, warp, given, fetch, shape)
-        elif cutlass.const_expr(fetch is not None):
-            fetch_once(base, warp, fetch, only.rows)
+            supply(base, warp, given, mask, shape)
+        else:
+            prepare_turns(base, warp, given, mask, fetch, shape)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         me = attend_512.Consumer(base, thread // GROUP - 1, given.factor, mask)
-        if cutlass.const_expr(only is not None):
-            load_queries(given.q, base, only.rows, thread - GROUP, CONSUMERS * GROUP)
-            show_queries()
-            attention_mma.named_barrier(_LOADS_BARRIER, CONSUMERS * GROUP)
-            consume(me, only, given, finish, shape)
-        else:
-            for turn in cutlass.range(turns_of(given, shape), unroll=1):
-                piece = piece_of(given, turn, mask, shape)
-                if piece.exists:
-                    ring.wait(base + shape.queries_there_at, me.before[0] // 4)
-                    consume(me, piece, given, finish, shape)
+        take_pieces(me, given, mask, finish, shape)
     if cutlass.const_expr(shape.ctas > 1):
         meet(shape)  # nobody leaves while the others write to it
 
@@ -317,83 +251,11 @@ def make_barriers(base: Int32, shape: Shape) -> None:
     for i in range(CONSUMERS):
         ring.init(base + shape.ready_at + i * 16, GROUP)
         ring.init(base + shape.ready_at + i * 16 + 8, GROUP // WARP)
-    ring.init(base + shape.fetched_at, 1)
-    if shape.persistent:
-        ring.init(base + shape.queries_read_at, CONSUMERS * GROUP // WARP)
-        ring.init(base + shape.queries_there_at, GROUP // WARP - CONSUMERS)
-        ring.init(base + shape.turned_at, CONSUMERS * GROUP // WARP)
+    ring.init(base + shape.queries_read_at, CONSUMERS * GROUP)
+    ring.init(base + shape.queries_there_at, GROUP - CONSUMERS * WARP)
+    ring.init(base + shape.fetched_at, WARP)
+    ring.init(base + shape.turned_at, CONSUMERS * GROUP)
     ring.init_fence()
-
-
-class Piece(NamedTuple):
-    """Rows of a cluster.
-
-    Attributes:
-        exists: Whether there are any; nothing else counts where not.
-        rows: Of the CTA.
-        first: Of the cluster.
-        token: The sequence's first key, among all.
-        kv_head: Which head of the keys.
-    """
-
-    exists: Boolean
-    rows: Rows
-    first: Int32
-    token: Int32
-    kv_head: Int32
-
-
-def piece_of(given: Attention, turn: Int32, mask: Mask | None, shape: Shape) -> Piece:
-    """What a CTA works on in its turn."""
-    cta, _, _ = cute.arch.block_idx()
-    cluster, rank = cta // shape.ctas, cta % shape.ctas
-    if shape.persistent:  # back and forth over the pieces of heads that come together, so that long and short ones meet
-        clusters, turns = clusters_and_turns(given, shape)
-        several, turn_of_these = turn // turns, turn % turns
-        number = turn_of_these * clusters + arith.select(turn % 2 == 0, cluster, clusters - 1 - cluster)
-        number, head = divmod(number, given.together)
-    else:
-        rest, head = divmod(cluster, given.together)
-        several, number = divmod(rest, given.pieces)
-    kv_head = cute.arch.make_warp_uniform(several * given.together.divisor + head)
-    heads, group = given.q.shape[1], given.group.divisor
-    cluster_rows = shape.ctas * ROWS
-    sequences = cute.size(given.cu_seqlens_q) - 1
-    sequence, piece, count = find_sequence(number, given.cu_seqlens_q, group, cluster_rows)
-    exists = (kv_head < given.kv_heads) & (sequence < sequences) & (number < given.pieces.divisor)
-    sequence = cutlass.min(sequence, sequences - 1)
-    query, key = given.cu_seqlens_q[sequence], given.cu_seqlens_k[sequence]
-    queries, keys = given.cu_seqlens_q[sequence + 1] - query, given.cu_seqlens_k[sequence + 1] - key
-    entries = Int32(0) if mask is None else cutlass.min(mask.entries, keys)
-    first = (count - 1 - piece) * cluster_rows  # those with most keys first
-    rows = Rows(
-        first=first + rank * ROWS,
-        count=queries * group,
-        group=given.group,
-        query=query,
-        heads=heads,
-        head=kv_head * group,
-        position=keys - entries - queries,
-        keys=keys - entries,
-        entries=entries,
-        causal=given.causal,
-        window=given.window,
-    )
-    return Piece(exists, rows, first, key, kv_head)
-
-
-def clusters_and_turns(given: Attention, shape: Shape) -> tuple[Int32, Int32]:
-    """Of a persistent kernel: its clusters, and their turns at the pieces of heads that come together."""
-    across, _, _ = cute.arch.grid_dim()
-    clusters = across // shape.ctas
-    return clusters, (given.together.divisor * given.pieces.divisor + (clusters - 1)) // clusters
-
-
-def turns_of(given: Attention, shape: Shape) -> Int32:
-    """How many pieces of rows a persistent CTA may get."""
-    _, turns = clusters_and_turns(given, shape)
-    together = given.together.divisor
-    return Int32(cute.arch.make_warp_uniform((given.kv_heads + (together - 1)) // together * turns))
 
 
 @cute.jit
@@ -402,63 +264,102 @@ def supply(
     warp: Int32,
     given: Constexpr[Attention],
     mask: Constexpr[Mask | None],
-    only: Constexpr[Piece | None],
     shape: Constexpr[Shape],
 ) -> None:
     """Keeps a consumer's ring full."""
     cursor = cute.make_rmem_tensor((2,), Int32)
     cursor[0], cursor[1] = Int32(0), Int32(0)
     source = Source(given.keys, given.values, cute.arch.block_idx()[0] % shape.ctas)
-    if cutlass.const_expr(only is not None):
-        produce_512.produce(base, warp, cursor, source, work_on(only, mask, shape), shape)
-    else:
-        for turn in cutlass.range(turns_of(given, shape), unroll=1):
-            piece = piece_of(given, turn, mask, shape)
-            if piece.exists:
-                produce_512.produce(base, warp, cursor, source, work_on(piece, mask, shape), shape)
+    for turn in cutlass.range(turns_of(given, shape), unroll=1):
+        piece = piece_of(given, turn, mask, shape)
+        if piece.exists:
+            produce_512.produce(base, warp, cursor, source, work_on(piece, mask, shape), shape)
 
 
 @cute.jit
 def prepare_turns(
-    base: Int32, warp: Int32, given: Constexpr[Attention], fetch: Constexpr[Fetch], shape: Constexpr[Shape]
+    base: Int32,
+    warp: Int32,
+    given: Constexpr[Attention],
+    mask: Constexpr[Mask | None],
+    fetch: Constexpr[Fetch | None],
+    shape: Constexpr[Shape],
 ) -> None:
-    """Brings the queries of each turn as soon as those before were read, and what the epilogue needs; two warps."""
-    thread = cute.arch.thread_idx()[0] - CONSUMERS * WARP
-    first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
+    """Brings the queries of each turn as soon as those before were read, and tells the consumers of it; two warps."""
     done = Int32(0)
     for turn in cutlass.range(turns_of(given, shape), unroll=1):
-        piece = piece_of(given, turn, None, shape)
+        piece = piece_of(given, turn, mask, shape)
         if piece.exists:
             ring.wait(base + shape.queries_read_at, done % 2 ^ 1)
-            load_queries(given.q, base, piece.rows, thread, GROUP - CONSUMERS * WARP)
-            show_queries()
-            cute.arch.sync_warp()
-            ring.arrive_if(base + shape.queries_there_at, first)
+            load_queries(given.q, base, piece.rows, warp - CONSUMERS, GROUP // WARP - CONSUMERS)
             if warp == CONSUMERS:
-                ring.wait(base + shape.turned_at, done % 2 ^ 1)
-                fetch(base, piece.rows)
+                tell(base, piece, shape)
+            show_queries()
+            ring.arrive_if(base + shape.queries_there_at, Int32(1))
+            if cutlass.const_expr(fetch is not None):
+                fetch_next(base, warp, fetch, piece.rows, done, shape)
             done = done + 1
+    ring.wait(base + shape.queries_read_at, done % 2 ^ 1)
+    if warp == CONSUMERS:
+        tell_end(base, shape)
+    ring.arrive_if(base + shape.queries_there_at, Int32(1))
 
 
 @cute.jit
-def fetch_once(base: Int32, warp: Int32, fetch: Constexpr[Fetch], rows: Constexpr[Rows]) -> None:
-    """Brings what the epilogue needs; one warp."""
+def fetch_next(
+    base: Int32,
+    warp: Int32,
+    fetch: Constexpr[Fetch],
+    rows: Constexpr[Rows],
+    done: Int32,
+    shape: Constexpr[Shape],
+) -> None:
+    """Brings what the epilogue needs as soon as that before was read; one of the two warps."""
     if warp == CONSUMERS:
+        ring.wait(base + shape.turned_at, done % 2 ^ 1)
         fetch(base, rows)
 
 
-def work_on(piece: Piece, mask: Mask | None, shape: Shape) -> Work:
-    """The keys of a piece of rows."""
-    return work_of(piece.rows, piece.token, piece.kv_head, piece.first, mask, shape)
+@cute.jit
+def take_pieces(
+    me: Constexpr[Consumer],
+    given: Constexpr[Attention],
+    mask: Constexpr[Mask | None],
+    finish: Constexpr[Finish],
+    shape: Constexpr[Shape],
+) -> None:
+    """The CTA's pieces of rows, for a consumer."""
+    going = Int32(1)
+    while going != 0:
+        ring.wait(me.base + shape.queries_there_at, me.before[0] // 4)
+        going, first, count, query, head, position, keys, entries = told(me.base, shape)
+        rows = Rows(
+            first=first + cute.arch.block_idx()[0] % shape.ctas * ROWS,
+            count=count,
+            group=given.group,
+            query=query,
+            heads=given.q.shape[1],
+            head=head,
+            position=position,
+            keys=keys,
+            entries=Int32(0) if mask is None else entries,
+            causal=given.causal,
+            window=given.window,
+        )
+        if going != 0:
+            consume(me, rows, first, given, finish, shape)
 
 
-def consume(me: Consumer, piece: Piece, given: Attention, finish: Finish, shape: Shape) -> None:
-    """A piece of rows, whose queries are there."""
-    work = work_on(piece, me.mask, shape)
+def consume(me: Consumer, rows: Rows, first: Int32, given: Attention, finish: Finish, shape: Shape) -> None:
+    """Rows whose queries are there; `first` is the cluster's first one."""
+    work = work_of(rows, Int32(0), Int32(0), first, me.mask, shape)  # where the keys are is nothing to a consumer
     attend_512.begin(me)
-    attend_512.attend(me, piece.rows, work, shape)
-    result_512.finish_rows(me, piece.rows, given.lse, given.sink, given.has_sink)
-    finish(me, piece.rows)
+    attend_512.attend(me, rows, work, shape)
+    sinks = cute.make_rmem_tensor((2,), Float32)
+    result_512.load_sinks(sinks, rows, given.sink, given.has_sink)
+    attend_512.add_last(me, rows, work, shape)
+    result_512.finish_rows(me, rows, given.lse, sinks)
+    finish(me, rows)
     attend_512.end(me, work.tiles)
 
 
@@ -472,17 +373,22 @@ def meet(shape: Shape) -> None:
 
 
 @cute.jit
-def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows], thread: Int32, threads: Constexpr[int]) -> None:
-    """Starts to bring the rows of q into shared memory, zeros where there are none; one of so many threads."""
-    chunks = DIM // _CHUNKS
-    for i in cutlass.range(ROWS * chunks // threads, unroll=4):
-        item = thread + i * threads
-        row, chunk = item // chunks, item % chunks
-        at = base + chunk // _CHUNKS * BLOCK_BYTES + row * ROW_BYTES + ((chunk ^ row) % _CHUNKS) * 16
+def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows], warp: Int32, warps: Constexpr[int]) -> None:
+    """Starts to bring the rows of q into shared memory, zeros where there are none; one of so many warps.
+
+    Eight lanes share a row, so a warp finds four rows' places at a time.
+    """
+    lane = cute.arch.lane_idx()
+    chunk = lane % _CHUNKS
+    for i in cutlass.range(ROWS // warps // _ROWS_AT_ONCE, unroll=1):
+        row = (i * warps + warp) * _ROWS_AT_ONCE + lane // _CHUNKS
         inside = rows.first + row < rows.count
         place = rows.place(arith.select(inside, rows.first + row, Int32(0)))
-        size = arith.select(inside, Int32(16), Int32(0))
-        attention_mma.copy16(at, ring.address(q.iterator) + (place * DIM + chunk * 8) * 2, size)
+        size = arith.select(inside, Int32(CHUNK), Int32(0))
+        source = ring.address(q.iterator) + (place * (2 * DIM) + chunk * CHUNK)
+        target = base + row * ROW_BYTES + ((chunk ^ row) & (_CHUNKS - 1)) * CHUNK
+        for block in cutlass.range_constexpr(BLOCKS):
+            attention_mma.copy16(target + block * BLOCK_BYTES, source + block * ROW_BYTES, size)
     attention_mma.commit_copies()
 
 
@@ -492,13 +398,14 @@ def show_queries() -> None:
     attention_mma.proxy_fence()
 
 
-def tensors() -> list[object]:
+def tensors(dtype: str = DTYPES[0]) -> list[object]:
     """Fake q, k, v, cu_seqlens of both, sink and lse, to compile for any sizes."""
     size = cute.sym_int32
     kv_heads = size()
 
     def heads_of(heads: object) -> object:
-        return make_fake_compact_tensor(BFloat16, (size(), heads, DIM), stride_order=(2, 1, 0), assumed_align=16)
+        element = {"bfloat16": BFloat16, "float16": Float16}[dtype]
+        return make_fake_compact_tensor(element, (size(), heads, DIM), stride_order=(2, 1, 0), assumed_align=16)
 
     def vector(dtype: type) -> object:
         return make_fake_compact_tensor(dtype, (size(),), stride_order=(0,), assumed_align=4)
@@ -517,11 +424,11 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
     """The kernel for any sizes."""
 
     def arguments() -> tuple[object, ...]:
-        *given, lse = tensors()
-        out = tensors()[0]
+        *given, lse = tensors(shape.dtype)
+        out = tensors(shape.dtype)[0]
         if shape.masked:
             given += masked_arguments()
-        numbers = Float32(0), *(Int32(0) for _ in range(3))
+        numbers = Float32(0), *(Int32(0) for _ in range(4))
         return (*given, out, lse, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True), shape)
 
     function = launch_masked if shape.masked else launch
@@ -530,4 +437,5 @@ def spec(shape: Shape, target: Target = Target.SM90) -> KernelSpec:
 
 def name_of(shape: Shape) -> str:
     """For names of kernels."""
-    return f"{shape.ctas}x{shape.chunk}{'_masked' if shape.masked else ''}{'_persistent' if shape.persistent else ''}"
+    flags = ["masked"] * shape.masked + [shape.dtype] * (shape.dtype != DTYPES[0])
+    return "_".join([f"{shape.ctas}x{shape.chunk}", *flags])

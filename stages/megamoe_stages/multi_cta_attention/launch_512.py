@@ -13,7 +13,7 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.contract import AttentionOutput
 from megamoe_stages.multi_cta_attention.launch import LEAST_SCALE, nothing, window_argument
-from megamoe_stages.multi_cta_attention.shape_512 import SHAPES, Shape
+from megamoe_stages.multi_cta_attention.shape_512 import DTYPES, SHAPES, Shape
 
 
 def attend(
@@ -30,6 +30,7 @@ def attend(
     causal: bool,
     window: int | None,
     entries: int,
+    sms: int,
 ) -> tuple[object, ...]:
     """The arguments of a kernel, `MASKED` with a mask or entries; nothing but a mask of entries is empty."""
     if softmax_scale < 0:
@@ -48,6 +49,7 @@ def attend(
         int(causal),
         window_argument(q, k, window),
         int(sink is not None),
+        sms,
     )
 
 
@@ -73,4 +75,4 @@ def attend_kernel(shape: Shape) -> Callable[..., None]:
 
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
-    return [kernel_512.spec(shape) for shape in SHAPES]
+    return [kernel_512.spec(shape._replace(dtype=dtype)) for dtype in DTYPES for shape in SHAPES]

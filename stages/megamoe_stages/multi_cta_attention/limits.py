@@ -17,9 +17,6 @@ def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
         head = int(facts["head_dim"] or 0), int(facts.get("v_dim") or facts["head_dim"] or 0)
         if head != (shape_512.DIM, shape_512.DIM) and facts.get("entries"):
             reasons.append(f"entries with keys of {head[0]}: the kernel of {shape_512.DIM} knows them")
-        if head == (shape_512.DIM, shape_512.DIM):
-            if facts.get("dtype", shape_512.DTYPE) != shape_512.DTYPE:
-                reasons.append(f"{facts['dtype']} queries of {head[0]}: that kernel takes {shape_512.DTYPE}")
-        elif head not in HEADS:
+        if head != (shape_512.DIM, shape_512.DIM) and head not in HEADS:
             reasons.append(f"keys of {head[0]} with values of {head[1]}: no kernel is compiled for them")
     return reasons

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Boolean, Constexpr, Int32, Int64, cute
+from cutlass import Int32, Int64, cute
 
 from megamoe.cute import arith, mask_bits
 from megamoe.cute.mask_bits import MaskBits
@@ -139,37 +139,3 @@ def masked_work(rows: Rows, token: Int32, kv_head: Int32, start: Int32, end: Int
 
 def _tiles(keys: Int32) -> Int32:
     return (cutlass.max(keys, 0) + (TILE - 1)) // TILE
-
-
-@cute.jit
-def find_sequence(
-    number: Int32,
-    cu_seqlens_q: cute.Tensor,
-    group: Int32,
-    cluster_rows: Constexpr[int],
-) -> tuple[Int32, Int32, Int32]:
-    """Whose piece of `cluster_rows` rows comes as `number` in the grid: the sequence, the piece and how many it has.
-
-    A number behind the last piece gives a sequence behind the last one. The whole warp looks together.
-    """
-    sequences = cute.size(cu_seqlens_q) - 1
-    lane = cute.arch.lane_idx()
-    first, before, found = Int32(0), Int32(0), Boolean(False)
-    sequence, piece, pieces = sequences, Int32(0), Int32(0)
-    while (first < sequences) & ~found:
-        at = cutlass.min(first + lane, sequences - 1)
-        queries = arith.select(first + lane < sequences, cu_seqlens_q[at + 1] - cu_seqlens_q[at], Int32(0))
-        own = (queries * group + (cluster_rows - 1)) // cluster_rows
-        upto = own
-        for i in cutlass.range_constexpr(5):
-            below = cute.arch.shuffle_sync_up(upto, offset=1 << i, mask_and_clamp=0)
-            upto = arith.select(lane >= (1 << i), upto + below, upto)
-        passed = cute.arch.popc(cute.arch.vote_ballot_sync(before + upto <= number))
-        found = passed < WARP
-        here = cutlass.min(passed, WARP - 1)
-        piece = number - before - cute.arch.shuffle_sync(upto - own, here)
-        pieces = cute.arch.shuffle_sync(own, here)
-        sequence = arith.select(found, first + passed, sequences)
-        before = before + cute.arch.shuffle_sync(upto, WARP - 1)
-        first = first + WARP
-    return sequence, piece, pieces

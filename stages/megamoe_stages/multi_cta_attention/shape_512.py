@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 DIM = 512
-DTYPE = "bfloat16"
+DTYPES = ("bfloat16", "float16")
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2  # warpgroups, each with half of the columns of the output
 ROWS = 64  # queries times heads of a CTA
@@ -17,10 +17,10 @@ BLOCK_BYTES = ROWS * ROW_BYTES
 BLOCKS = DIM // COLUMNS
 THREADS = (1 + CONSUMERS) * GROUP
 SHARED_BYTES = 227 * 1024  # that a CTA may have
-OUT_PITCH = 2 * HALF + 16  # bytes from a staged row of the output to the next: no two of eight in the same banks
-ANGLES_PITCH = 144  # bytes from a row's 32 cosines or sines to the next one's: eight rows in different banks
+ANGLES_PITCH = 128  # bytes of a row's 32 cosines or sines
 ANGLES_BYTES = 2 * ROWS * ANGLES_PITCH
-_SMALL = 1024  # mbarriers, largest scores
+TOTALS_BYTES = CONSUMERS * ROWS * 4
+_SMALL = 2048  # mbarriers, largest scores, sums
 
 
 class Shape(NamedTuple):
@@ -31,13 +31,20 @@ class Shape(NamedTuple):
         chunk: Pieces of 8 KB that are loaded, waited for and given back together; 1, 2 or 4. Of keys a piece has 64
             columns of a tile, of values 16 rows of a consumer's half of the columns.
         masked: There is a mask of one's own.
-        persistent: A CTA stays for several pieces of rows; the next one's queries come while its epilogue works.
+        angles: There is room for an epilogue's cosines and sines.
+        dtype: "bfloat16" or "float16".
     """
 
     ctas: int = 2
     chunk: int = 1
     masked: bool = False
-    persistent: bool = False
+    angles: bool = False
+    dtype: str = DTYPES[0]
+
+    @property
+    def kind(self) -> str:
+        """The dtype as PTX has it."""
+        return {"bfloat16": "bf16", "float16": "f16"}[self.dtype]
 
     @property
     def chunk_bytes(self) -> int:
@@ -72,8 +79,7 @@ class Shape(NamedTuple):
     @property
     def slots(self) -> int:
         """Of a ring, in chunks."""
-        kept = _SMALL + (ANGLES_BYTES if self.persistent else 0)
-        return (SHARED_BYTES - kept - self.ring_at) // (CONSUMERS * self.chunk_bytes)
+        return (SHARED_BYTES - _SMALL - self.angles_bytes - self.ring_at) // (CONSUMERS * self.chunk_bytes)
 
     @property
     def ring_bytes(self) -> int:
@@ -92,13 +98,18 @@ class Shape(NamedTuple):
 
     @property
     def tops_at(self) -> int:
-        """Where the largest scores start, and at the end the sums."""
+        """Where the largest scores start."""
         return self.ready_at + CONSUMERS * 16
+
+    @property
+    def totals_at(self) -> int:
+        """Where the sums of the weights start: of one piece of rows, then of the next."""
+        return self.tops_at + CONSUMERS * ROWS * 4
 
     @property
     def fetched_at(self) -> int:
         """The mbarrier of what an epilogue fetches, a word behind it among that."""
-        return self.tops_at + CONSUMERS * ROWS * 4
+        return self.totals_at + 2 * TOTALS_BYTES
 
     @property
     def word_at(self) -> int:
@@ -107,7 +118,7 @@ class Shape(NamedTuple):
 
     @property
     def queries_read_at(self) -> int:
-        """Where the mbarriers of a persistent CTA start, the first of them: the queries were read."""
+        """The mbarrier of queries that were read."""
         return self.word_at + 8
 
     @property
@@ -121,29 +132,38 @@ class Shape(NamedTuple):
         return self.queries_there_at + 8
 
     @property
+    def record_at(self) -> int:
+        """Where consumers find which rows are theirs."""
+        return -(-(self.turned_at + 8) // 16) * 16
+
+    @property
     def angles_at(self) -> int:
-        """Where an epilogue's cosines and sines start, if there is room for them."""
+        """Where an epilogue's cosines and sines start."""
         return self.barriers_at + _SMALL
+
+    @property
+    def angles_bytes(self) -> int:
+        """Of them."""
+        return ANGLES_BYTES if self.angles else 0
 
     @property
     def shared_bytes(self) -> int:
         """Of a CTA."""
-        return min(self.angles_at + ANGLES_BYTES, SHARED_BYTES)
+        return self.angles_at + self.angles_bytes
 
 
 WIDE = Shape()
 MASKED = Shape(masked=True)
 NARROW = Shape(ctas=1, chunk=2)  # two CTAs' windows together are longer than each
 MASKED_NARROW = NARROW._replace(masked=True)
-SHAPES = (WIDE, NARROW, MASKED, MASKED_NARROW)
+SHAPES = (WIDE, NARROW, MASKED, MASKED_NARROW)  # of bfloat16
 _NARROW_WINDOW = 512
 
 
-def shape_for(window: int | None, *, masked: bool = False) -> Shape:
+def shape_for(window: int | None, *, masked: bool = False, dtype: str = DTYPES[0]) -> Shape:
     """The kernel for a window and, besides, a mask of one's own."""
-    if is_narrow(window):
-        return MASKED_NARROW if masked else NARROW
-    return MASKED if masked else WIDE
+    narrow, wide = (MASKED_NARROW, MASKED) if masked else (NARROW, WIDE)
+    return (narrow if is_narrow(window) else wide)._replace(dtype=dtype)
 
 
 def is_narrow(window: int | None) -> bool:

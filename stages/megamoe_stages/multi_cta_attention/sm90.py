@@ -24,7 +24,7 @@ class Plan(NamedTuple):
 
     Attributes:
         kernel: The launcher.
-        rows: Of a persistent CTA; 0 for head_dim 512, whose CTAs are not.
+        rows: Of a CTA; 0 for head_dim 512.
         sms: Of the GPU.
         empty: There is nothing to attend to.
     """
@@ -101,7 +101,7 @@ def multi_cta_attention(
     given = (q, k, v, cu_seqlens_q, cu_seqlens_k, sink, mask, out)
     if plan.rows == 0:
         arguments = launch_512.attend(
-            *given, softmax_scale=softmax_scale, causal=causal, window=window, entries=entries
+            *given, softmax_scale=softmax_scale, causal=causal, window=window, entries=entries, sms=plan.sms
         )
     else:
         rows, sms = plan.rows, plan.sms
@@ -121,8 +121,10 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | No
     _check_addresses(q, k, v)
     empty = q.numel() == 0 or k.numel() == 0 or (mask is not None and entries == 0 and mask.numel() == 0)
     if shape is None:
-        kernel = launch_512.attend_kernel(shape_512.shape_for(window, masked=masked or entries > 0))
-        return Plan(kernel, 0, 0, empty)
+        kernel = launch_512.attend_kernel(
+            shape_512.shape_for(window, masked=masked or entries > 0, dtype=dtype_name(q))
+        )
+        return Plan(kernel, 0, launch.processors(q.device), empty)
     return Plan(launch.attend_kernel(shape), shape.rows, launch.processors(q.device), empty)
 
 
