@@ -113,6 +113,7 @@ def test_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, 
         (60, 320, 448, "NARROW", 2, 2),
         (200, 144, 512, "MEDIUM", 3, 2),
         (300, 560, 448, "WIDE", 1, 3),
+        (300, 1000, 448, "WIDE", 1, 3),
         (300, 320, 192, "WIDEST", 1, 3),
         (2500, 144, 128, "MEDIUM", 1, 20),
     ],
@@ -129,7 +130,7 @@ def test_one_expert_is_exact_however_it_is_cut(
     tiles: int,
 ) -> None:
     dense = getattr(prefill_kernel, f"DENSE_{shape}")
-    ctas = -(-n // dense.rows) * tiles * sharing if sharing > 1 else 3
+    ctas = -(-n // dense.rows) * tiles * sharing if sharing > 1 else 4
     monkeypatch.setattr(prefill, "cut", lambda *_, **__: Cut(dense, ctas, sharing, tiles))
     given = make(Generator().manual_seed(2), rows=(rows,), n=n, k=k, a=a, values="integers")
     expected = grouped_gemm(**given)

@@ -41,10 +41,8 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
     split = sharing > 1
     sums = torch.empty(split * ctas * split_sums.sums_bytes(shape) // 4, dtype=torch.float32, device=out.device)
     arrived = counters("weight_gemm", split * ctas // sharing * weight_pieces.CONSUMER_WARPS, out)
-    if shape.dense and isinstance(a, Tensor):
-        shape, tokens = shape._replace(direct=True), a
-    else:
-        tokens = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape)
+    shape = _reading(shape, direct=shape.dense and isinstance(a, Tensor))
+    tokens = a if shape.direct else pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape)
     alpha = weights.global_scale_dec
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
     dec = a.global_scale_dec if isinstance(a, NVFP4Tensor) else alpha.view(-1)[0]
@@ -111,14 +109,15 @@ def _dense_cut(rows: int, n: int, stages: int, sms: int) -> Cut:
     found = []
     for shape, most in ((dense, width) for dense in prefill_kernel.DENSE for width in dense.widths):
         tiles = -(-rows // most)
-        pieces = -(-n // shape.rows) * tiles
+        pieces = -(-n // (shape.rows * shape.cluster)) * shape.cluster * tiles
         width = next(w for w in shape.widths if w * tiles >= rows)
         for sharing in range(1, max(1, min(sms // pieces, stages) * shape.split) + 1):
             of_stage = STAGE_CLOCKS[shape.tiles] + TOKEN_CLOCKS * width * shape.tiles
-            clocks = -(-pieces * sharing // sms) * -(-stages // sharing) * of_stage
+            clocks = -(-pieces * sharing // (sms // shape.cluster * shape.cluster)) * -(-stages // sharing) * of_stage
             if sharing > 1:
                 clocks += SHARE_CLOCKS + (PART_CLOCKS + SUMS_CLOCKS * width * shape.tiles) * sharing
-            found.append((clocks, Cut(shape, min(sms, pieces * sharing), sharing, tiles)))
+            ctas = min(sms // shape.cluster * shape.cluster, pieces * sharing)
+            found.append((clocks, Cut(shape, ctas, sharing, tiles)))
     return min(found, key=lambda pair: pair[0])[1]
 
 
@@ -131,6 +130,11 @@ def shape_for(rows: int, experts: int) -> Shape:
 def narrowness(rows: int, experts: int) -> int:
     """0 where few rows go to an expert on average, 1 for some, 2 for many."""
     return sum(rows > most * experts for most in MOST_ROWS)
+
+
+def _reading(shape: Shape, *, direct: bool) -> Shape:
+    """A shape whose activations come as they are, or packed; the latter no cluster shares."""
+    return shape._replace(direct=True) if direct else shape._replace(cluster=1)
 
 
 @functools.cache
@@ -155,7 +159,7 @@ def kernels() -> list[KernelSpec]:
     shapes = prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE, *prefill_kernel.DENSE
     flags = itertools.product((False, True), (False, True))
     gemms = (
-        prefill_kernel.spec(quantized, aligned, shape._replace(direct=shape.dense and not quantized))
+        prefill_kernel.spec(quantized, aligned, _reading(shape, direct=shape.dense and not quantized))
         for quantized, aligned in flags
         for shape in shapes
     )

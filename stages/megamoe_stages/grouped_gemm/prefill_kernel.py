@@ -18,15 +18,15 @@ _TURNED = 8 * 32 * 2  # bytes of 8 tokens by 32 columns, or of 16 by 16
 _STAGING = CONSUMER_WARPS * 2 * _TURNED
 WIDE, NARROW, SPARSE = (
     Shape((96, 104, 128), 4, _STAGING),
-    Shape((32, 40, 48, 56, 64), 6, _STAGING),
+    Shape((32, 40, 48, 56, 64), 6, _STAGING, guarded=True),
     Shape((16, 24, 32, 40, 48), 6, _STAGING),
 )
 # for one expert, whose pieces may be too few for all SMs
 DENSE = DENSE_NARROW, DENSE_MEDIUM, DENSE_WIDE, DENSE_WIDEST = (
     Shape((16, 32, 64), 8, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
     Shape((96, 128), 5, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
-    Shape((96, 128), 4, _STAGING, experts=1),
-    Shape((144,), 3, _STAGING, experts=1),
+    Shape((96, 128), 4, _STAGING, experts=1, guarded=True, cluster=2),
+    Shape((144,), 3, _STAGING, experts=1, guarded=True, cluster=2),
 )
 
 
@@ -55,7 +55,7 @@ def launch(
     if cutlass.const_expr(shape.direct):
         rows, k = packed.shape
         seen = cute.make_tensor(packed.iterator, cute.make_layout((rows, 1, k), stride=(k, k, 1)))
-        tokens = multicast.boxes(seen, shape.box, 1, 1)
+        tokens = multicast.boxes(seen, shape.box, 1, shape.cluster)
     tensors = (codes, scales, tokens, offsets, alpha, dec, out, sums, arrived)
     kernel(*tensors, parts, sharing, tiles, quantized, aligned, shape).launch(
         grid=[ctas, 1, 1],
@@ -64,6 +64,7 @@ def launch(
         min_blocks_per_mp=1,
         use_pdl=True,
         stream=stream,
+        **({"cluster": [shape.cluster, 1, 1]} if shape.cluster > 1 else {}),
     )
 
 

@@ -23,11 +23,12 @@ from megamoe_stages.swiglu_quant.kernel import maximum_or_nan, minimum_or_nan, s
 
 _TILES = 2  # of a warp: 16 gates and the 16 ups are a block
 _STRIDE = BLOCK + 4  # floats from token to token: then neither writing nor reading meets a bank twice
-_STAGING = WARP * _STRIDE * 4  # bytes of a warp
+_ROW = CONSUMER_WARPS * _STRIDE * 4  # bytes of a token's results
+_STAGING = WARP * _ROW
 WIDE, NARROW, SPARSE = (
-    Shape((96, 104, 128), 4, CONSUMER_WARPS * _STAGING),
-    Shape((32, 40, 48, 56, 64), 5, CONSUMER_WARPS * _STAGING),
-    Shape((16, 24, 32, 40, 48), 6, CONSUMER_WARPS * _STAGING),
+    Shape((96, 104, 128), 4, _STAGING),
+    Shape((32, 40, 48, 56, 64), 5, _STAGING, guarded=True),
+    Shape((16, 24, 32, 40, 48), 6, _STAGING),
 )
 
 
@@ -100,7 +101,7 @@ def kernel(
     def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, asked: list[Float32]) -> None:
         factors = [decoded_factor(alpha, asked[2] if quantized else None) for alpha in asked[:2]]
         given = (row_weight, enc, limit, factors, weighted)
-        encode(acc, piece, staging, *given, out_codes, out_scales, tiled, width)
+        encode(acc, piece, staging, *given, out_codes, out_scales, tiled, width, shape)
 
     unused = (alpha, offsets, Int32(1), Int32(0), Int32(0))  # no piece is shared, and experts may be many
     weight_gemm.work(Operands(codes, scales, packed, offsets, *unused), fetch, finish, shape)
@@ -120,19 +121,21 @@ def encode(
     out_scales: cute.Tensor,
     tiled: Constexpr[bool],
     width: Constexpr[int],
+    shape: Constexpr[Shape],
 ) -> None:
-    """Writes a piece, 32 tokens at a time."""
+    """Writes a piece, as many tokens at a time as there is room for, 16 or 32."""
     target = Target.SM90
     lane = cute.arch.lane_idx()
     warp = warp_of_consumers()
-    area = staging + warp * _STAGING
+    at_once = shape.staging // _ROW
+    area = staging + warp * (shape.staging // CONSUMER_WARPS)
     block = piece.row_piece * CONSUMER_WARPS + warp
     blocks = cute.size(out_codes, mode=[1]) // (BLOCK // 2)
     to = area + (lane % 4 * 2 * _STRIDE + lane // 4) * 4
     scale = recipe.regular_global_scale(enc[()], target)
-    for first in cutlass.range_constexpr(0, width, WARP):
+    for first in cutlass.range_constexpr(0, width, at_once):
         if (first < piece.valid) & (block < blocks):
-            for c in cutlass.range_constexpr(first // 8, min(first + WARP, width) // 8):
+            for c in cutlass.range_constexpr(first // 8, min(first + at_once, width) // 8):
                 for t, j in ((t, j) for t in range(_TILES) for j in range(2)):
                     gate, up = (arith.mul(acc[t, c * 4 + i * 2 + j], factors[i], target) for i in range(2))
                     up = maximum_or_nan(minimum_or_nan(up, limit, target), -limit, target)
@@ -141,7 +144,7 @@ def encode(
             cute.arch.sync_warp()
             row, left = piece.start + piece.first + first, piece.valid - first
             given = (row_weight, enc, weighted, out_codes, out_scales, tiled)
-            if cutlass.const_expr(width - first <= WARP // 2):
+            if cutlass.const_expr(min(at_once, width - first) <= WARP // 2):
                 _quantize_by_halves(area, row, left, block, *given)
             else:
                 mine = cutlass.min(lane, min(WARP, width - first) - 1)  # a token that was written
