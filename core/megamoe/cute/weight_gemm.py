@@ -19,7 +19,6 @@ from megamoe.cute import arith, fragments, multicast, placed, ring, split_sums, 
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
 from megamoe.cute.weight_pieces import (
-    CONSUMER_WARPS,
     GROUP,
     SLAB_CODES,
     SLAB_SCALES,
@@ -41,7 +40,7 @@ from megamoe.cute.weight_pieces import (
     warp_of_consumers,
 )
 
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
+REGISTERS = {2: (24, 240), 4: (32, 112)}  # of producers and consumers; what a CTA is launched with must suffice
 STEPS = 4  # of a stage, 32 of k each
 DECODED_UNIT = 2.0**7  # what one in the product of decoded weights stands for
 
@@ -55,8 +54,9 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
     number, turns = turn(shape, operands)
     first_stage, k_stages = stages_of(shape, operands)
     expert, stage, parity = Int32(0), Int32(0), Int32(1)
-    if warp < 2:
-        cute.arch.griddepcontrol_wait()  # the tokens are packed; all else was there before `pack` let this grid start
+    if cutlass.const_expr(not shape.direct):
+        if warp < 2:
+            cute.arch.griddepcontrol_wait()  # tokens are packed; all else was there before `pack` let this grid start
     while number < total:
         if cutlass.const_expr(not shape.dense):
             expert = expert_of(number, expert, base, operands, shape)
@@ -112,6 +112,7 @@ def _produce_piece(
     size = size + arith.select(weights, Int32(SLAB_CODES + SLAB_SCALES), Int32(0))
     block = 2 * first_stage + warp
     rank = cute.arch.block_idx()[0] % shape.cluster
+    cute.arch.griddepcontrol_wait()  # there is no `pack` that did
     for _ in cutlass.range(k_stages, unroll=1):
         full = base + shape.barriers_at + stage * 16
         at = base + stage * shape.stage_bytes
@@ -268,10 +269,8 @@ def work(
     if thread == 0:
         for stage in cutlass.range_constexpr(shape.stages):
             ring.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
-            ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS * shape.cluster)
+            ring.init(base + shape.barriers_at + stage * 16 + 8, shape.consumer_warps * shape.cluster)
         ring.init_fence()
-    if cutlass.const_expr(shape.direct):
-        cute.arch.griddepcontrol_wait()  # there is no `pack` that did
     cute.arch.griddepcontrol_launch_dependents()
     if cutlass.const_expr(shape.cluster > 1):
         cute.arch.cluster_arrive()
@@ -281,14 +280,16 @@ def work(
     else:
         count_tiles(base, thread, operands, shape)
     if thread < GROUP:
-        cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+        cute.arch.setmaxregister_decrease(REGISTERS[shape.consumers][0])
         produce(base, operands, shape)
     else:
-        cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+        cute.arch.setmaxregister_increase(REGISTERS[shape.consumers][1])
         total = pieces(base, operands, shape)
         number, turns = turn(shape, operands)
         _, k_stages = stages_of(shape, operands)
         expert, stage, parity = Int32(0), Int32(0), Int32(0)
+        if cutlass.const_expr(shape.direct):
+            cute.arch.griddepcontrol_wait()
         while number < total:
             if cutlass.const_expr(not shape.dense):
                 expert = expert_of(number, expert, base, operands, shape)

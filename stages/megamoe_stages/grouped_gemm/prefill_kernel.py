@@ -12,10 +12,10 @@ from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.weight_gemm import DECODED_UNIT
-from megamoe.cute.weight_pieces import CONSUMER_WARPS, THREADS, Operands, Piece, Shape, warp_of_consumers
+from megamoe.cute.weight_pieces import Operands, Piece, Shape, warp_of_consumers
 
 _TURNED = 8 * 32 * 2  # bytes of 8 tokens by 32 columns, or of 16 by 16
-_STAGING = CONSUMER_WARPS * 2 * _TURNED
+_STAGING = 8 * 2 * _TURNED
 WIDE, NARROW, SPARSE = (
     Shape((96, 104, 128), 4, _STAGING),
     Shape((32, 40, 48, 56, 64), 6, _STAGING, guarded=True),
@@ -59,7 +59,7 @@ def launch(
     tensors = (codes, scales, tokens, offsets, alpha, dec, out, sums, arrived)
     kernel(*tensors, parts, sharing, tiles, quantized, aligned, shape).launch(
         grid=[ctas, 1, 1],
-        block=[THREADS, 1, 1],
+        block=[shape.threads, 1, 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,
         use_pdl=True,
@@ -118,7 +118,7 @@ def store(
     n = cute.size(out, mode=[1])
     chunks = _chunks(shape)
     tokens = 4 // chunks * 8  # at a time
-    buffers = shape.staging // (CONSUMER_WARPS * _TURNED)
+    buffers = shape.staging // (shape.consumer_warps * _TURNED)
     area = staging + warp_of_consumers() * (buffers * _TURNED)
     matrix = lane // 8
     write_at = area + _turned(lane % 8 + matrix // chunks * 8, matrix % chunks, chunks)
