@@ -108,7 +108,8 @@ def _produce_piece(
     codes = ring.address(operands.codes.iterator) + place * SLAB_CODES
     scales = ring.address(operands.scales.iterator) + place * SLAB_SCALES
     weights = (mine >= 0) & (mine < slabs_of(piece, operands, shape))
-    size = arith.select(warp < 2, piece.width * wgmma.ROW_BYTES, Int32(0))
+    tokens = piece.width * wgmma.ROW_BYTES
+    size = arith.select(warp < (1 if shape.halves else 2), tokens, Int32(0))
     size = size + arith.select(weights, Int32(SLAB_CODES + SLAB_SCALES), Int32(0))
     block = 2 * first_stage + warp
     rank = cute.arch.block_idx()[0] % shape.cluster
@@ -118,11 +119,16 @@ def _produce_piece(
         at = base + stage * shape.stage_bytes
         ring.wait(full + 8, parity)
         multicast.expect_if(full, size, arith.select(lane == 0, Int32(1), Int32(0)))
+        there = full
+        if cutlass.const_expr(shape.halves):
+            half = base + shape.halves_at + stage * 8
+            multicast.expect_if(half, tokens, arith.select((lane == 0) & (warp == 1), Int32(1), Int32(0)))
+            there = arith.select(warp == 1, half, full)
         if warp < 2:
             for i in cutlass.range_constexpr(shape.tokens // shape.box):
                 if (i * shape.box < piece.width) & (i % shape.cluster == rank):
                     slot = at + warp * (shape.weights_at // 2) + i * (shape.box * wgmma.ROW_BYTES)
-                    multicast.load_box(operands.packed, piece.first + i * shape.box, Int32(0), block, slot, full)
+                    multicast.load_box(operands.packed, piece.first + i * shape.box, Int32(0), block, slot, there)
         if weights & (lane == 0):
             _copy_slab(codes, scales, mine, at, full, shape)
         codes, scales, block = codes + SLAB_CODES, scales + SLAB_SCALES, block + 2
@@ -189,6 +195,8 @@ def accumulate(
             wgmma.wait(shape.in_flight)
             if cutlass.const_expr(group == shape.in_flight - 1):
                 _release(base, before, started, shape)  # its last group is done
+            if cutlass.const_expr(shape.halves and group == STEPS // 2 * tiles - 1):
+                ring.wait(base + shape.halves_at + stage * 8, parity)
             if cutlass.const_expr(step == STEPS - 1):
                 if cutlass.const_expr(t == 0):
                     ring.wait_if(base + shape.barriers_at + next_stage * 16, next_parity, more)
@@ -270,6 +278,8 @@ def work(
         for stage in cutlass.range_constexpr(shape.stages):
             ring.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
             ring.init(base + shape.barriers_at + stage * 16 + 8, shape.consumer_warps * shape.cluster)
+            if cutlass.const_expr(shape.halves):
+                ring.init(base + shape.halves_at + stage * 8, 1)
         ring.init_fence()
     cute.arch.griddepcontrol_launch_dependents()
     if cutlass.const_expr(shape.cluster > 1):
