@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,6 +32,7 @@ from ptxemu.report import Report
 
 SHARED_BYTES = 227 * 1024  # of a CTA on sm_90
 CTAS = 2  # in the emulator: each takes turns with another
+MOST_ROWS = ((99, 99, 99), (0, 99, 99), (0, 0, 99), (0, 0, 0))  # each takes another shape
 UNEVEN = (3, 0, 1, 40, 0, 70)  # no rows, few, one piece, two pieces
 
 
@@ -63,10 +63,8 @@ def forget_launchers() -> None:
                 value.cache_clear()
 
 
-@pytest.mark.parametrize("module", [prefill_kernel, swiglu_prefill_kernel])
-@pytest.mark.parametrize("name", ["NARROW", "WIDE"])
-def test_a_cta_has_the_shared_memory(module: ModuleType, name: str) -> None:
-    shape: Shape = getattr(module, name)
+@pytest.mark.parametrize("shape", [*prefill_kernel.EXPERTS, *prefill_kernel.DENSE, *swiglu_prefill_kernel.EXPERTS])
+def test_a_cta_has_the_shared_memory(shape: Shape) -> None:
     assert shape.shared_bytes <= SHARED_BYTES
     assert shape.stage_bytes % 1024 == 0  # where the pattern of swizzled rows begins anew
     assert shape.weights_at % 2048 == 0
@@ -93,7 +91,11 @@ def test_packed_rows_of_experts_are_aligned_and_apart() -> None:
     ],
     ids=["bf16", "nvfp4", "one-hot"],
 )
-def test_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, Any]) -> None:
+@pytest.mark.parametrize("most", MOST_ROWS)
+def test_gemm_is_exact_in_the_emulator(
+    reports: list[Report], monkeypatch: pytest.MonkeyPatch, params: dict[str, Any], most: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(prefill, "MOST_ROWS", most)
     given = make(Generator().manual_seed(1), rows=UNEVEN, **params)
     expected = grouped_gemm(**given)
     index = torch.arange(expected.shape[0], dtype=torch.int32)
@@ -107,15 +109,16 @@ def test_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, 
 
 @pytest.mark.parametrize("a", ["bf16", "nvfp4"])
 @pytest.mark.parametrize(
-    ("rows", "n", "k", "shape", "sharing", "tiles"),
+    ("rows", "n", "k", "number", "sharing", "tiles"),
     [
-        (11, 320, 448, "NARROW", 3, 1),
-        (60, 320, 448, "NARROW", 2, 2),
-        (200, 144, 512, "MEDIUM", 3, 2),
-        (300, 560, 448, "WIDE", 1, 3),
-        (300, 1000, 448, "WIDE", 1, 3),
-        (300, 320, 192, "WIDEST", 1, 3),
-        (2500, 144, 128, "MEDIUM", 1, 20),
+        (11, 320, 448, 0, 3, 1),
+        (60, 320, 448, 0, 2, 2),
+        (200, 144, 512, 1, 3, 2),
+        (2500, 144, 128, 1, 1, 20),
+        *(
+            (600, 400, 448, number, 1, -(-600 // shape.tokens))
+            for number, shape in enumerate(prefill_kernel.DENSE[2:], 2)
+        ),
     ],
 )
 def test_one_expert_is_exact_however_it_is_cut(
@@ -125,11 +128,11 @@ def test_one_expert_is_exact_however_it_is_cut(
     rows: int,
     n: int,
     k: int,
-    shape: str,
+    number: int,
     sharing: int,
     tiles: int,
 ) -> None:
-    dense = getattr(prefill_kernel, f"DENSE_{shape}")
+    dense = prefill_kernel.DENSE[number]
     ctas = -(-n // dense.rows) * tiles * sharing if sharing > 1 else 4
     monkeypatch.setattr(prefill, "cut", lambda *_, **__: Cut(dense, ctas, sharing, tiles))
     given = make(Generator().manual_seed(2), rows=(rows,), n=n, k=k, a=a, values="integers")
@@ -147,7 +150,8 @@ def test_one_expert_is_exact_however_it_is_cut(
 def test_how_one_expert_is_cut(rows: int, n: int, k: int) -> None:
     codes = torch.empty(1, n, k // 2, dtype=torch.uint8, device="meta")
     cut = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132, dense=True)
-    pieces = -(-n // cut.shape.rows) * cut.tiles
+    together = cut.shape.cluster
+    pieces = -(-n // (cut.shape.rows * together)) * together * cut.tiles
     assert cut.sharing <= k // weight_pieces.STAGE_K  # every CTA has some of k
     assert cut.ctas == min(132, pieces * cut.sharing)
     assert cut.sharing == 1 or pieces * cut.sharing <= 132  # no CTA has two pieces
@@ -178,7 +182,11 @@ def test_one_expert_is_cut_as_was_fastest(n: int, k: int, rows: int, shape: str,
 
 
 @pytest.mark.parametrize("params", [{"a": "nvfp4", "scale_layout": "128x4"}], ids=["nvfp4-128x4"])
-def test_fused_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, Any]) -> None:
+@pytest.mark.parametrize("most", MOST_ROWS)
+def test_fused_gemm_is_exact_in_the_emulator(
+    reports: list[Report], monkeypatch: pytest.MonkeyPatch, params: dict[str, Any], most: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(prefill, "MOST_ROWS", most)
     sizes: dict[str, Any] = {"rows": UNEVEN, "intermediate": 48, "k": 64, "values": "saturated", "limit": None}
     given = make_swiglu(Generator().manual_seed(1), **sizes, **params)
     expected = swiglu_quant(**given)

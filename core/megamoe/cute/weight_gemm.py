@@ -1,11 +1,11 @@
 """Main loop of a grouped GEMM with prepared NVFP4 weights on sm_90a: weights decoded in registers, many rows an expert.
 
-Swapped: the weights are wgmma's left operand, tokens its columns. A CTA has four producer warps and two consumer
-warpgroups, and walks over pieces of work: 128 or 256 weight rows of an expert times up to `Shape.tokens` of its tokens.
-A consumer warp owns 16 or 32 neighbouring weight rows of a piece, a tile of 16 or two. The producers fill a ring of
-stages, 128 of k each, with bulk copies of prepared weights (`numerics.fragments`) and of activations, packed (`pack`)
-or, if `Shape.direct`, as they are; a consumer decodes 32 of k of a tile while the tensor cores multiply what it decoded
-before.
+Swapped: the weights are wgmma's left operand, tokens its columns. A CTA has four producer warps and two or four
+consumer warpgroups, and walks over pieces of work: 128 or 256 weight rows of an expert times up to `Shape.tokens` of
+its tokens. A consumer warp owns 16 or 32 neighbouring weight rows of a piece, a tile of 16 or two. The producers fill
+a ring of stages, 128 of k each, with bulk copies of prepared weights (`numerics.fragments`) and of activations, packed
+(`pack`) or, if `Shape.direct`, as they are; a consumer decodes 32 of k of a tile while the tensor cores multiply what
+it decoded before.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
     number, turns = turn(shape, operands)
     first_stage, k_stages = stages_of(shape, operands)
     expert, stage, parity = Int32(0), Int32(0), Int32(1)
-    if cutlass.const_expr(not shape.direct):
-        if warp < 2:
-            cute.arch.griddepcontrol_wait()  # tokens are packed; all else was there before `pack` let this grid start
+    if warp < (0 if shape.direct else 2):
+        cute.arch.griddepcontrol_wait()  # the tokens are packed; all else was there before `pack` let this grid start
     while number < total:
         if cutlass.const_expr(not shape.dense):
             expert = expert_of(number, expert, base, operands, shape)
@@ -108,8 +107,7 @@ def _produce_piece(
     codes = ring.address(operands.codes.iterator) + place * SLAB_CODES
     scales = ring.address(operands.scales.iterator) + place * SLAB_SCALES
     weights = (mine >= 0) & (mine < slabs_of(piece, operands, shape))
-    tokens = piece.width * wgmma.ROW_BYTES
-    size = arith.select(warp < (1 if shape.halves else 2), tokens, Int32(0))
+    size = arith.select(warp < 2, piece.width * wgmma.ROW_BYTES, Int32(0))
     size = size + arith.select(weights, Int32(SLAB_CODES + SLAB_SCALES), Int32(0))
     block = 2 * first_stage + warp
     rank = cute.arch.block_idx()[0] % shape.cluster
@@ -119,16 +117,11 @@ def _produce_piece(
         at = base + stage * shape.stage_bytes
         ring.wait(full + 8, parity)
         multicast.expect_if(full, size, arith.select(lane == 0, Int32(1), Int32(0)))
-        there = full
-        if cutlass.const_expr(shape.halves):
-            half = base + shape.halves_at + stage * 8
-            multicast.expect_if(half, tokens, arith.select((lane == 0) & (warp == 1), Int32(1), Int32(0)))
-            there = arith.select(warp == 1, half, full)
         if warp < 2:
             for i in cutlass.range_constexpr(shape.tokens // shape.box):
                 if (i * shape.box < piece.width) & (i % shape.cluster == rank):
                     slot = at + warp * (shape.weights_at // 2) + i * (shape.box * wgmma.ROW_BYTES)
-                    multicast.load_box(operands.packed, piece.first + i * shape.box, Int32(0), block, slot, there)
+                    multicast.load_box(operands.packed, piece.first + i * shape.box, Int32(0), block, slot, full)
         if weights & (lane == 0):
             _copy_slab(codes, scales, mine, at, full, shape)
         codes, scales, block = codes + SLAB_CODES, scales + SLAB_SCALES, block + 2
@@ -195,8 +188,6 @@ def accumulate(
             wgmma.wait(shape.in_flight)
             if cutlass.const_expr(group == shape.in_flight - 1):
                 _release(base, before, started, shape)  # its last group is done
-            if cutlass.const_expr(shape.halves and group == STEPS // 2 * tiles - 1):
-                ring.wait(base + shape.halves_at + stage * 8, parity)
             if cutlass.const_expr(step == STEPS - 1):
                 if cutlass.const_expr(t == 0):
                     ring.wait_if(base + shape.barriers_at + next_stage * 16, next_parity, more)
@@ -216,7 +207,11 @@ def accumulate(
         before, started = stage, Int32(1)
         stage, parity = next_stage, next_parity
     wgmma.wait(0)
-    _release(base, before, Int32(1), shape)
+    landed = arith.hidden_zero(Target.SM90)
+    if cutlass.const_expr(not shape.guarded):
+        for i in cutlass.range_constexpr(8):
+            landed = landed & words[tiles - 1, i]  # 0: no copy may come before these loads, though nobody needs them
+    _release(base, before, Int32(1) + Int32(landed), shape)
     return stage, parity
 
 
@@ -278,8 +273,6 @@ def work(
         for stage in cutlass.range_constexpr(shape.stages):
             ring.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
             ring.init(base + shape.barriers_at + stage * 16 + 8, shape.consumer_warps * shape.cluster)
-            if cutlass.const_expr(shape.halves):
-                ring.init(base + shape.halves_at + stage * 8, 1)
         ring.init_fence()
     cute.arch.griddepcontrol_launch_dependents()
     if cutlass.const_expr(shape.cluster > 1):

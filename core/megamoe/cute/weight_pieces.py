@@ -44,7 +44,6 @@ class Shape(NamedTuple):
         direct: Activations come as they are, by a tensor map; else `pack` has brought them in order.
         guarded: A piece's last stage does not load words again that nobody needs; faster or slower, see NOTES.
         consumers: Warpgroups that decode and multiply.
-        halves: Tokens of a stage's second half have an mbarrier of their own; only if `direct`.
         cluster: CTAs, neighbours in weight rows, that bring the tokens of their pieces together; 1 unless `direct`.
     """
 
@@ -59,7 +58,6 @@ class Shape(NamedTuple):
     guarded: bool = False
     cluster: int = 1
     consumers: int = 2
-    halves: bool = False
 
     @property
     def dense(self) -> bool:
@@ -117,14 +115,9 @@ class Shape(NamedTuple):
         return self.staging_at + self.staging
 
     @property
-    def halves_at(self) -> int:
-        """Where the mbarriers of second halves start."""
-        return self.barriers_at + self.stages * 16
-
-    @property
     def counts_at(self) -> int:
         """Where the numbers of token tiles before each expert start; the experts' first rows follow; not if dense."""
-        return self.halves_at + (self.stages * 8 if self.halves else 0)
+        return self.barriers_at + self.stages * 16
 
     @property
     def shared_bytes(self) -> int:

@@ -23,12 +23,13 @@ from megamoe_stages.swiglu_quant.kernel import maximum_or_nan, minimum_or_nan, s
 
 _TILES = 2  # of a warp: 16 gates and the 16 ups are a block
 _STRIDE = BLOCK + 4  # floats from token to token: then neither writing nor reading meets a bank twice
-_ROW = 8 * _STRIDE * 4  # bytes of a token's results
-_STAGING = WARP * _ROW
-WIDE, NARROW, SPARSE = (
-    Shape((96, 104, 128), 4, _STAGING),
-    Shape((32, 40, 48, 56, 64), 5, _STAGING, guarded=True),
-    Shape((16, 24, 32, 40, 48), 6, _STAGING),
+_BLOCKS = 8  # of a piece
+_STAGING = WARP * _STRIDE * 4  # bytes of 32 tokens of a block
+FEW, SPARSE, NARROW, WIDE = EXPERTS = (
+    Shape((8, 16, 24, 32), 7, _BLOCKS * _STAGING, tiles=1, consumers=4, guarded=True),
+    Shape((16, 24, 32, 40, 48), 6, _BLOCKS * _STAGING),
+    Shape((32, 40, 48, 56, 64), 5, _BLOCKS * _STAGING, guarded=True),
+    Shape((96, 104, 128), 4, _BLOCKS * _STAGING),
 )
 
 
@@ -123,20 +124,19 @@ def encode(
     width: Constexpr[int],
     shape: Constexpr[Shape],
 ) -> None:
-    """Writes a piece, as many tokens at a time as there is room for, 16 or 32."""
+    """Writes a piece, 32 tokens at a time."""
     target = Target.SM90
     lane = cute.arch.lane_idx()
     team = _TILES // shape.tiles  # warps that own a block together
-    place, mine = warp_of_consumers() % team, warp_of_consumers() // team
-    at_once = shape.staging // _ROW
-    area = staging + mine * (at_once * _STRIDE * 4)
-    block = piece.row_piece * (shape.consumer_warps // team) + mine
+    place, mine = warp_of_consumers() % team, warp_of_consumers() // team  # which of them, and which team
+    area = staging + mine * _STAGING
+    block = piece.row_piece * _BLOCKS + mine
     blocks = cute.size(out_codes, mode=[1]) // (BLOCK // 2)
     to = area + (lane % 4 * 2 * _STRIDE + place * 8 + lane // 4) * 4
     scale = recipe.regular_global_scale(enc[()], target)
-    for first in cutlass.range_constexpr(0, width, at_once):
+    for first in cutlass.range_constexpr(0, width, WARP):
         if (first < piece.valid) & (block < blocks):
-            for c in cutlass.range_constexpr(first // 8, min(first + at_once, width) // 8):
+            for c in cutlass.range_constexpr(first // 8, min(first + WARP, width) // 8):
                 for t, j in ((t, j) for t in range(shape.tiles) for j in range(2)):
                     gate, up = (arith.mul(acc[t, c * 4 + i * 2 + j], factors[i], target) for i in range(2))
                     up = maximum_or_nan(minimum_or_nan(up, limit, target), -limit, target)
@@ -145,7 +145,7 @@ def encode(
             _meet(team)
             row, left = piece.start + piece.first + first, piece.valid - first
             given = (row_weight, enc, weighted, out_codes, out_scales, tiled)
-            if cutlass.const_expr(team > 1 or min(at_once, width - first) <= WARP // 2):
+            if cutlass.const_expr(team > 1 or width - first <= WARP // 2):
                 before = place * (WARP // 2)
                 _quantize_by_halves(area + before * (_STRIDE * 4), row + before, left - before, block, *given, team)
             else:
