@@ -51,3 +51,4 @@ def test_launches_on_several_streams_do_not_meet() -> None:
                 assert same_bytes(got, expected)
         for out in replayed:
             out.zero_()
+        torch.cuda.synchronize()  # or a replay on another stream might come before

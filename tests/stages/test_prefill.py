@@ -32,7 +32,7 @@ from ptxemu.report import Report
 
 SHARED_BYTES = 227 * 1024  # of a CTA on sm_90
 CTAS = 2  # in the emulator: each takes turns with another
-MOST_ROWS = ((99, 99, 99), (0, 99, 99), (0, 0, 99), (0, 0, 0))  # each takes another shape
+MOST_ROWS = ((99, 99), (0, 99), (0, 0))  # each takes another shape
 UNEVEN = (3, 0, 1, 40, 0, 70)  # no rows, few, one piece, two pieces
 
 
@@ -158,27 +158,37 @@ def test_how_one_expert_is_cut(rows: int, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "rows", "shape", "tiles", "sharing"),
+    ("n", "k", "rows", "piece", "cluster", "tiles", "sharing"),
     [
-        (8192, 8192, 16, "NARROW", 1, 2),
-        (8192, 8192, 64, "NARROW", 1, 2),
-        (8192, 8192, 128, "MEDIUM", 1, 2),
-        (8192, 8192, 256, "MEDIUM", 2, 1),
-        (8192, 8192, 512, "WIDE", 4, 1),
-        (8192, 8192, 2048, "WIDE", 16, 1),
-        (8192, 8192, 8192, "WIDEST", 57, 1),
-        (4096, 8192, 8192, "WIDEST", 57, 1),
-        (1536, 4096, 8192, "WIDE", 64, 1),
-        (4096, 8192, 64, "NARROW", 1, 4),
-        (4096, 8192, 512, "MEDIUM", 4, 1),
-        (1536, 4096, 16, "NARROW", 1, 8),
-        (1536, 4096, 64, "NARROW", 2, 5),
+        (8192, 8192, 16, (128, 64), 1, 1, 2),
+        (8192, 8192, 64, (128, 64), 1, 1, 2),
+        (8192, 8192, 128, (128, 128), 1, 1, 2),
+        (8192, 8192, 256, (128, 128), 1, 2, 1),
+        (8192, 8192, 384, (128, 192), 1, 2, 1),
+        (8192, 8192, 512, (128, 256), 1, 2, 1),
+        (8192, 8192, 2048, (128, 256), 2, 8, 1),
+        (8192, 8192, 8192, (256, 144), 2, 57, 1),
+        (4096, 8192, 64, (128, 64), 1, 1, 4),
+        (4096, 8192, 512, (128, 128), 1, 4, 1),
+        (4096, 8192, 1024, (128, 256), 1, 4, 1),
+        (4096, 8192, 8192, (256, 144), 2, 57, 1),
+        (7168, 3072, 1024, (128, 152), 1, 7, 1),
+        (7168, 3072, 2048, (256, 152), 1, 14, 1),
+        (7168, 3072, 8192, (128, 256), 2, 32, 1),
+        (1536, 4096, 16, (128, 64), 1, 1, 8),
+        (1536, 4096, 64, (128, 64), 1, 2, 5),
+        (1536, 4096, 1024, (128, 128), 1, 11, 1),
+        (1536, 4096, 2048, (128, 192), 1, 11, 1),
+        (1536, 4096, 8192, (128, 256), 2, 32, 1),
     ],
 )
-def test_one_expert_is_cut_as_was_fastest(n: int, k: int, rows: int, shape: str, tiles: int, sharing: int) -> None:
+def test_one_expert_is_cut_as_was_fastest(
+    n: int, k: int, rows: int, piece: tuple[int, int], cluster: int, tiles: int, sharing: int
+) -> None:
     codes = torch.empty(1, n, k // 2, dtype=torch.uint8, device="meta")
     cut = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132, dense=True)
-    assert (cut.shape, cut.tiles, cut.sharing) == (getattr(prefill_kernel, f"DENSE_{shape}"), tiles, sharing)
+    assert (cut.shape.rows, cut.shape.tokens) == piece
+    assert (cut.shape.cluster, cut.tiles, cut.sharing) == (cluster, tiles, sharing)
 
 
 @pytest.mark.parametrize("params", [{"a": "nvfp4", "scale_layout": "128x4"}], ids=["nvfp4-128x4"])

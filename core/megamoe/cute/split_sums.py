@@ -12,14 +12,14 @@ from cutlass import Boolean, Constexpr, Float32, Int32, Int64, cute
 from megamoe.cute import arith, exchange, placed, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
-from megamoe.cute.weight_pieces import Operands, Shape, share_of, warp_of_consumers
+from megamoe.cute.weight_pieces import CONSUMER_WARPS, Operands, Shape, share_of, warp_of_consumers
 
 _ASKED = 16  # times 16 bytes of others' sums that a thread asks for before it waits
 
 
 def sums_bytes(shape: Shape) -> int:
     """Of one CTA's sums of a piece, of any width."""
-    return shape.consumer_warps * WARP * shape.tiles * shape.tokens * 2
+    return CONSUMER_WARPS * WARP * shape.tiles * shape.tokens * 2
 
 
 @cute.jit
@@ -38,7 +38,7 @@ def gather(
     """
     lane, warp = cute.arch.lane_idx(), warp_of_consumers()
     part, parts = share_of(shape, operands)
-    groups, run = width // 8, shape.consumer_warps * WARP * 16  # bytes of four sums of each thread
+    groups, run = width // 8, CONSUMER_WARPS * WARP * 16  # bytes of four sums of each thread
     size = Int64(sums_bytes(shape))
     first = ring.address(operands.sums.iterator) + Int64(number * parts) * size + (warp * WARP + lane) * 16
     mine = first + part * size
@@ -50,7 +50,7 @@ def gather(
     cute.arch.sync_warp()
     before = Int32(0)
     if lane == 0:
-        place = ring.address(operands.arrived.iterator) + (number * shape.consumer_warps + warp) * 4
+        place = ring.address(operands.arrived.iterator) + (number * CONSUMER_WARPS + warp) * 4
         before = placed.count_round(place, parts - 1)
     last = cute.arch.shuffle_sync(before, 0) == parts - 1
     cute.arch.sync_warp()

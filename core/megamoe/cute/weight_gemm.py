@@ -1,6 +1,6 @@
 """Main loop of a grouped GEMM with prepared NVFP4 weights on sm_90a: weights decoded in registers, many rows an expert.
 
-Swapped: the weights are wgmma's left operand, tokens its columns. A CTA has four producer warps and two or four
+Swapped: the weights are wgmma's left operand, tokens its columns. A CTA has four producer warps and two
 consumer warpgroups, and walks over pieces of work: 128 or 256 weight rows of an expert times up to `Shape.tokens` of
 its tokens. A consumer warp owns 16 or 32 neighbouring weight rows of a piece, a tile of 16 or two. The producers fill
 a ring of stages, 128 of k each, with bulk copies of prepared weights (`numerics.fragments`) and of activations, packed
@@ -19,6 +19,7 @@ from megamoe.cute import arith, fragments, multicast, placed, ring, split_sums, 
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
 from megamoe.cute.weight_pieces import (
+    CONSUMER_WARPS,
     GROUP,
     SLAB_CODES,
     SLAB_SCALES,
@@ -40,7 +41,7 @@ from megamoe.cute.weight_pieces import (
     warp_of_consumers,
 )
 
-REGISTERS = {2: (24, 240), 4: (32, 112)}  # of producers and consumers; what a CTA is launched with must suffice
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 STEPS = 4  # of a stage, 32 of k each
 DECODED_UNIT = 2.0**7  # what one in the product of decoded weights stands for
 
@@ -272,7 +273,7 @@ def work(
     if thread == 0:
         for stage in cutlass.range_constexpr(shape.stages):
             ring.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
-            ring.init(base + shape.barriers_at + stage * 16 + 8, shape.consumer_warps * shape.cluster)
+            ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS * shape.cluster)
         ring.init_fence()
     cute.arch.griddepcontrol_launch_dependents()
     if cutlass.const_expr(shape.cluster > 1):
@@ -283,10 +284,10 @@ def work(
     else:
         count_tiles(base, thread, operands, shape)
     if thread < GROUP:
-        cute.arch.setmaxregister_decrease(REGISTERS[shape.consumers][0])
+        cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
         produce(base, operands, shape)
     else:
-        cute.arch.setmaxregister_increase(REGISTERS[shape.consumers][1])
+        cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         total = pieces(base, operands, shape)
         number, turns = turn(shape, operands)
         _, k_stages = stages_of(shape, operands)

@@ -17,7 +17,10 @@ from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 
 GROUP = 128  # threads of a warpgroup
+CONSUMERS = 2  # warpgroups
+THREADS = GROUP * (1 + CONSUMERS)
 TILE_ROWS = 16  # weight rows of a prepared tile
+CONSUMER_WARPS = CONSUMERS * GROUP // WARP
 SLAB_ROWS = 64  # rows that are prepared together
 STAGE_K = 128
 SLAB_CODES, SLAB_SCALES = SLAB_ROWS * STAGE_K // 2, SLAB_ROWS * STAGE_K // 16  # bytes
@@ -26,7 +29,7 @@ TILE_CODES, TILE_SCALES = SLAB_CODES // SLAB_TILES, SLAB_SCALES // SLAB_TILES
 BLOCK_K = 64  # k of a swizzled row of activations
 TILES_TOGETHER = 8  # token tiles of one expert
 ALIGNMENT = 8  # packed rows of an expert start at its multiples, or the swizzle would not fit
-MAX_EXPERTS = 768  # two a thread
+MAX_EXPERTS = 2 * THREADS
 
 
 class Shape(NamedTuple):
@@ -43,7 +46,6 @@ class Shape(NamedTuple):
         in_flight: Groups of products that may run while an operand is decoded; with two tiles ptxas lets only one.
         direct: Activations come as they are, by a tensor map; else `pack` has brought them in order.
         guarded: A piece's last stage does not load words again that nobody needs; faster or slower, see NOTES.
-        consumers: Warpgroups that decode and multiply.
         cluster: CTAs, neighbours in weight rows, that bring the tokens of their pieces together; 1 unless `direct`.
     """
 
@@ -57,7 +59,6 @@ class Shape(NamedTuple):
     direct: bool = False
     guarded: bool = False
     cluster: int = 1
-    consumers: int = 2
 
     @property
     def dense(self) -> bool:
@@ -65,19 +66,9 @@ class Shape(NamedTuple):
         return self.experts == 1
 
     @property
-    def threads(self) -> int:
-        """Of a CTA."""
-        return GROUP * (1 + self.consumers)
-
-    @property
-    def consumer_warps(self) -> int:
-        """Of a CTA."""
-        return GROUP * self.consumers // WARP
-
-    @property
     def rows(self) -> int:
         """Weight rows of a piece."""
-        return self.consumer_warps * self.tiles * TILE_ROWS
+        return CONSUMER_WARPS * self.tiles * TILE_ROWS
 
     @property
     def box(self) -> int:
@@ -134,7 +125,7 @@ class Operands(NamedTuple):
         packed: (padded k / 64, capacity, 64) bf16: see `pack`; if `Shape.direct` boxes of (`Shape.box` tokens, 64 k).
         offsets: (experts + 1,) int32.
         sums: fp32, room for `sums_of` each piece's parts; not touched unless `Shape.split`.
-        arrived: (pieces * `Shape.consumer_warps`,) int32, zeros.
+        arrived: (pieces * CONSUMER_WARPS,) int32, zeros.
         parts: CTAs that share a piece.
         rows: Tokens of the only expert; not read unless `Shape.dense`.
         tiles: Of those tokens.
@@ -237,7 +228,7 @@ def count_tiles(base: Int32, thread: Int32, operands: Constexpr[Operands], shape
     if lane == WARP - 1:
         ring.store4(base + wide * 4, total)  # the stages are not in use yet
     cute.arch.sync_threads()
-    for other in cutlass.range_constexpr(shape.threads // WARP):
+    for other in cutlass.range_constexpr(THREADS // WARP):
         total = total + arith.select(wide > other, ring.load4(base + other * 4), Int32(0))
     for i in cutlass.range_constexpr(2):
         if 2 * thread + i < experts:

@@ -19,11 +19,11 @@ from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe_stages.grouped_gemm import prefill_kernel
 
 FEW_TOKENS = 64  # of a piece for one expert, up to which the tensor cores are not what takes longest
-STAGE_CLOCKS, TOKEN_CLOCKS = (475, 20), (6.5, 8)  # of a stage, and of each of its tokens; the same beyond FEW_TOKENS
-SPLIT_CLOCKS = 100  # more for a stage of those that may be shared
+STAGE_CLOCKS, TOKEN_CLOCKS = (475, 100), (6.5, 8)  # of a stage, and of each of its tokens; the same beyond FEW_TOKENS
+SPLIT_CLOCKS = 20  # more for a stage of those that may be shared
 SHARE_CLOCKS, PART_CLOCKS, SUMS_CLOCKS = 3000, 150, 10  # of a piece that is shared, its parts, their tokens
-CLUSTER_CLOCKS, CLUSTER_GAIN = 3000, 0.01  # what clusters cost a launch, and gain of what it takes
-MOST_ROWS = (10, 30, 56)  # of an expert on average, for the three narrower shapes
+CLUSTER_CLOCKS, CLUSTER_GAIN = 1500, 0.01  # what clusters cost a launch, and gain of what it takes
+MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
 
 
 def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_index: Tensor | None, out: Tensor) -> None:
@@ -42,7 +42,7 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
     shape, ctas, sharing, tiles = cut(out.shape[0], weights, processors(out.device), dense=dense)
     split = sharing > 1
     sums = torch.empty(split * ctas * split_sums.sums_bytes(shape) // 4, dtype=torch.float32, device=out.device)
-    arrived = counters("weight_gemm", split * ctas // sharing * shape.consumer_warps, out)
+    arrived = counters("weight_gemm", split * ctas // sharing * weight_pieces.CONSUMER_WARPS, out)
     shape = _reading(shape, direct=shape.dense and isinstance(a, Tensor))
     tokens = a if shape.direct else pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape)
     alpha = weights.global_scale_dec

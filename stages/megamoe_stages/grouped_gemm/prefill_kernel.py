@@ -13,29 +13,30 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 from megamoe.cute.weight_gemm import DECODED_UNIT
-from megamoe.cute.weight_pieces import GROUP, Operands, Piece, Shape, warp_of_consumers
+from megamoe.cute.weight_pieces import CONSUMER_WARPS, GROUP, THREADS, Operands, Piece, Shape, warp_of_consumers
 
 _TURNED = 8 * 32 * 2  # bytes of 8 tokens by 32 columns, or of 16 by 16
-_STAGING = 8 * 2 * _TURNED  # two buffers of eight warps
-FEW, SPARSE, NARROW, WIDE = EXPERTS = (
-    Shape((8, 16, 24, 32), 7, 2 * _STAGING, tiles=1, consumers=4, guarded=True),
-    Shape((16, 24, 32, 40, 48), 6, _STAGING),
+_STAGING = CONSUMER_WARPS * 2 * _TURNED
+SPARSE, NARROW, WIDE = EXPERTS = (
+    Shape((8, 16, 24, 32, 40), 6, _STAGING),
     Shape((32, 40, 48, 56, 64), 6, _STAGING, guarded=True),
     Shape((96, 104, 128), 4, _STAGING),
 )
-# for one expert, whose pieces may be too few for all SMs
-DENSE = DENSE_NARROW, DENSE_MEDIUM, *DENSE_WIDE = (
+_NARROW, _MEDIUM = (  # for one expert, whose pieces may be too few for all SMs
     Shape((16, 32, 64), 8, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
     Shape((96, 128), 5, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
-    *(
-        Shape((width,), stages, staging, tiles=1, experts=1, in_flight=3, guarded=True, cluster=cluster)
-        for width, stages, staging, clusters in (
-            (152, 4, _STAGING, (1,)),
-            (192, 3, _STAGING, (1, 2)),
-            (256, 3, _STAGING // 2, (1, 2)),
-        )
-        for cluster in clusters
-    ),
+)
+_LONG = Shape((256,), 3, _STAGING // 2, tiles=1, experts=1, in_flight=3, guarded=True)
+_WIDE = Shape((152,), 3, _STAGING, experts=1, guarded=True)
+DENSE = (
+    _NARROW,
+    _MEDIUM,
+    _LONG._replace(widths=(152,), stages=4, staging=_STAGING),
+    _LONG._replace(widths=(192,), staging=_STAGING),
+    _LONG,
+    _LONG._replace(cluster=2),
+    _WIDE._replace(widths=(144,), stages=4, cluster=2),
+    _WIDE,
 )
 
 
@@ -68,7 +69,7 @@ def launch(
     tensors = (codes, scales, tokens, offsets, alpha, dec, out, sums, arrived)
     kernel(*tensors, parts, sharing, tiles, quantized, aligned, shape).launch(
         grid=[ctas, 1, 1],
-        block=[shape.threads, 1, 1],
+        block=[THREADS, 1, 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,
         use_pdl=True,
@@ -130,7 +131,7 @@ def store(
     place, n = warp % team, cute.size(out, mode=[1])
     own, chunks = 2 * shape.tiles, 2 * shape.tiles * team  # of 8 columns: of a warp, of a team
     tokens = 4 // own * 8  # at a time
-    buffers = shape.staging // (shape.consumer_warps * _TURNED)
+    buffers = shape.staging // (CONSUMER_WARPS * _TURNED)
     area = staging + warp // team * (buffers * team * _TURNED)
     matrix = lane // 8
     write_at = area + _turned(lane % 8 + matrix // own * 8, place * own + matrix % own, chunks)
@@ -163,8 +164,8 @@ def store(
 
 
 def team_of(shape: Shape) -> int:
-    """Warps that store together: a warpgroup, or one where a warp does not know what others have summed up."""
-    return 1 if shape.split else GROUP // WARP
+    """Warps that store together: one, or those of a warpgroup where that was faster."""
+    return GROUP // WARP if shape.dense and not shape.split else 1
 
 
 def _meet(team: int) -> None:

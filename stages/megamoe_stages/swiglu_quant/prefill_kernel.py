@@ -17,19 +17,17 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.layout import offset_128x4, offset_linear
 from megamoe.cute.recipe import BLOCK, Block, GlobalScale
 from megamoe.cute.warp import WARP, from_lane
-from megamoe.cute.weight_pieces import Operands, Piece, Shape, warp_of_consumers
+from megamoe.cute.weight_pieces import CONSUMER_WARPS, THREADS, Operands, Piece, Shape, warp_of_consumers
 from megamoe_stages.grouped_gemm.prefill_kernel import decoded_factor
 from megamoe_stages.swiglu_quant.kernel import maximum_or_nan, minimum_or_nan, swiglu
 
 _TILES = 2  # of a warp: 16 gates and the 16 ups are a block
 _STRIDE = BLOCK + 4  # floats from token to token: then neither writing nor reading meets a bank twice
-_BLOCKS = 8  # of a piece
-_STAGING = WARP * _STRIDE * 4  # bytes of 32 tokens of a block
-FEW, SPARSE, NARROW, WIDE = EXPERTS = (
-    Shape((8, 16, 24, 32), 7, _BLOCKS * _STAGING, tiles=1, consumers=4, guarded=True),
-    Shape((16, 24, 32, 40, 48), 6, _BLOCKS * _STAGING),
-    Shape((32, 40, 48, 56, 64), 5, _BLOCKS * _STAGING, guarded=True),
-    Shape((96, 104, 128), 4, _BLOCKS * _STAGING),
+_STAGING = WARP * _STRIDE * 4  # bytes of a warp
+SPARSE, NARROW, WIDE = EXPERTS = (
+    Shape((8, 16, 24, 32, 40), 6, CONSUMER_WARPS * _STAGING),
+    Shape((32, 40, 48, 56, 64), 5, CONSUMER_WARPS * _STAGING, guarded=True),
+    Shape((96, 104, 128), 4, CONSUMER_WARPS * _STAGING),
 )
 
 
@@ -60,7 +58,7 @@ def launch(
     outputs = (out_codes, out_scales, out_dec)
     kernel(*inputs, *outputs, parts, limit, quantized, weighted, tiled, shape).launch(
         grid=[ctas, 1, 1],
-        block=[shape.threads, 1, 1],
+        block=[THREADS, 1, 1],
         smem=shape.shared_bytes,
         min_blocks_per_mp=1,
         use_pdl=True,
@@ -102,7 +100,7 @@ def kernel(
     def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, asked: list[Float32]) -> None:
         factors = [decoded_factor(alpha, asked[2] if quantized else None) for alpha in asked[:2]]
         given = (row_weight, enc, limit, factors, weighted)
-        encode(acc, piece, staging, *given, out_codes, out_scales, tiled, width, shape)
+        encode(acc, piece, staging, *given, out_codes, out_scales, tiled, width)
 
     unused = (alpha, offsets, Int32(1), Int32(0), Int32(0))  # no piece is shared, and experts may be many
     weight_gemm.work(Operands(codes, scales, packed, offsets, *unused), fetch, finish, shape)
@@ -122,46 +120,35 @@ def encode(
     out_scales: cute.Tensor,
     tiled: Constexpr[bool],
     width: Constexpr[int],
-    shape: Constexpr[Shape],
 ) -> None:
     """Writes a piece, 32 tokens at a time."""
     target = Target.SM90
     lane = cute.arch.lane_idx()
-    team = _TILES // shape.tiles  # warps that own a block together
-    place, mine = warp_of_consumers() % team, warp_of_consumers() // team  # which of them, and which team
-    area = staging + mine * _STAGING
-    block = piece.row_piece * _BLOCKS + mine
+    warp = warp_of_consumers()
+    area = staging + warp * _STAGING
+    block = piece.row_piece * CONSUMER_WARPS + warp
     blocks = cute.size(out_codes, mode=[1]) // (BLOCK // 2)
-    to = area + (lane % 4 * 2 * _STRIDE + place * 8 + lane // 4) * 4
+    to = area + (lane % 4 * 2 * _STRIDE + lane // 4) * 4
     scale = recipe.regular_global_scale(enc[()], target)
     for first in cutlass.range_constexpr(0, width, WARP):
         if (first < piece.valid) & (block < blocks):
             for c in cutlass.range_constexpr(first // 8, min(first + WARP, width) // 8):
-                for t, j in ((t, j) for t in range(shape.tiles) for j in range(2)):
+                for t, j in ((t, j) for t in range(_TILES) for j in range(2)):
                     gate, up = (arith.mul(acc[t, c * 4 + i * 2 + j], factors[i], target) for i in range(2))
                     up = maximum_or_nan(minimum_or_nan(up, limit, target), -limit, target)
                     y = swiglu(minimum_or_nan(gate, limit, target), up, target)
                     ring.store4(to + ((c * 8 - first + j) * _STRIDE + t * 8) * 4, y)
-            _meet(team)
+            cute.arch.sync_warp()
             row, left = piece.start + piece.first + first, piece.valid - first
             given = (row_weight, enc, weighted, out_codes, out_scales, tiled)
-            if cutlass.const_expr(team > 1 or width - first <= WARP // 2):
-                before = place * (WARP // 2)
-                _quantize_by_halves(area + before * (_STRIDE * 4), row + before, left - before, block, *given, team)
+            if cutlass.const_expr(width - first <= WARP // 2):
+                _quantize_by_halves(area, row, left, block, *given)
             else:
                 mine = cutlass.min(lane, min(WARP, width - first) - 1)  # a token that was written
                 words = [word for i in range(4) for word in ring.load16(area + (mine * _STRIDE + i * 4) * 4)]
                 cute.arch.sync_warp()
                 if lane < left:
                     _quantize(words, row + lane, block, scale, *given)
-
-
-def _meet(team: int) -> None:
-    """The warps that share a block's staging have all come here."""
-    if team == 1:
-        cute.arch.sync_warp()
-    else:
-        cute.arch.barrier(barrier_id=1 + warp_of_consumers() // team, number_of_threads=team * WARP)
 
 
 @cute.jit
@@ -176,7 +163,6 @@ def _quantize_by_halves(
     codes: cute.Tensor,
     scales: cute.Tensor,
     tiled: Constexpr[bool],
-    team: Constexpr[int],
 ) -> None:
     """Encodes and writes a block of each of up to 16 tokens, rows from `row` on: two lanes have half a block each."""
     target = Target.SM90
@@ -184,7 +170,7 @@ def _quantize_by_halves(
     token, half = cutlass.min(lane % (WARP // 2), tokens - 1), lane // (WARP // 2)
     at = area + (token * _STRIDE + half * (BLOCK // 2)) * 4
     values = [arith.number(word) for i in range(2) for word in ring.load16(at + i * 16)]
-    _meet(team)
+    cute.arch.sync_warp()
     if cutlass.const_expr(weighted):
         values = [arith.mul(value, row_weight[row + token], target) for value in values]
     largest = _largest(values, target)
