@@ -1,11 +1,11 @@
 """Main loop of a grouped GEMM with prepared NVFP4 weights on sm_90a: weights decoded in registers, many rows an expert.
 
-Swapped: the weights are wgmma's left operand, tokens its columns. A CTA has four producer warps and two
-consumer warpgroups, and walks over pieces of work: 128 or 256 weight rows of an expert times up to `Shape.tokens` of
-its tokens. A consumer warp owns 16 or 32 neighbouring weight rows of a piece, a tile of 16 or two. The producers fill
-a ring of stages, 128 of k each, with bulk copies of prepared weights (`numerics.fragments`) and of activations, packed
-(`pack`) or, if `Shape.direct`, as they are; a consumer decodes 32 of k of a tile while the tensor cores multiply what
-it decoded before.
+Swapped: the weights are wgmma's left operand, tokens its columns. A CTA has four producer warps and two consumer
+warpgroups, and walks over pieces of work: 128 or 256 weight rows of an expert times up to `Shape.tokens` of its tokens.
+A consumer warp owns 16 or 32 neighbouring weight rows of a piece, a tile of 16 or two. The producers fill a ring of
+stages, 128 of k each, with bulk copies of prepared weights (`numerics.fragments`) and of activations, packed (`pack`)
+or, if `Shape.direct`, as they are; a consumer decodes 32 of k of a tile while the tensor cores multiply what it decoded
+before.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def work(
         _, k_stages = stages_of(shape, operands)
         expert, stage, parity = Int32(0), Int32(0), Int32(0)
         if cutlass.const_expr(shape.direct):
-            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_wait()  # nor are alphas read, or results written, before
         while number < total:
             if cutlass.const_expr(not shape.dense):
                 expert = expert_of(number, expert, base, operands, shape)

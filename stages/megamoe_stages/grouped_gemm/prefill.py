@@ -125,6 +125,7 @@ def _dense_cut(rows: int, n: int, stages: int, sms: int) -> Cut:
 
 
 def _stage_clocks(shape: Shape, width: int) -> float:
+    """What 128 of k of a piece cost."""
     few, many = (
         clocks + of_token * width * shape.tiles for clocks, of_token in zip(STAGE_CLOCKS, TOKEN_CLOCKS, strict=True)
     )
