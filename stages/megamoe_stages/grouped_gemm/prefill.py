@@ -22,7 +22,7 @@ FEW_TOKENS = 64  # of a piece for one expert, up to which the tensor cores are n
 STAGE_CLOCKS, TOKEN_CLOCKS = (475, 100), (6.5, 8)  # of a stage, and of each of its tokens; the same beyond FEW_TOKENS
 SPLIT_CLOCKS = 20  # more for a stage of those that may be shared
 SHARE_CLOCKS, PART_CLOCKS, SUMS_CLOCKS = 3000, 150, 10  # of a piece that is shared, its parts, their tokens
-CLUSTER_CLOCKS, CLUSTER_GAIN = 1500, 0.01  # what clusters cost a launch, and gain of what it takes
+CLUSTER_TURNS, CLUSTER_GAIN = 3, 0.01  # of all CTAs, from which on clusters gain so much; before they lose as much
 MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
 
 
@@ -115,11 +115,12 @@ def _dense_cut(rows: int, n: int, stages: int, sms: int) -> Cut:
         width = next(w for w in shape.widths if w * tiles >= rows)
         for sharing in range(1, max(1, min(sms // pieces, stages) * shape.split) + 1):
             ctas = min(sms // shape.cluster * shape.cluster, pieces * sharing)
-            clocks = -(-pieces * sharing // ctas) * -(-stages // sharing) * _stage_clocks(shape, width)
+            turns = -(-pieces * sharing // ctas)
+            clocks = turns * -(-stages // sharing) * _stage_clocks(shape, width)
             if sharing > 1:
                 clocks += SHARE_CLOCKS + (PART_CLOCKS + SUMS_CLOCKS * width) * sharing
             if shape.cluster > 1:
-                clocks += CLUSTER_CLOCKS - CLUSTER_GAIN * clocks
+                clocks *= 1 - CLUSTER_GAIN if turns >= CLUSTER_TURNS else 1 + CLUSTER_GAIN
             found.append((clocks, Cut(shape, ctas, sharing, tiles)))
     return min(found, key=lambda pair: pair[0])[1]
 
