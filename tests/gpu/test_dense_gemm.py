@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megamoe.testing.guards import same_bytes
-from megamoe_stages.grouped_gemm import prefill
+from megamoe_stages.grouped_gemm import prefill, prefill_kernel
 from megamoe_stages.grouped_gemm.cases import make
 from megamoe_stages.grouped_gemm.reference import grouped_gemm as reference
 
@@ -16,11 +16,27 @@ pytestmark = pytest.mark.gpu
 SIZES = ((1, 1536, 4096), (40, 1536, 4096), (16, 2048, 4096), (64, 1100, 4160), (300, 1536, 4096))  # M, N, K
 
 
-def inputs(rows: int, n: int, k: int) -> dict[str, Any]:
+def inputs(rows: int, n: int, k: int, a: str = "bf16") -> dict[str, Any]:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("compiled for sm_90a")
-    given = make(torch.Generator().manual_seed(rows), rows=(rows,), n=n, k=k, layout="hopper", values="integers")
+    generator = torch.Generator().manual_seed(rows)
+    given = make(generator, rows=(rows,), n=n, k=k, layout="hopper", values="integers", a=a)
     return {name: None if value is None else value.to("cuda") for name, value in given.items()}
+
+
+@pytest.mark.parametrize("a", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("number", range(len(prefill_kernel.DENSE)))
+def test_every_shape_is_exact(monkeypatch: pytest.MonkeyPatch, number: int, a: str) -> None:
+    shape, rows = prefill_kernel.DENSE[number], 1200
+    tiles = -(-rows // shape.tokens)
+    ctas = min(132, -(-1000 // (shape.rows * shape.cluster)) * shape.cluster * tiles)
+    monkeypatch.setattr(prefill, "cut", lambda *_, **__: prefill.Cut(shape, ctas, 1, tiles))
+    given = inputs(rows, 1000, 4160, a=a)
+    out = torch.empty(rows, 1000, dtype=torch.bfloat16, device="cuda")
+    for _ in range(20):
+        out.fill_(torch.nan)
+        prefill.run(given["a"], given["weights"], given["offsets"], None, out)
+        assert same_bytes(out, reference(**given))
 
 
 def test_launches_on_several_streams_do_not_meet() -> None:
@@ -51,3 +67,4 @@ def test_launches_on_several_streams_do_not_meet() -> None:
                 assert same_bytes(got, expected)
         for out in replayed:
             out.zero_()
+        torch.cuda.synchronize()  # or a replay on another stream might come before

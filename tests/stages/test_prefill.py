@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,6 +32,7 @@ from ptxemu.report import Report
 
 SHARED_BYTES = 227 * 1024  # of a CTA on sm_90
 CTAS = 2  # in the emulator: each takes turns with another
+MOST_ROWS = ((99, 99), (0, 99), (0, 0))  # each takes another shape
 UNEVEN = (3, 0, 1, 40, 0, 70)  # no rows, few, one piece, two pieces
 
 
@@ -63,10 +63,8 @@ def forget_launchers() -> None:
                 value.cache_clear()
 
 
-@pytest.mark.parametrize("module", [prefill_kernel, swiglu_prefill_kernel])
-@pytest.mark.parametrize("name", ["NARROW", "WIDE"])
-def test_a_cta_has_the_shared_memory(module: ModuleType, name: str) -> None:
-    shape: Shape = getattr(module, name)
+@pytest.mark.parametrize("shape", [*prefill_kernel.EXPERTS, *prefill_kernel.DENSE, *swiglu_prefill_kernel.EXPERTS])
+def test_a_cta_has_the_shared_memory(shape: Shape) -> None:
     assert shape.shared_bytes <= SHARED_BYTES
     assert shape.stage_bytes % 1024 == 0  # where the pattern of swizzled rows begins anew
     assert shape.weights_at % 2048 == 0
@@ -93,7 +91,11 @@ def test_packed_rows_of_experts_are_aligned_and_apart() -> None:
     ],
     ids=["bf16", "nvfp4", "one-hot"],
 )
-def test_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, Any]) -> None:
+@pytest.mark.parametrize("most", MOST_ROWS)
+def test_gemm_is_exact_in_the_emulator(
+    reports: list[Report], monkeypatch: pytest.MonkeyPatch, params: dict[str, Any], most: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(prefill, "MOST_ROWS", most)
     given = make(Generator().manual_seed(1), rows=UNEVEN, **params)
     expected = grouped_gemm(**given)
     index = torch.arange(expected.shape[0], dtype=torch.int32)
@@ -107,14 +109,16 @@ def test_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, 
 
 @pytest.mark.parametrize("a", ["bf16", "nvfp4"])
 @pytest.mark.parametrize(
-    ("rows", "n", "k", "shape", "sharing", "tiles"),
+    ("rows", "n", "k", "number", "sharing", "tiles"),
     [
-        (11, 320, 448, "NARROW", 3, 1),
-        (60, 320, 448, "NARROW", 2, 2),
-        (200, 144, 512, "MEDIUM", 3, 2),
-        (300, 560, 448, "WIDE", 1, 3),
-        (300, 320, 192, "WIDEST", 1, 3),
-        (2500, 144, 128, "MEDIUM", 1, 20),
+        (11, 320, 448, 0, 3, 1),
+        (60, 320, 448, 0, 2, 2),
+        (200, 144, 512, 1, 3, 2),
+        (2500, 144, 128, 1, 1, 20),
+        *(
+            (600, 400, 448, number, 1, -(-600 // shape.tokens))
+            for number, shape in enumerate(prefill_kernel.DENSE[2:], 2)
+        ),
     ],
 )
 def test_one_expert_is_exact_however_it_is_cut(
@@ -124,12 +128,12 @@ def test_one_expert_is_exact_however_it_is_cut(
     rows: int,
     n: int,
     k: int,
-    shape: str,
+    number: int,
     sharing: int,
     tiles: int,
 ) -> None:
-    dense = getattr(prefill_kernel, f"DENSE_{shape}")
-    ctas = -(-n // dense.rows) * tiles * sharing if sharing > 1 else 3
+    dense = prefill_kernel.DENSE[number]
+    ctas = -(-n // dense.rows) * tiles * sharing if sharing > 1 else 4
     monkeypatch.setattr(prefill, "cut", lambda *_, **__: Cut(dense, ctas, sharing, tiles))
     given = make(Generator().manual_seed(2), rows=(rows,), n=n, k=k, a=a, values="integers")
     expected = grouped_gemm(**given)
@@ -146,38 +150,55 @@ def test_one_expert_is_exact_however_it_is_cut(
 def test_how_one_expert_is_cut(rows: int, n: int, k: int) -> None:
     codes = torch.empty(1, n, k // 2, dtype=torch.uint8, device="meta")
     cut = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132, dense=True)
-    pieces = -(-n // cut.shape.rows) * cut.tiles
+    together = cut.shape.cluster
+    pieces = -(-n // (cut.shape.rows * together)) * together * cut.tiles
     assert cut.sharing <= k // weight_pieces.STAGE_K  # every CTA has some of k
     assert cut.ctas == min(132, pieces * cut.sharing)
     assert cut.sharing == 1 or pieces * cut.sharing <= 132  # no CTA has two pieces
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "rows", "shape", "tiles", "sharing"),
+    ("n", "k", "rows", "piece", "cluster", "tiles", "sharing"),
     [
-        (8192, 8192, 16, "NARROW", 1, 2),
-        (8192, 8192, 64, "NARROW", 1, 2),
-        (8192, 8192, 128, "MEDIUM", 1, 2),
-        (8192, 8192, 256, "MEDIUM", 2, 1),
-        (8192, 8192, 512, "WIDE", 4, 1),
-        (8192, 8192, 2048, "WIDE", 16, 1),
-        (8192, 8192, 8192, "WIDEST", 57, 1),
-        (4096, 8192, 8192, "WIDEST", 57, 1),
-        (1536, 4096, 8192, "WIDE", 64, 1),
-        (4096, 8192, 64, "NARROW", 1, 4),
-        (4096, 8192, 512, "MEDIUM", 4, 1),
-        (1536, 4096, 16, "NARROW", 1, 8),
-        (1536, 4096, 64, "NARROW", 2, 5),
+        (8192, 8192, 16, (128, 64), 1, 1, 2),
+        (8192, 8192, 64, (128, 64), 1, 1, 2),
+        (8192, 8192, 128, (128, 128), 1, 1, 2),
+        (8192, 8192, 256, (128, 128), 1, 2, 1),
+        (8192, 8192, 384, (128, 192), 1, 2, 1),
+        (8192, 8192, 512, (128, 256), 1, 2, 1),
+        (8192, 8192, 1024, (128, 256), 1, 4, 1),
+        (8192, 8192, 2048, (128, 256), 2, 8, 1),
+        (8192, 8192, 8192, (256, 144), 2, 57, 1),
+        (4096, 8192, 64, (128, 64), 1, 1, 4),
+        (4096, 8192, 512, (128, 128), 1, 4, 1),
+        (4096, 8192, 1024, (128, 256), 1, 4, 1),
+        (4096, 8192, 2048, (128, 256), 1, 8, 1),
+        (4096, 8192, 8192, (256, 144), 2, 57, 1),
+        (7168, 3072, 1024, (128, 152), 1, 7, 1),
+        (7168, 3072, 2048, (256, 152), 1, 14, 1),
+        (7168, 3072, 8192, (128, 256), 2, 32, 1),
+        (1536, 4096, 16, (128, 64), 1, 1, 8),
+        (1536, 4096, 64, (128, 64), 1, 2, 5),
+        (1536, 4096, 1024, (128, 128), 1, 11, 1),
+        (1536, 4096, 2048, (128, 192), 1, 11, 1),
+        (1536, 4096, 8192, (128, 256), 2, 32, 1),
     ],
 )
-def test_one_expert_is_cut_as_was_fastest(n: int, k: int, rows: int, shape: str, tiles: int, sharing: int) -> None:
+def test_one_expert_is_cut_as_was_fastest(
+    n: int, k: int, rows: int, piece: tuple[int, int], cluster: int, tiles: int, sharing: int
+) -> None:
     codes = torch.empty(1, n, k // 2, dtype=torch.uint8, device="meta")
     cut = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132, dense=True)
-    assert (cut.shape, cut.tiles, cut.sharing) == (getattr(prefill_kernel, f"DENSE_{shape}"), tiles, sharing)
+    assert (cut.shape.rows, cut.shape.tokens) == piece
+    assert (cut.shape.cluster, cut.tiles, cut.sharing) == (cluster, tiles, sharing)
 
 
 @pytest.mark.parametrize("params", [{"a": "nvfp4", "scale_layout": "128x4"}], ids=["nvfp4-128x4"])
-def test_fused_gemm_is_exact_in_the_emulator(reports: list[Report], params: dict[str, Any]) -> None:
+@pytest.mark.parametrize("most", MOST_ROWS)
+def test_fused_gemm_is_exact_in_the_emulator(
+    reports: list[Report], monkeypatch: pytest.MonkeyPatch, params: dict[str, Any], most: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(prefill, "MOST_ROWS", most)
     sizes: dict[str, Any] = {"rows": UNEVEN, "intermediate": 48, "k": 64, "values": "saturated", "limit": None}
     given = make_swiglu(Generator().manual_seed(1), **sizes, **params)
     expected = swiglu_quant(**given)

@@ -99,6 +99,15 @@ def arrive_everywhere(barrier: Int32, ctas: int) -> None:
     _asm(text, "r,r", barrier, lane)
 
 
+def arrive_at_if(barrier: Int32, rank: Int32, condition: Int32) -> None:
+    """Arrives at the same mbarrier of a CTA of the cluster, from the threads whose condition is not 0; no branch."""
+    text = (
+        "{.reg .pred p; .reg .b32 there; setp.ne.s32 p, $2, 0; mapa.shared::cluster.u32 there, $0, $1;"
+        " @p mbarrier.arrive.shared::cluster.b64 _, [there];}"
+    )
+    _asm(text, "r,r,r", barrier, rank, condition)
+
+
 def store_row(target: Int64, source: Int32, size: int, condition: Int32) -> None:
     """Starts a bulk copy from shared to global memory, all multiples of 16, where the condition is not 0."""
     text = "{.reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;}"

@@ -55,7 +55,7 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
     number, turns = turn(shape, operands)
     first_stage, k_stages = stages_of(shape, operands)
     expert, stage, parity = Int32(0), Int32(0), Int32(1)
-    if warp < 2:
+    if warp < (0 if shape.direct else 2):
         cute.arch.griddepcontrol_wait()  # the tokens are packed; all else was there before `pack` let this grid start
     while number < total:
         if cutlass.const_expr(not shape.dense):
@@ -111,6 +111,8 @@ def _produce_piece(
     size = arith.select(warp < 2, piece.width * wgmma.ROW_BYTES, Int32(0))
     size = size + arith.select(weights, Int32(SLAB_CODES + SLAB_SCALES), Int32(0))
     block = 2 * first_stage + warp
+    rank = cute.arch.block_idx()[0] % shape.cluster
+    cute.arch.griddepcontrol_wait()  # there is no `pack` that did
     for _ in cutlass.range(k_stages, unroll=1):
         full = base + shape.barriers_at + stage * 16
         at = base + stage * shape.stage_bytes
@@ -118,7 +120,7 @@ def _produce_piece(
         multicast.expect_if(full, size, arith.select(lane == 0, Int32(1), Int32(0)))
         if warp < 2:
             for i in cutlass.range_constexpr(shape.tokens // shape.box):
-                if i * shape.box < piece.width:
+                if (i * shape.box < piece.width) & (i % shape.cluster == rank):
                     slot = at + warp * (shape.weights_at // 2) + i * (shape.box * wgmma.ROW_BYTES)
                     multicast.load_box(operands.packed, piece.first + i * shape.box, Int32(0), block, slot, full)
         if weights & (lane == 0):
@@ -149,7 +151,7 @@ def accumulate(
     """Sums so many stages of a piece with so many slabs: acc[tile, i], i as `wgmma.mma`; returns the next stage.
 
     The products of a tile and a step, 32 of k, are a group; while groups run, the operand of the next one is decoded.
-    At the end of a piece that is an operand nobody needs, of words that were there before.
+    At the end of a piece that is an operand nobody needs, of the last stage again or of words that were there before.
     """
     count, tiles = width // 2, shape.tiles
     for t in cutlass.range_constexpr(tiles):
@@ -173,7 +175,10 @@ def accumulate(
         tokens = wgmma.descriptor(base + stage * shape.stage_bytes)
         next_stage, next_parity = stage_after(stage, parity, shape)
         more = arith.select(k + 1 < k_stages, Int32(1), Int32(0))
-        there = next_stage * shape.stage_bytes
+        ahead = next_stage
+        if cutlass.const_expr(not shape.guarded):
+            ahead = arith.select(more == 1, next_stage, stage)
+        there = ahead * shape.stage_bytes
         for group in cutlass.range_constexpr(STEPS * tiles):
             step, t = group // tiles, group % tiles
             wgmma.fence()
@@ -187,9 +192,10 @@ def accumulate(
             if cutlass.const_expr(step == STEPS - 1):
                 if cutlass.const_expr(t == 0):
                     ring.wait_if(base + shape.barriers_at + next_stage * 16, next_parity, more)
-                kept = [raw[t][:4], raw[t][4:]]
-                places = (codes + there + t * TILE_CODES, scales + there + t * TILE_SCALES)
-                raw[t] = [word for i in range(2) for word in placed.load16_if(places[i], kept[i], more)]
+                if cutlass.const_expr(shape.guarded):
+                    raw[t] = _first_words_if(t, codes + there, scales + there, raw[t], more)
+                else:
+                    raw[t] = _first_words(t, codes + there, scales + there)
             after, other = (group + 1) // tiles % STEPS, (group + 1) % tiles
             left = decode(raw[other], after, masks)
             if cutlass.const_expr(after == 1):
@@ -202,7 +208,11 @@ def accumulate(
         before, started = stage, Int32(1)
         stage, parity = next_stage, next_parity
     wgmma.wait(0)
-    _release(base, before, Int32(1), shape)
+    landed = arith.hidden_zero(Target.SM90)
+    if cutlass.const_expr(not shape.guarded):
+        for i in cutlass.range_constexpr(8):
+            landed = landed & words[tiles - 1, i]  # 0: no copy may come before these loads, though nobody needs them
+    _release(base, before, Int32(1) + Int32(landed), shape)
     return stage, parity
 
 
@@ -220,10 +230,20 @@ def _first_words(tile: int, codes: Int32, scales: Int32) -> list[Uint32]:
     return ring.load16(codes + tile * TILE_CODES) + ring.load16(scales + tile * TILE_SCALES)
 
 
+def _first_words_if(tile: int, codes: Int32, scales: Int32, words: Sequence[Uint32], condition: Int32) -> list[Uint32]:
+    """`_first_words` where the condition is not 0, else the words given."""
+    given = ((codes + tile * TILE_CODES, words[:4]), (scales + tile * TILE_SCALES, words[4:]))
+    return [word for place, kept in given for word in placed.load16_if(place, kept, condition)]
+
+
 def _release(base: Int32, stage: Int32, condition: Int32, shape: Shape) -> None:
     """Gives a stage back, one arrival a warp."""
-    mine = arith.select((cute.arch.lane_idx() == 0) & (condition != 0), Int32(1), Int32(0))
-    ring.arrive_if(base + shape.barriers_at + stage * 16 + 8, mine)
+    barrier, lane = base + shape.barriers_at + stage * 16 + 8, cute.arch.lane_idx()
+    mine = arith.select((lane < shape.cluster) & (condition != 0), Int32(1), Int32(0))
+    if shape.cluster > 1:
+        multicast.arrive_at_if(barrier, lane % shape.cluster, mine)  # any of the cluster may write there next
+    else:
+        ring.arrive_if(barrier, mine)
 
 
 def decode(raw: list[Uint32], step: int, masks: fragments.Masks) -> list[Uint32]:
@@ -239,7 +259,7 @@ def work(
     finish: Constexpr[Callable[[cute.Tensor, Piece, int, Int32, list[Float32]], None]],
     shape: Constexpr[Shape],
 ) -> None:
-    """The whole kernel, for all threads of a CTA; `pack` comes right before it in the stream.
+    """The whole kernel, for all threads of a CTA; unless `Shape.direct`, `pack` comes right before it in the stream.
 
     Args:
         operands: What is multiplied.
@@ -253,12 +273,13 @@ def work(
     if thread == 0:
         for stage in cutlass.range_constexpr(shape.stages):
             ring.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
-            ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS)
+            ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS * shape.cluster)
         ring.init_fence()
-    if cutlass.const_expr(shape.direct):
-        cute.arch.griddepcontrol_wait()  # there is no `pack` that did
     cute.arch.griddepcontrol_launch_dependents()
-    if cutlass.const_expr(shape.dense):
+    if cutlass.const_expr(shape.cluster > 1):
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+    elif cutlass.const_expr(shape.dense):
         cute.arch.sync_threads()
     else:
         count_tiles(base, thread, operands, shape)
@@ -271,6 +292,8 @@ def work(
         number, turns = turn(shape, operands)
         _, k_stages = stages_of(shape, operands)
         expert, stage, parity = Int32(0), Int32(0), Int32(0)
+        if cutlass.const_expr(shape.direct):
+            cute.arch.griddepcontrol_wait()  # nor are alphas read, or results written, before
         while number < total:
             if cutlass.const_expr(not shape.dense):
                 expert = expert_of(number, expert, base, operands, shape)
@@ -290,3 +313,6 @@ def work(
                     else:
                         finish(acc, piece, width, base + shape.staging_at, factors)
             number = number + turns
+    if cutlass.const_expr(shape.cluster > 1):
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()  # nobody writes to a CTA that has ended

@@ -45,6 +45,8 @@ class Shape(NamedTuple):
         split: CTAs may share the k of a piece.
         in_flight: Groups of products that may run while an operand is decoded; with two tiles ptxas lets only one.
         direct: Activations come as they are, by a tensor map; else `pack` has brought them in order.
+        guarded: A piece's last stage does not load words again that nobody needs; faster or slower, see NOTES.
+        cluster: CTAs, neighbours in weight rows, that bring the tokens of their pieces together; 1 unless `direct`.
     """
 
     widths: tuple[int, ...]
@@ -55,6 +57,8 @@ class Shape(NamedTuple):
     split: bool = False
     in_flight: int = 1
     direct: bool = False
+    guarded: bool = False
+    cluster: int = 1
 
     @property
     def dense(self) -> bool:
@@ -69,7 +73,7 @@ class Shape(NamedTuple):
     @property
     def box(self) -> int:
         """Tokens that are copied at once if `direct`."""
-        return math.gcd(*self.widths)
+        return math.gcd(*self.widths, self.tokens // self.cluster)
 
     @property
     def slabs(self) -> int:
@@ -148,8 +152,9 @@ class Operands(NamedTuple):
         return cute.size(self.codes, mode=[1]) // SLAB_ROWS
 
     def row_pieces(self, shape: Shape) -> Int32:
-        """Pieces side by side that cover the weight rows of an expert."""
-        return (cute.size(self.codes, mode=[1]) + (shape.rows - 1)) // shape.rows
+        """Pieces, or those of a cluster, side by side that cover the weight rows of an expert."""
+        rows = shape.rows * shape.cluster
+        return (cute.size(self.codes, mode=[1]) + (rows - 1)) // rows
 
     @property
     def k_stages(self) -> Int32:
@@ -284,7 +289,13 @@ def _dense_piece(number: Int32, operands: Operands, shape: Shape) -> Piece:
     width = _width_of((operands.rows + operands.tiles - 1) // operands.tiles, shape)
     first = (first_tile + local - row_piece * together) * width
     valid = cutlass.min(width, operands.rows - first)
-    return Piece(Int32(0), row_piece, first, valid, _width_of(valid, shape), Int32(0))
+    width = _width_of(valid, shape)
+    if shape.cluster > 1:
+        row_piece = row_piece * shape.cluster + cute.arch.block_idx()[0] % shape.cluster
+        last = (operands.slabs - 1) // shape.slabs
+        valid = arith.select(row_piece > last, Int32(0), valid)  # only brings tokens, and multiplies for nobody
+        row_piece = cutlass.min(row_piece, last)
+    return Piece(Int32(0), row_piece, first, valid, width, Int32(0))
 
 
 def _width_of(tokens: Int32, shape: Shape) -> Int32:
@@ -297,7 +308,8 @@ def _width_of(tokens: Int32, shape: Shape) -> Int32:
 def turn(shape: Shape, operands: Operands) -> tuple[Int32, Int32]:
     """This CTA's first piece, and how many CTAs, or groups of them, take turns."""
     _, parts = share_of(shape, operands)
-    return cute.arch.block_idx()[0] // parts, cute.arch.grid_dim()[0] // parts
+    together = parts * shape.cluster
+    return cute.arch.block_idx()[0] // together, cute.arch.grid_dim()[0] // together
 
 
 def slabs_of(piece: Piece, operands: Operands, shape: Shape) -> Int32:

@@ -18,9 +18,11 @@ from megamoe.numerics.fragments import padded_shape
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe_stages.grouped_gemm import prefill_kernel
 
-STAGE_CLOCKS = {1: 475, 2: 850}  # of a stage, by the tiles of a warp
-TOKEN_CLOCKS = 6.5  # more for each token and tile
-SHARE_CLOCKS, PART_CLOCKS, SUMS_CLOCKS = 3000, 150, 10  # of a piece that is shared, its parts, their tokens and tiles
+FEW_TOKENS = 64  # of a piece for one expert, up to which the tensor cores are not what takes longest
+STAGE_CLOCKS, TOKEN_CLOCKS = (475, 100), (6.5, 8)  # of a stage, and of each of its tokens; the same beyond FEW_TOKENS
+SPLIT_CLOCKS = 20  # more for a stage of those that may be shared
+SHARE_CLOCKS, PART_CLOCKS, SUMS_CLOCKS = 3000, 150, 10  # of a piece that is shared, its parts, their tokens
+CLUSTER_TURNS, CLUSTER_GAIN = 3, 0.01  # of all CTAs, from which on clusters gain so much; before they lose as much
 MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
 
 
@@ -41,10 +43,8 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
     split = sharing > 1
     sums = torch.empty(split * ctas * split_sums.sums_bytes(shape) // 4, dtype=torch.float32, device=out.device)
     arrived = counters("weight_gemm", split * ctas // sharing * weight_pieces.CONSUMER_WARPS, out)
-    if shape.dense and isinstance(a, Tensor):
-        shape, tokens = shape._replace(direct=True), a
-    else:
-        tokens = pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape)
+    shape = _reading(shape, direct=shape.dense and isinstance(a, Tensor))
+    tokens = a if shape.direct else pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape)
     alpha = weights.global_scale_dec
     parts = 0 if alpha.ndim == 0 else alpha.numel() // experts
     dec = a.global_scale_dec if isinstance(a, NVFP4Tensor) else alpha.view(-1)[0]
@@ -111,26 +111,41 @@ def _dense_cut(rows: int, n: int, stages: int, sms: int) -> Cut:
     found = []
     for shape, most in ((dense, width) for dense in prefill_kernel.DENSE for width in dense.widths):
         tiles = -(-rows // most)
-        pieces = -(-n // shape.rows) * tiles
+        pieces = -(-n // (shape.rows * shape.cluster)) * shape.cluster * tiles
         width = next(w for w in shape.widths if w * tiles >= rows)
         for sharing in range(1, max(1, min(sms // pieces, stages) * shape.split) + 1):
-            of_stage = STAGE_CLOCKS[shape.tiles] + TOKEN_CLOCKS * width * shape.tiles
-            clocks = -(-pieces * sharing // sms) * -(-stages // sharing) * of_stage
+            ctas = min(sms // shape.cluster * shape.cluster, pieces * sharing)
+            turns = -(-pieces * sharing // ctas)
+            clocks = turns * -(-stages // sharing) * _stage_clocks(shape, width)
             if sharing > 1:
-                clocks += SHARE_CLOCKS + (PART_CLOCKS + SUMS_CLOCKS * width * shape.tiles) * sharing
-            found.append((clocks, Cut(shape, min(sms, pieces * sharing), sharing, tiles)))
+                clocks += SHARE_CLOCKS + (PART_CLOCKS + SUMS_CLOCKS * width) * sharing
+            if shape.cluster > 1:
+                clocks *= 1 - CLUSTER_GAIN if turns >= CLUSTER_TURNS else 1 + CLUSTER_GAIN
+            found.append((clocks, Cut(shape, ctas, sharing, tiles)))
     return min(found, key=lambda pair: pair[0])[1]
+
+
+def _stage_clocks(shape: Shape, width: int) -> float:
+    """What 128 of k of a piece cost."""
+    few, many = (
+        clocks + of_token * width * shape.tiles for clocks, of_token in zip(STAGE_CLOCKS, TOKEN_CLOCKS, strict=True)
+    )
+    return few if width <= FEW_TOKENS else many + SPLIT_CLOCKS * shape.split
 
 
 def shape_for(rows: int, experts: int) -> Shape:
     """How the work on so many rows is cut."""
-    shapes = prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE
-    return shapes[narrowness(rows, experts)]
+    return prefill_kernel.EXPERTS[width_class(rows, experts)]
 
 
-def narrowness(rows: int, experts: int) -> int:
-    """0 where few rows go to an expert on average, 1 for some, 2 for many."""
+def width_class(rows: int, experts: int) -> int:
+    """Which of the shapes for experts suits so many rows."""
     return sum(rows > most * experts for most in MOST_ROWS)
+
+
+def _reading(shape: Shape, *, direct: bool) -> Shape:
+    """A shape whose activations come as they are, or packed; the latter no cluster shares."""
+    return shape._replace(direct=True) if direct else shape._replace(cluster=1)
 
 
 @functools.cache
@@ -152,11 +167,11 @@ def _packer(kind: str, indexed: bool) -> Callable[..., None]:
 def kernels() -> list[KernelSpec]:
     """What `megamoe compile` compiles."""
     packers = [pack.spec(kind, indexed) for kind in pack.KINDS for indexed in (False, True)]
-    shapes = prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE, *prefill_kernel.DENSE
+    shapes = *prefill_kernel.EXPERTS, *prefill_kernel.DENSE
     flags = itertools.product((False, True), (False, True))
-    gemms = (
-        prefill_kernel.spec(quantized, aligned, shape._replace(direct=shape.dense and not quantized))
+    gemms = [
+        prefill_kernel.spec(quantized, aligned, shape)
         for quantized, aligned in flags
-        for shape in shapes
-    )
+        for shape in dict.fromkeys(_reading(shape, direct=shape.dense and not quantized) for shape in shapes)
+    ]
     return [*packers, *gemms]

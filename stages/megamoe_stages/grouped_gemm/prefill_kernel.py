@@ -11,22 +11,32 @@ from megamoe.cute import arith, bf16, multicast, ring, weight_gemm
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.multicast import Boxes
+from megamoe.cute.warp import WARP
 from megamoe.cute.weight_gemm import DECODED_UNIT
-from megamoe.cute.weight_pieces import CONSUMER_WARPS, THREADS, Operands, Piece, Shape, warp_of_consumers
+from megamoe.cute.weight_pieces import CONSUMER_WARPS, GROUP, THREADS, Operands, Piece, Shape, warp_of_consumers
 
 _TURNED = 8 * 32 * 2  # bytes of 8 tokens by 32 columns, or of 16 by 16
 _STAGING = CONSUMER_WARPS * 2 * _TURNED
-WIDE, NARROW, SPARSE = (
+SPARSE, NARROW, WIDE = EXPERTS = (
+    Shape((8, 16, 24, 32, 40), 6, _STAGING),
+    Shape((32, 40, 48, 56, 64), 6, _STAGING, guarded=True),
     Shape((96, 104, 128), 4, _STAGING),
-    Shape((32, 40, 48, 56, 64), 6, _STAGING),
-    Shape((16, 24, 32, 40, 48), 6, _STAGING),
 )
-# for one expert, whose pieces may be too few for all SMs
-DENSE = DENSE_NARROW, DENSE_MEDIUM, DENSE_WIDE, DENSE_WIDEST = (
+_NARROW, _MEDIUM = (  # for one expert, whose pieces may be too few for all SMs
     Shape((16, 32, 64), 8, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
     Shape((96, 128), 5, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
-    Shape((96, 128), 4, _STAGING, experts=1),
-    Shape((144,), 3, _STAGING, experts=1),
+)
+_LONG = Shape((256,), 3, _STAGING // 2, tiles=1, experts=1, in_flight=3, guarded=True)
+_WIDE = Shape((152,), 3, _STAGING, experts=1, guarded=True)
+DENSE = (
+    _NARROW,
+    _MEDIUM,
+    _LONG._replace(widths=(152,), stages=4, staging=_STAGING),
+    _LONG._replace(widths=(192,), staging=_STAGING),
+    _LONG,
+    _LONG._replace(cluster=2),
+    _WIDE._replace(widths=(144,), stages=4, cluster=2),
+    _WIDE,
 )
 
 
@@ -55,7 +65,7 @@ def launch(
     if cutlass.const_expr(shape.direct):
         rows, k = packed.shape
         seen = cute.make_tensor(packed.iterator, cute.make_layout((rows, 1, k), stride=(k, k, 1)))
-        tokens = multicast.boxes(seen, shape.box, 1, 1)
+        tokens = multicast.boxes(seen, shape.box, 1, shape.cluster)
     tensors = (codes, scales, tokens, offsets, alpha, dec, out, sums, arrived)
     kernel(*tensors, parts, sharing, tiles, quantized, aligned, shape).launch(
         grid=[ctas, 1, 1],
@@ -64,6 +74,7 @@ def launch(
         min_blocks_per_mp=1,
         use_pdl=True,
         stream=stream,
+        **({"cluster": [shape.cluster, 1, 1]} if shape.cluster > 1 else {}),
     )
 
 
@@ -88,7 +99,7 @@ def kernel(
     """The kernel; see the module."""
 
     def fetch(piece: Piece) -> list[Float32]:
-        columns = [_column(piece, shape) + i * 8 + cute.arch.lane_idx() // 4 for i in range(_chunks(shape))]
+        columns = [_column(piece, shape) + i * 8 + cute.arch.lane_idx() // 4 for i in range(2 * shape.tiles)]
         entries = [piece.expert * parts + part_of(column, cute.size(out, mode=[1]), parts) for column in columns]
         return [factor_of(alpha, entry, dec, quantized) for entry in entries]
 
@@ -111,57 +122,69 @@ def store(
     width: Constexpr[int],
     shape: Constexpr[Shape],
 ) -> None:
-    """Writes a piece, four (8, 8) of a warp at a time, turned by shared memory to 16 bytes a lane."""
+    """Writes a piece, four (8, 8) of each warp at a time, turned by shared memory to 16 bytes a lane.
+
+    The warps of a team share it, so that more neighbouring columns of a token leave at once.
+    """
     target = Target.SM90
-    lane = cute.arch.lane_idx()
-    n = cute.size(out, mode=[1])
-    chunks = _chunks(shape)
-    tokens = 4 // chunks * 8  # at a time
+    team, lane, warp = team_of(shape), cute.arch.lane_idx(), warp_of_consumers()
+    place, n = warp % team, cute.size(out, mode=[1])
+    own, chunks = 2 * shape.tiles, 2 * shape.tiles * team  # of 8 columns: of a warp, of a team
+    tokens = 4 // own * 8  # at a time
     buffers = shape.staging // (CONSUMER_WARPS * _TURNED)
-    area = staging + warp_of_consumers() * (buffers * _TURNED)
+    area = staging + warp // team * (buffers * team * _TURNED)
     matrix = lane // 8
-    write_at = area + _turned(lane % 8 + matrix // chunks * 8, matrix % chunks, chunks)
-    token, chunk = lane // chunks, lane % chunks
+    write_at = area + _turned(lane % 8 + matrix // own * 8, place * own + matrix % own, chunks)
+    token, chunk = (place * WARP + lane) // chunks, (place * WARP + lane) % chunks
     read_at = area + _turned(token, chunk, chunks)
-    left = _column(piece, shape) + chunk * 8
-    place = ring.address(out.iterator) + (Int64(piece.start + piece.first + token) * n + left) * 2
-    cute.arch.sync_warp()  # the piece before has been read
+    left = piece.row_piece * shape.rows + warp // team * (chunks * 8) + chunk * 8
+    to = ring.address(out.iterator) + (Int64(piece.start + piece.first + token) * n + left) * 2
+    _meet(team)  # the piece before has been read
     for first in cutlass.range_constexpr(0, width, tokens):
         if first < piece.valid:
             words = []
             for i in cutlass.range_constexpr(4):
-                t, at = i % chunks // 2, (first // 8 + i // chunks) * 4 + i % 2 * 2
-                pair = [arith.mul(acc[t, at + j], factors[i % chunks], target) for j in range(2)]
+                t, at = i % own // 2, (first // 8 + i // own) * 4 + i % 2 * 2
+                pair = [arith.mul(acc[t, at + j], factors[i % own], target) for j in range(2)]
                 words.append(bf16.pack(pair[0], pair[1], target))  # two tokens of a column
-            turn = first // tokens % buffers * _TURNED
+            turn = first // tokens % buffers * (team * _TURNED)
             if cutlass.const_expr(buffers == 1):
-                cute.arch.sync_warp()
+                _meet(team)
             ring.store_transposed(write_at + turn, words)
-            cute.arch.sync_warp()
+            _meet(team)
             turned = ring.load16(read_at + turn)
             inside = first + token < piece.valid
-            to = place + Int64(first) * n * 2
             if cutlass.const_expr(aligned):
                 ring.store_global16_if(to, turned, arith.select(inside & (left < n), Int32(1), Int32(0)))
             else:
                 for i in cutlass.range_constexpr(8):
                     half = turned[i // 2] >> (16 * (i % 2))
                     ring.store_global2_if(to + i * 2, half, arith.select(inside & (left + i < n), Int32(1), Int32(0)))
+        to = to + Int64(tokens * 2) * n
 
 
-def _chunks(shape: Shape) -> int:
-    """Of 8 columns of the result, that a warp owns of a piece."""
-    return 2 * shape.tiles
+def team_of(shape: Shape) -> int:
+    """Warps that store together: one, or those of a warpgroup where that was faster."""
+    return GROUP // WARP if shape.dense and not shape.split else 1
+
+
+def _meet(team: int) -> None:
+    """All warps of a team are here."""
+    if team == 1:
+        cute.arch.sync_warp()
+    else:
+        cute.arch.barrier(barrier_id=1 + warp_of_consumers() // team, number_of_threads=team * WARP)
 
 
 def _column(piece: Piece, shape: Shape) -> Int32:
-    """The first of them."""
-    return piece.row_piece * shape.rows + warp_of_consumers() * (_chunks(shape) * 8)
+    """The first column of the result that a warp owns of a piece."""
+    return piece.row_piece * shape.rows + warp_of_consumers() * (16 * shape.tiles)
 
 
 def _turned(token: Int32, chunk: Int32, chunks: int) -> Int32:
     """Where 8 columns of a token lie; swizzled, or several tokens would meet in a bank."""
-    return (token * chunks + (chunk ^ (token // (8 // chunks) % chunks))) * 16
+    swizzle = token // (8 // chunks) % chunks if chunks < 8 else token % 8
+    return (token * chunks + (chunk ^ swizzle)) * 16
 
 
 @cute.jit
@@ -209,7 +232,8 @@ def spec(quantized: bool, aligned: bool, shape: Shape) -> KernelSpec:
         return (*tensors, *numbers, stream, quantized, aligned, shape)
 
     kind = f"dense_{shape.rows}" if shape.dense else "prefill"
-    name = f"{kind}_{shape.tokens}{'_quantized' if quantized else ''}{'' if aligned else '_unaligned'}"
+    flags = {"quantized": quantized, "unaligned": not aligned, "cluster": shape.cluster > 1}
+    name = "_".join([kind, str(shape.tokens), *(flag for flag, on in flags.items() if on)])
     return KernelSpec(name, Target.SM90.value, launch, arguments, (quantized, aligned, *shape.widths, *shape[1:]))
 
 

@@ -57,8 +57,7 @@ def run(
 
 def shape_for(rows: int, experts: int) -> Shape:
     """How the work on so many rows is cut."""
-    shapes = prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE
-    return shapes[gemm.narrowness(rows, experts)]
+    return prefill_kernel.EXPERTS[gemm.width_class(rows, experts)]
 
 
 @functools.cache
@@ -73,5 +72,5 @@ def kernels() -> list[KernelSpec]:
         for quantized in (False, True)
         for weighted in (False, True)
         for tiled in (False, True)
-        for shape in (prefill_kernel.SPARSE, prefill_kernel.NARROW, prefill_kernel.WIDE)
+        for shape in prefill_kernel.EXPERTS
     ]

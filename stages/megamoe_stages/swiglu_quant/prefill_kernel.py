@@ -24,10 +24,10 @@ from megamoe_stages.swiglu_quant.kernel import maximum_or_nan, minimum_or_nan, s
 _TILES = 2  # of a warp: 16 gates and the 16 ups are a block
 _STRIDE = BLOCK + 4  # floats from token to token: then neither writing nor reading meets a bank twice
 _STAGING = WARP * _STRIDE * 4  # bytes of a warp
-WIDE, NARROW, SPARSE = (
+SPARSE, NARROW, WIDE = EXPERTS = (
+    Shape((8, 16, 24, 32, 40), 6, CONSUMER_WARPS * _STAGING),
+    Shape((32, 40, 48, 56, 64), 5, CONSUMER_WARPS * _STAGING, guarded=True),
     Shape((96, 104, 128), 4, CONSUMER_WARPS * _STAGING),
-    Shape((32, 40, 48, 56, 64), 5, CONSUMER_WARPS * _STAGING),
-    Shape((16, 24, 32, 40, 48), 6, CONSUMER_WARPS * _STAGING),
 )
 
 
