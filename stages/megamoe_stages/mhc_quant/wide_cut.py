@@ -20,12 +20,12 @@ from cutlass import Float32, Int32, Int64, cute
 from megamoe.cute import cluster, warp
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.warp import WARP
-from megamoe_stages.mhc_quant.places import FACTORS, MATRIX, Inputs
+from megamoe_stages.mhc_quant.tensors import FACTORS, MATRIX, Inputs
 
 WORD = 4  # bytes
 LINE = 16  # bytes that a thread moves at once
 BARRIER = 8  # bytes
-PARTS = 3  # of fn, by which half an eight of a stream is multiplied, see `prefill_mix`
+PARTS = 3  # of fn, by which half an eight of a stream is multiplied, see `wide_mix`
 TILE = 64  # hidden dims of a tile
 ROW_BYTES = 2 * TILE
 WARPS = 8  # that make, and as many that finish
@@ -193,6 +193,11 @@ class Cut(NamedTuple):
     def shared_bytes(self) -> int:
         """Shared memory of a CTA."""
         return self.barriers_at + (5 * self.stages + SQUARES + 1) * BARRIER
+
+
+def cut(hidden: int) -> Cut:
+    """The cut for H of `limits.WIDE`: fn of 448 hidden dims a CTA leaves room for fewer tokens."""
+    return Cut(16, 7, 8, 3, 25) if hidden > 4096 else Cut(hidden // 256, 4, 16, 4, 21)
 
 
 class Bars(NamedTuple):

@@ -1,4 +1,4 @@
-"""The warps of `prefill_kernel` that make new streams, and multiply them with fn.
+"""The warps of `wide_kernel` that make new streams, and multiply them with fn.
 
 They replace the streams where they lie. Each warp adds up its hidden dims' 24 dots and squares of every token, a few
 threads add up the warps', and what a CTA has found goes to the CTA that owns the token. At the end they do Sinkhorn's
@@ -18,9 +18,9 @@ from megamoe.cute.fragments import mma
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
-from megamoe_stages.mhc_quant import prefill_mix
-from megamoe_stages.mhc_quant.places import ROWS, Inputs, Outputs, Words, rows_of_streams
-from megamoe_stages.mhc_quant.prefill_cut import (
+from megamoe_stages.mhc_quant import wide_mix
+from megamoe_stages.mhc_quant.tensors import ROWS, Inputs, Outputs, Words, rows_of_streams
+from megamoe_stages.mhc_quant.wide_cut import (
     EIGHT,
     F_AHEAD,
     LINE,
@@ -97,7 +97,7 @@ def _load_fn(here: Spot, base: Int32, given: Inputs, target: Target, cut: Cut) -
             [_eight_of_fn(group, s, eight, here, given, cut) for group in range(LOGITS // ROWS)] for s in range(STREAMS)
         ]
         for s, groups in enumerate(loaded):  # all of these loads are under way by now
-            parts = prefill_mix.parts_of(groups, target)
+            parts = wide_mix.parts_of(groups, target)
             for half in range(2):
                 number = (parity * STREAMS + s) * 2 + half
                 held, mine = cut.held(number), parts[half * PARTS : (half + 1) * PARTS]
@@ -143,7 +143,7 @@ def _make(
         new = mhc.post_mix(lines, functools.partial(_factors, base, stage, known, cut), target)
         for s, words in enumerate(new):
             exchange.store16(at + s * cut.stream_bytes, words)
-        found = prefill_mix.squares(new, here.row, target)
+        found = wide_mix.squares(new, here.row, target)
         squares[half_of_group] = arith.add(squares[half_of_group], found, target) if number % cut.parities else found
         quads = sums[half_of_group]
         for s, words in enumerate(new):
@@ -156,7 +156,7 @@ def _make(
                 right = words[half * 2 : half * 2 + 2]
                 quads = [mma(a, right, quad) for a, quad in zip(left, quads, strict=True)]
         sums[half_of_group] = quads
-    _keep_partial(prefill_mix.dots(sums, target), squares, here, base, cut)
+    _keep_partial(wide_mix.dots(sums, target), squares, here, base, cut)
 
 
 def _factors(base: Int32, stage: Int32, token: Int32, cut: Cut, row: int) -> list[Float32]:

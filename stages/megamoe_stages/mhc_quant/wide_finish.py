@@ -1,4 +1,4 @@
-"""The warps of `prefill_kernel` that finish tokens: weights of the collapse, collapse, norm, quantisation.
+"""The warps of `wide_kernel` that finish tokens: weights of the collapse, collapse, norm, quantisation.
 
 A warp has eight tokens of a tile of 64 hidden dims, a thread a block of 16. The norm of a turn is done behind the
 collapse of the next one, while the squares of y are on their way. These warps also ask for the streams of later turns.
@@ -18,8 +18,8 @@ from megamoe.cute.multicast import Boxes
 from megamoe.cute.recipe import BLOCK
 from megamoe.cute.warp import WARP
 from megamoe_stages.mhc_quant import blocks
-from megamoe_stages.mhc_quant.places import MATRIX, Inputs, Outputs, Words
-from megamoe_stages.mhc_quant.prefill_cut import (
+from megamoe_stages.mhc_quant.tensors import MATRIX, Inputs, Outputs, Words
+from megamoe_stages.mhc_quant.wide_cut import (
     LINE,
     MESSAGE,
     SQUARES,

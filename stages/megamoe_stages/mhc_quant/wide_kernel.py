@@ -1,9 +1,9 @@
-"""mhc_quant, made for many tokens: a CuTe DSL kernel whose streams stay on the chip, for sm_90a and sm_100a.
+"""mhc_quant for the models' hidden dims: a CuTe DSL kernel whose streams stay on the chip, for sm_90a and sm_100a.
 
 A cluster has groups of 16 or 8 tokens one after the other, each of its CTAs a slice of the hidden dims. The copy engine
-brings streams and F to shared memory, some groups ahead. Half of the warps (`prefill_make`) make the new streams in
+brings streams and F to shared memory, some groups ahead. Half of the warps (`wide_make`) make the new streams in
 place, multiply them with fn, which stays on the chip too, and have the copy engine write them; their sums go to the CTA
-that owns the token, which tells all CTAs the weights of the collapse. The other warps (`prefill_finish`) collapse the
+that owns the token, which tells all CTAs the weights of the collapse. The other warps (`wide_finish`) collapse the
 streams where they lie, exchange the squares of y, norm and quantise; those that made do Sinkhorn's iteration meanwhile.
 
 Nobody gets a message that there is no room for. The sums of a turn, and then its weights, are sent only after its
@@ -26,9 +26,8 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mhc import STREAMS
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
-from megamoe_stages.mhc_quant.kernel import NORM_DTYPES, arguments, zero_padding
-from megamoe_stages.mhc_quant.places import Inputs, Outputs
-from megamoe_stages.mhc_quant.prefill_cut import (
+from megamoe_stages.mhc_quant.tensors import NORM_DTYPES, Inputs, Outputs, arguments, zero_padding
+from megamoe_stages.mhc_quant.wide_cut import (
     MESSAGE,
     SQUARES,
     SUMS,
@@ -41,8 +40,8 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     squares_bar,
     tokens_of,
 )
-from megamoe_stages.mhc_quant.prefill_finish import finish_all
-from megamoe_stages.mhc_quant.prefill_make import make_all
+from megamoe_stages.mhc_quant.wide_finish import finish_all
+from megamoe_stages.mhc_quant.wide_make import make_all
 
 MAKER_REGISTERS, FINISHER_REGISTERS = 176, 80  # of a thread; 256 together, as the launch gives two threads
 
@@ -79,7 +78,7 @@ def launch(
     out = Outputs(residual, normed, codes, scales, dec, new_post, new_comb)
     old, added = (multicast.boxes(_rows(t, n, cut), cut.group, cut.tiles, 1) for t, n in ((x, STREAMS), (f, 1)))
     new = tile_store.boxes(_rows(residual, STREAMS, cut), cut.group, cut.tiles)
-    mhc_quant_prefill(given, out, old, added, new, target, cut).launch(
+    mhc_quant_wide(given, out, old, added, new, target, cut).launch(
         grid=[sets * cut.ctas, 1, 1],
         block=[THREADS, 1, 1],
         cluster=[cut.ctas, 1, 1],
@@ -97,7 +96,7 @@ def _rows(tensor: cute.Tensor, streams: int, cut: Cut) -> cute.Tensor:
 
 
 @cute.kernel
-def mhc_quant_prefill(
+def mhc_quant_wide(
     given: Inputs,
     out: Outputs,
     x: Boxes,
@@ -159,6 +158,6 @@ def spec(cut: Cut, norm_dtype: str, target: Target) -> KernelSpec:
         norm_dtype: A key of NORM_DTYPES.
         target: A GPU.
     """
-    name = f"mhc_quant_prefill_{cut.hidden}_{norm_dtype}"
+    name = f"mhc_quant_wide_{cut.hidden}_{norm_dtype}"
     make = functools.partial(arguments, NORM_DTYPES[norm_dtype], target, cut)
     return KernelSpec(name, target.value, launch, make, (*cut, norm_dtype))
