@@ -70,13 +70,13 @@ def test_operands_are_where_mma_wants_them(cut: Cut, monkeypatch: pytest.MonkeyP
                     parts[part, lane] = torch.tensor(words, dtype=torch.float64)
                 dims: Any = cut.dims + here.tile * wide_cut.TILE + eight * 8
                 held[lane] = streams[token, stream, dims : dims + 8].view(4, 2)
-            first = 8 * (number // cut.parities)
+            tokens = [8 * (number // cut.sides) + wide_cut.token_of(column) for column in range(8)]
             for half in range(2):
                 leading, mixed, small = (
                     _product(parts[half * 3 + i], held[:, half * 2 : half * 2 + 2]) for i in range(3)
                 )
-                dots[:16, first : first + 8] += leading + small
-                dots[16:, first : first + 8] += mixed[:8] + mixed[8:]
+                dots[:16, tokens] += leading + small
+                dots[16:, tokens] += mixed[:8] + mixed[8:]
     ours, theirs = (x.view(-1, 4, 2, cut.dims)[:, :, 1].flatten(1).double() for x in (fn, streams))
     most = 2**-16 * (ours.abs() @ theirs.abs().T)
     assert bool(((dots - ours @ theirs.T).abs() <= most).all())
@@ -92,7 +92,14 @@ def test_a_cut_covers_the_hidden_dims_and_fits(hidden: int) -> None:
     assert cut.shared_bytes <= SHARED_MEMORY
     assert cut.stage_bytes % 1024 == cut.stream_bytes % 1024 == 0
     assert cut.factors_at % 16 == cut.fn_at % 16 == cut.partial_at % 16 == cut.sums_at % 16 == cut.arrived_at % 16 == 0
-    assert cut.pre_at % 16 == cut.tile_squares_at % 16 == cut.squares_at % 16 == cut.barriers_at % 8 == 0
+    assert (
+        cut.pre_at % 16
+        == cut.tile_squares_at % 16
+        == cut.squares_at % 16
+        == cut.norm_at % 16
+        == cut.barriers_at % 8
+        == 0
+    )
 
 
 @pytest.mark.parametrize("cut", [FLASH, PRO])
@@ -120,9 +127,12 @@ def test_eight_lanes_find_no_bank_twice(cut: Cut) -> None:
 
 @pytest.mark.parametrize("cut", [FLASH, PRO])
 def test_sums_lie_where_they_are_looked_for(cut: Cut) -> None:
-    places: Any = [(quarter, i) for quarter in range(cut.group // 4) for i in range(4)]
-    for quarter, i in places:
-        assert wide_cut.place_of(wide_cut.token_at(quarter, i, cut), cut) == 4 * quarter + i
+    columns: Any = list(itertools.product(range(cut.halves), range(8)))
+    places = [wide_cut.place_of(column, half, cut) for half, column in columns]
+    assert sorted(places, key=int) == list(range(cut.group))
+    for (half, column), place in zip(columns, places, strict=True):
+        token = wide_cut.token_of(column) + wide_cut.EIGHT * half
+        assert wide_cut.token_at(place // 4, int(place % 4), cut) == token
 
 
 @pytest.mark.parametrize(("hidden", "target"), [(4096, Target.SM90), (7168, Target.SM90), (4096, Target.SM100)])

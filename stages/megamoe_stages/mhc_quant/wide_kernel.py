@@ -19,17 +19,20 @@ import functools
 import cutlass
 from cuda.bindings.driver import CUstream
 from cutlass import Constexpr, Float32, Int32, Uint8, cute
+from cutlass.cute.nvgpu import cpasync
 
-from megamoe.cute import exchange, multicast, recipe, ring, tile_store, warp
+from megamoe.cute import exchange, multicast, ring, strips, tile_store, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mhc import STREAMS
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
-from megamoe_stages.mhc_quant.tensors import NORM_DTYPES, Inputs, Outputs, arguments, zero_padding
+from megamoe_stages.mhc_quant import wide_finish, wide_make
+from megamoe_stages.mhc_quant.tensors import NORM_DTYPES, Inputs, Outputs, arguments
 from megamoe_stages.mhc_quant.wide_cut import (
     MESSAGE,
     SQUARES,
+    STARTED,
     SUMS,
     THREADS,
     WARPS,
@@ -40,10 +43,8 @@ from megamoe_stages.mhc_quant.wide_cut import (
     squares_bar,
     tokens_of,
 )
-from megamoe_stages.mhc_quant.wide_finish import finish_all
-from megamoe_stages.mhc_quant.wide_make import make_all
 
-MAKER_REGISTERS, FINISHER_REGISTERS = 176, 80  # of a thread; 256 together, as the launch gives two threads
+MAKER_REGISTERS, FINISHER_REGISTERS = 184, 72  # of a thread; 256 together, as the launch gives two threads
 
 
 @cute.jit
@@ -84,6 +85,7 @@ def launch(
         cluster=[cut.ctas, 1, 1],
         smem=cut.shared_bytes,
         min_blocks_per_mp=1,
+        use_pdl=True,
         stream=stream,
     )
 
@@ -112,31 +114,40 @@ def mhc_quant_wide(
     base = exchange.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
     sets = ctas // cut.ctas
     turns = ((tokens_of(given) + cut.group - 1) // cut.group - cta // cut.ctas + sets - 1) // sets
-    if thread == 0:
-        _init(base, cut)
-    if thread < cut.group:
-        for i in cutlass.range_constexpr(SUMS, MESSAGE):  # padding that is sent along
-            exchange.store_floats(base + (cut.sums_at + (thread * MESSAGE + i) * WORD), [Float32(0.0)])
-    cute.arch.sync_threads()
-    cute.arch.cluster_arrive()
-    zero_padding(out, tokens_of(given), given.tiled, cta * THREADS + thread, ctas * THREADS)
-    if cta + thread == 0:
-        out.dec[()] = recipe.global_scale(given.enc[()], target).dec
-    if warp.thread() < WARPS * WARP:
+    maker = thread < WARPS * WARP
+    if thread == WARPS * WARP:
+        for boxes in (x, f, residual):
+            cpasync.prefetch_descriptor(boxes.info.atom)
+    strips.wait_for_previous()
+    strips.let_next_start()
+    if maker:
         cute.arch.setmaxregister_increase(MAKER_REGISTERS)
+        cute.arch.cluster_arrive()
         if warp.warp_number() < cut.busy:
-            make_all(turns, base, f, residual, given, out, target, cut)
+            wide_make.make_all(turns, base, residual, f, given, out, target, cut)
+        elif cutlass.const_expr(cut.clerks):
+            wide_make.clerk(turns, base, residual, f, cut)
     else:
         cute.arch.setmaxregister_decrease(FINISHER_REGISTERS)
+        finisher = thread - WARPS * WARP
+        if finisher == 0:
+            _init(base, cut)
+        if finisher < cut.group:
+            for i in cutlass.range_constexpr(SUMS, MESSAGE):  # padding that is sent along
+                exchange.store_floats(base + (cut.sums_at + (finisher * MESSAGE + i) * WORD), [Float32(0.0)])
+        cute.arch.barrier(barrier_id=STARTED, number_of_threads=WARPS * WARP)  # those that make wait for the cluster
+        cute.arch.cluster_arrive()
         if warp.warp_number() < WARPS + cut.busy:
-            finish_all(turns, base, x, given, out, target, cut)
+            wide_finish.finish_all(turns, base, x, f, given, out, target, cut)
+        elif cutlass.const_expr(cut.clerks):
+            wide_finish.clerk(turns, base, x, f, given, out, target, cut)
 
 
 def _init(base: Int32, cut: Cut) -> None:
     """Makes the mbarriers, and tells them what the first turns send; one thread."""
     for stage in range(cut.stages):
         bar = bars(base, stage, cut)
-        for barrier, arrivals in zip(bar, (1, cut.busy * WARP, 1, 1, 1), strict=True):
+        for barrier, arrivals in zip(bar, (1, cut.busy * WARP, 1, 1, 1, 1), strict=True):
             ring.init(barrier, arrivals)
     for turn in range(SQUARES):
         ring.init(squares_bar(base, turn, cut), 1)
