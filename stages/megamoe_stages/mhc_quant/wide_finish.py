@@ -1,7 +1,8 @@
 """The warps of `wide_kernel` that finish tokens: weights of the collapse, collapse, norm, quantisation.
 
 A warp has eight tokens of a tile of 64 hidden dims, a thread a block of 16. The norm of a turn is done behind the
-collapse of the next one, while the squares of y are on their way. These warps also ask for the streams of later turns.
+collapse of the next one, while the squares of y are on their way. These warps also ask for the streams of later turns;
+where there is a clerk it does that, and computes the weights.
 """
 
 from __future__ import annotations

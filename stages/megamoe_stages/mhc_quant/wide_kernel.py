@@ -9,7 +9,8 @@ streams where they lie, exchange the squares of y, norm and quantise; those that
 Nobody gets a message that there is no room for. The sums of a turn, and then its weights, are sent only after its
 streams have come, and these were asked for when the turn that had the stage before them was collapsed: its messages had
 been read then. Squares of a turn are sent by who has those of two turns before from everybody, and nobody sends these
-before having read those of two turns before them: SQUARES buffers are enough.
+before having read those of two turns before them: SQUARES buffers are enough. At the start those that make load fn at
+once: it is the barrier of the cluster, behind that, which shows them the mbarriers.
 """
 
 from __future__ import annotations

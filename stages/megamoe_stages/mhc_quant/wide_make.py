@@ -2,7 +2,8 @@
 
 They replace the streams where they lie. Each warp adds up its hidden dims' 24 dots and squares of every token, a few
 threads add up the warps', and what a CTA has found goes to the CTA that owns the token. At the end they do Sinkhorn's
-iteration for the CTA's own tokens, while the others finish the last ones.
+iteration for the CTA's own tokens, while the others finish the last ones. Their clerk, where there is one, has the new
+streams written and asks for F.
 """
 
 from __future__ import annotations
