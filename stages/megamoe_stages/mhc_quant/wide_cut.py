@@ -41,7 +41,7 @@ PASSES = 2  # in which a warp makes: of both eights of tokens, or of both sides 
 SUMS = LOGITS + 1  # of a token: the dots and the squares of its streams
 MESSAGE = 28  # floats that they take
 F_AHEAD = 2  # groups for whose F there is room: it is needed for a short time only
-MAKING, STARTED, FN_ASKED, FINISHING = 1, 2, 3, 4  # named barriers; the last ones are two, for turns in turn
+MAKING, STARTED, FN_ASKED, FINISHING = 1, 2, 3, 4  # named barriers; FINISHING + 1 is one too, of every other turn
 SQUARES = 4  # groups whose squares of y may be on their way
 
 
