@@ -136,7 +136,7 @@ def test_sums_lie_where_they_are_looked_for(cut: Cut) -> None:
         assert wide_cut.token_at(place // 4, int(place % 4), cut) == token
 
 
-@pytest.mark.parametrize(("hidden", "target"), [(4096, Target.SM90), (7168, Target.SM90), (4096, Target.SM100)])
+@pytest.mark.parametrize(("hidden", "target"), list(itertools.product((4096, 7168), (Target.SM90, Target.SM100))))
 def test_the_kernel_compiles_without_spills(hidden: int, target: Target) -> None:
     artifact = compiler.compile_kernel(wide_kernel.spec(wide_cut.cut(hidden), "float32", target))
     (found,) = inspect.kernels(artifact.cubin)
@@ -146,15 +146,17 @@ def test_the_kernel_compiles_without_spills(hidden: int, target: Target) -> None
 
 
 @pytest.mark.parametrize(
-    ("policy", "cut", "tokens", "layout"),
+    ("policy", "cut", "tokens", "layout", "target"),
     [
-        ("lazy", wide_cut.cut(1024), 101, "128x4"),
-        ("random", FLASH._replace(ctas=2), 90, "linear"),
-        ("lazy", PRO._replace(ctas=2), 45, "128x4"),
+        ("lazy", wide_cut.cut(1024), 101, "128x4", Target.SM90),
+        ("random", FLASH._replace(ctas=2), 90, "linear", Target.SM90),
+        ("lazy", PRO._replace(ctas=2), 45, "128x4", Target.SM90),
+        ("lazy", FLASH._replace(ctas=2), 90, "128x4", Target.SM100),
+        ("eager", PRO._replace(ctas=2), 45, "linear", Target.SM100),
     ],
 )
 def test_the_emulated_kernel_computes_several_turns_and_races_nowhere(
-    policy: str, cut: Cut, tokens: int, layout: str
+    policy: str, cut: Cut, tokens: int, layout: str, target: Target
 ) -> None:
     """PTX run by `ptxemu`, whose copies arrive as late as they may: one cluster has more groups than stages."""
     clusters = 1
@@ -166,7 +168,7 @@ def test_the_emulated_kernel_computes_several_turns_and_races_nowhere(
         torch.full_like(tensor, 7) for tensor in (want.residual, want.normed, *quantized, want.post, want.comb)
     ]
     assert -(-tokens // cut.group) > cut.stages
-    artifact = compiler.compile_kernel(wide_kernel.spec(cut, "float32", Target.SM90))
+    artifact = compiler.compile_kernel(wide_kernel.spec(cut, "float32", target))
     numbers = (20, 1e-6, 1e-6, int(layout == "128x4"), clusters)
     report = ptxemu.run(artifact, *inputs.values(), *written, *numbers, policy=policy, seed=1)
     assert not report.findings
