@@ -88,8 +88,7 @@ def test_a_cut_covers_the_hidden_dims_and_fits(hidden: int) -> None:
     cut = wide_cut.cut(hidden)
     assert cut.ctas * cut.dims == cut.hidden == hidden
     assert cut.busy <= wide_cut.WARPS and cut.halves * wide_cut.EIGHT == cut.group
-    assert cut.owned * cut.ctas >= cut.group and cut.weighers > 0
-    assert cut.ctas * cut.group // 4 <= 32 * (1 if cut.clerks else wide_cut.LOADERS)  # who sends squares waits for them
+    assert cut.owned * cut.ctas >= cut.group and cut.owned < cut.busy  # the first of these warps loads
     assert cut.shared_bytes <= SHARED_MEMORY
     assert cut.stage_bytes % 1024 == cut.stream_bytes % 1024 == 0
     assert cut.factors_at % 16 == cut.fn_at % 16 == cut.partial_at % 16 == cut.sums_at % 16 == cut.arrived_at % 16 == 0

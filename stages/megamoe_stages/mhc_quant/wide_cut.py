@@ -30,7 +30,6 @@ WORD = 4  # bytes
 LINE = 16  # bytes that a thread moves at once
 BARRIER = 8  # bytes
 BARS = 6  # of a stage
-LOADERS = STREAMS + 1  # warps that ask for a turn, where there is no clerk: for a stream each, for post and comb
 PARTS = 3  # of fn, by which half an eight of a stream is multiplied, see `wide_mix`
 TILE = 64  # hidden dims of a tile
 ROW_BYTES = 2 * TILE
@@ -41,7 +40,7 @@ PASSES = 2  # in which a warp makes: of both eights of tokens, or of both sides 
 SUMS = LOGITS + 1  # of a token: the dots and the squares of its streams
 MESSAGE = 28  # floats that they take
 F_AHEAD = 2  # groups for whose F there is room: it is needed for a short time only
-MAKING, STARTED, FN_ASKED, FINISHING = 1, 2, 3, 4  # named barriers; FINISHING + 1 is one too, of every other turn
+MAKING, FINISHING, STARTED, FN_ASKED = 1, 2, 3, 4  # named barriers
 SQUARES = 4  # groups whose squares of y may be on their way
 
 
@@ -86,11 +85,6 @@ class Cut(NamedTuple):
     def clerks(self) -> bool:
         """Whether there is a clerk of either kind: the warp behind the busy ones."""
         return self.busy < WARPS
-
-    @property
-    def weighers(self) -> int:
-        """Warps that compute weights of the collapse, one after the other: the clerk, or those that do not load."""
-        return 1 if self.clerks else self.busy - LOADERS
 
     @property
     def asking(self) -> int:

@@ -26,7 +26,6 @@ from megamoe_stages.mhc_quant.wide_cut import (
     FINISHING,
     FN_ASKED,
     LINE,
-    LOADERS,
     MESSAGE,
     SQUARES,
     TILE,
@@ -67,25 +66,23 @@ def finish_all(
     _load_norm(here, base, given, cut)
     enc = given.enc[()]
     _start(here, given, out, target, cut)
-    site = _site(here, given)
-    cute.arch.barrier(barrier_id=FINISHING, number_of_threads=cut.busy * WARP)  # the norm's weights have come
+    site, own = _site(here, given), cut.busy - 1 - here.warp  # whose weights it computes; the first warps load
     cute.arch.cluster_wait()  # all CTAs run: their shared memory may be written to
     if cutlass.const_expr(not cut.clerks):
-        _weigh(Int32(0), turns, site, here, base, given, out, target, cut)
+        _weigh(Int32(0), turns, own, site, here, base, given, out, target, cut)
     before, y = cute.make_rmem_tensor((8,), Uint32), cute.make_rmem_tensor((8,), Uint32)
     for i in cutlass.range_constexpr(8):
         before[i] = y[i] = Uint32(0)
     for turn in cutlass.range(turns + 1, unroll=1):
         if turn < turns:
             _collapse(y, turn, here, base, target, cut)
-            _meet(turn, here, cut)
+            cute.arch.barrier(barrier_id=FINISHING, number_of_threads=cut.busy * WARP)
             if cutlass.const_expr(cut.clerks):
                 ring.arrive_if(bars(base, turn % cut.stages, cut).collapsed, _first_thread(here))
             _send_squares(turn, here, base, target, cut)
             if cutlass.const_expr(not cut.clerks):
-                if here.warp < LOADERS:
-                    _refill(turn, turns, here, base, x, given, cut)
-                _weigh(turn + 1, turns, site, here, base, given, out, target, cut)
+                _refill(turn, turns, here, base, x, given, cut)
+                _weigh(turn + 1, turns, own, site, here, base, given, out, target, cut)
         if turn > 0:
             _norm(before, turn - 1, turns, enc, here, base, given, out, target, cut)
         for i in cutlass.range_constexpr(8):
@@ -109,24 +106,13 @@ def clerk(
     _start(here, given, out, target, cut)
     site = _site(here, given)
     cute.arch.cluster_wait()
-    _weigh(Int32(0), turns, site, here, base, given, out, target, cut)
+    for own in cutlass.range_constexpr(cut.owned):
+        _weigh(Int32(0), turns, Int32(own), site, here, base, given, out, target, cut)
     for turn in cutlass.range(turns, unroll=1):
-        _weigh(turn + 1, turns, site, here, base, given, out, target, cut)
+        for own in cutlass.range_constexpr(cut.owned):
+            _weigh(turn + 1, turns, Int32(own), site, here, base, given, out, target, cut)
         ring.wait(bars(base, turn % cut.stages, cut).collapsed, turn // cut.stages & 1)
         _refill(turn, turns, here, base, x, given, cut)
-
-
-@cute.jit
-def _meet(turn: Int32, here: Constexpr[Spot], cut: Constexpr[Cut]) -> None:
-    """All have collapsed a turn. Who sends or loads behind it waits for that, the others only say so and go on.
-
-    They may be a turn ahead then, with the other barrier, but not two: to norm a turn they need its squares, which this
-    CTA sends behind the turn's barrier.
-    """
-    if here.warp < (1 if cut.clerks else LOADERS):
-        cute.arch.barrier(barrier_id=FINISHING + turn % 2, number_of_threads=cut.busy * WARP)
-    else:
-        cute.arch.barrier_arrive(barrier_id=FINISHING + turn % 2, number_of_threads=cut.busy * WARP)
 
 
 def _first_thread(here: Spot) -> Int32:
@@ -181,7 +167,7 @@ def _load_first(
             cute.arch.barrier(barrier_id=FN_ASKED, number_of_threads=cut.asking)
         _load(Int32(turn), turns, here, base, x, given, cut)
         if cutlass.const_expr(turn < F_AHEAD):
-            load_f(Int32(turn), turns, clerk_or(LOADERS, cut), here, base, f, cut)
+            load_f(Int32(turn), turns, clerk_or(STREAMS + 1, cut), here, base, f, cut)
 
 
 @cute.jit
@@ -276,33 +262,7 @@ def _send_squares(
 def _weigh(
     turn: Int32,
     turns: Int32,
-    site: Constexpr[Site],
-    here: Constexpr[Spot],
-    base: Int32,
-    given: Constexpr[Inputs],
-    out: Constexpr[Outputs],
-    target: Constexpr[Target],
-    cut: Constexpr[Cut],
-) -> None:
-    """The weights of the collapse of this CTA's own tokens of a turn, if there is one; a weigher for each token."""
-    first = clerk_or(LOADERS, cut)
-    for own in cutlass.range_constexpr(cut.owned):
-        if here.warp == first + (turn * cut.owned + own) % cut.weighers:
-            _weigh_token(turn, turns, own, site, here, base, given, out, target, cut)
-
-
-@cute.jit
-def _expect_sums(turn: Int32, turns: Int32, here: Constexpr[Spot], base: Int32, cut: Constexpr[Cut]) -> None:
-    """Once a turn's sums have come: expects those of the next turn in its stage, if there is one."""
-    if (here.lane == 0) & (turn + cut.stages < turns):
-        ring.expect(bars(base, turn % cut.stages, cut).sums, Int32(cut.arrived_bytes))
-
-
-@cute.jit
-def _weigh_token(
-    turn: Int32,
-    turns: Int32,
-    own: Constexpr[int],
+    own: Int32,
     site: Constexpr[Site],
     here: Constexpr[Spot],
     base: Int32,
@@ -313,7 +273,7 @@ def _weigh_token(
 ) -> None:
     """Adds up the sums of one of this CTA's own tokens, and tells all CTAs its weights of the collapse; a warp."""
     token = here.rank * cut.owned + own
-    if (turn < turns) & (token < cut.group):
+    if (turn < turns) & (own < cut.owned) & (token < cut.group):
         stage = turn % cut.stages
         ring.wait(bars(base, stage, cut).sums, turn // cut.stages & 1)
         r = cutlass.min(here.lane, LOGITS)  # the last one has the squares
@@ -321,8 +281,8 @@ def _weigh_token(
         parts = [exchange.load_floats(first + i * (MESSAGE * WORD), 1)[0] for i in range(cut.ctas)]
         total = functools.reduce(lambda a, b: arith.add(a, b, target), parts)
         squares = cute.arch.shuffle_sync(total, LOGITS)
-        if cutlass.const_expr(own == 0):
-            _expect_sums(turn, turns, here, base, cut)
+        if (own == 0) & (here.lane == 0) & (turn + cut.stages < turns):
+            ring.expect(bars(base, stage, cut).sums, Int32(cut.arrived_bytes))
         rms = mhc.inverse_rms(squares, cut.hidden * STREAMS, given.norm_eps, target)
         value = mhc.logit(total, rms, site.scale, site.base, target)
         weight = mhc.sigmoid(value, target)
