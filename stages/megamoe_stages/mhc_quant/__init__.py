@@ -18,15 +18,6 @@ STAGE = Stage(
     variants=(
         Variant("reference", Role.REFERENCE, f"{__name__}.reference:mhc_quant"),
         Variant(
-            "fused_many_sm90",
-            Role.FUSED,
-            f"{__name__}.sm90_many:mhc_quant",
-            archs=frozenset({Arch(90)}),
-            needs=_DSL,
-            supports=f"{__name__}.limits:supports_many",
-            rank=1,  # faster than fused_sm90 at every size timed
-        ),
-        Variant(
             "fused_sm90",
             Role.FUSED,
             f"{__name__}.sm90:mhc_quant",

@@ -8,10 +8,10 @@ from cutlass import BFloat16, Boolean, Constexpr, Float32, Int32, Uint8, Uint32,
 from megamoe.cute import arith, layout, recipe, strips
 from megamoe.cute.arith import Target
 from megamoe.cute.recipe import Block
-from megamoe_stages.mhc_quant.places import Inputs, Outputs, Words
+from megamoe_stages.mhc_quant.tensors import Inputs, Outputs, Words
 
 
-@cute.jit  # type: ignore[untyped-decorator]
+@cute.jit
 def quantize(
     words: Constexpr[Words],
     row: Int32,
@@ -33,7 +33,7 @@ def quantize(
             _store(recipe.encode_any_block(words, BFloat16, exact, target), row, col, cols, here, given, out)
 
 
-@cute.jit  # type: ignore[untyped-decorator]
+@cute.jit
 def _store(
     block: Constexpr[Block],
     row: Int32,

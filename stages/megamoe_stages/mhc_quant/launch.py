@@ -1,4 +1,4 @@
-"""The host side of the fused mhc_quant kernels, the same for every architecture."""
+"""The host side of the two fused mhc_quant kernels, for every architecture; H decides which one runs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megamoe.cute.arith import Target
 from megamoe.errors import ArgumentError
 from megamoe.numerics.layout import padded_shape
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
-from megamoe_stages.mhc_quant import contract, kernel, limits
+from megamoe_stages.mhc_quant import contract, limits, narrow_kernel, narrow_places, wide_cut, wide_kernel
 from megamoe_stages.mhc_quant.contract import MhcOutput
-from megamoe_stages.mhc_quant.places import GROUP, Shape
+from megamoe_stages.mhc_quant.narrow_places import Shape
+from megamoe_stages.mhc_quant.wide_cut import Cut
 
 ALIGNMENT = 16  # bytes that a thread loads at once
-Run = Callable[[Target, tuple[Tensor, ...], tuple[Tensor, ...], tuple[int | float, ...]], None]
 
 
 def mhc_quant(
@@ -37,13 +37,12 @@ def mhc_quant(
     hc_eps: float,
     norm_eps: float,
     scale_layout: str,
-    run: Run | None = None,
 ) -> MhcOutput:
-    """See `reference.mhc_quant`; launched by `run` on the current stream, no synchronisation.
+    """See `reference.mhc_quant`; launched on the current stream, no synchronisation.
 
     Raises:
-        ArgumentError: As the reference, for what `limits.supports` or `limits.supports_many` names, and for a tensor
-            that is not aligned to 16 bytes.
+        ArgumentError: As the reference, for what `limits.supports` names, and for a tensor that is not aligned to 16
+            bytes.
     """
     tensors = (x, f, post, comb, fn, base, scale, norm_weight, global_scale_enc)
     options = {
@@ -56,7 +55,7 @@ def mhc_quant(
     tokens, streams, hidden = x.shape
     if x.dtype != torch.bfloat16 or streams != limits.STREAMS or tokens * hidden > limits.MAX_VALUES:
         _refuse(contract.problem(*tensors, **options))  # type: ignore[arg-type]
-    if hidden > limits.SMALL and hidden not in limits.CTAS:
+    if hidden > limits.SMALL and hidden not in (*limits.NARROW, *limits.WIDE):
         _refuse(contract.problem(*tensors, **options))  # type: ignore[arg-type]
     for name, tensor in zip(("x", "f", "post", "comb", "fn", "norm_weight"), (*tensors[:5], norm_weight), strict=True):
         if tensor.data_ptr() % ALIGNMENT:
@@ -71,32 +70,20 @@ def mhc_quant(
     dec = torch.empty_like(global_scale_enc)
     if tokens:
         outputs = (residual, normed, codes, scales, dec, new_post, new_comb)
-        numbers = (sinkhorn_iters, hc_eps, norm_eps, int(tiled))
-        (run or run_few)(target, tensors, outputs, numbers)
+        shape = cut(hidden)
+        clusters = min(-(-tokens // shape.group), clusters_at_once(shape.ctas, x.device))
+        numbers = (sinkhorn_iters, hc_eps, norm_eps, int(tiled), clusters)
+        _launcher(shape, norm_weight.dtype, target)(*tensors, *outputs, *numbers)
     else:
         torch.reciprocal(global_scale_enc, out=dec)
     quantized = NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), dec, scale_layout)
     return MhcOutput(residual, normed, quantized, new_post, new_comb)
 
 
-def run_few(
-    target: Target, tensors: tuple[Tensor, ...], outputs: tuple[Tensor, ...], numbers: tuple[int | float, ...]
-) -> None:
-    """Launches the kernel for few tokens."""
-    x, norm_weight = tensors[0], tensors[-2]
-    shape = cut(x.shape[2])
-    groups = (x.shape[0] + GROUP - 1) // GROUP
-    launch = _launcher(shape, norm_weight.dtype, target)
-    launch(*tensors, *outputs, *numbers, min(groups, clusters_at_once(shape.ctas, x.device)))
-
-
 @functools.cache
-def cut(hidden: int) -> Shape:
-    """The shape for H hidden dims."""
-    covered = limits.covered(hidden)
-    teams, warps, parts = limits.TEAMS.get(covered, 4), limits.WARPS.get(covered, 4), limits.PARTS.get(covered, 10)
-    shape = Shape(limits.CTAS[covered], teams, warps, parts, whole=False)
-    return shape._replace(whole=shape.covers == hidden)
+def cut(hidden: int) -> Shape | Cut:
+    """How the work is cut for H hidden dims that `limits.supports` lets pass."""
+    return wide_cut.cut(hidden) if hidden in limits.WIDE else narrow_places.cut(hidden)
 
 
 @functools.cache
@@ -109,8 +96,14 @@ def clusters_at_once(ctas: int, device: torch.device) -> int:
 
 
 @functools.cache
-def _launcher(shape: Shape, norm_dtype: torch.dtype, target: Target) -> Callable[..., None]:
-    return compiler.load(kernel.spec(shape, str(norm_dtype).removeprefix("torch."), target))
+def _launcher(shape: Shape | Cut, norm_dtype: torch.dtype, target: Target) -> Callable[..., None]:
+    return compiler.load(_spec(shape, str(norm_dtype).removeprefix("torch."), target))
+
+
+def _spec(shape: Shape | Cut, norm_dtype: str, target: Target) -> compiler.KernelSpec:
+    if isinstance(shape, Cut):
+        return wide_kernel.spec(shape, norm_dtype, target)
+    return narrow_kernel.spec(shape, norm_dtype, target)
 
 
 def _refuse(problem: contract.Problem) -> None:
@@ -124,7 +117,8 @@ def kernels(target: Target) -> list[compiler.KernelSpec]:
 
     Not the kind of slices that are not whole on sm_100a, where one register does not find room: see NOTES.md.
     """
-    cuts = [(4096, "float32"), (7168, "float32"), (2048, "float32"), (256, "float32"), (256, "bfloat16")]
+    sizes = [(4096, "float32"), (7168, "float32"), (2048, "float32"), (1024, "bfloat16")]
+    sizes += [(512, "float32"), (256, "float32"), (256, "bfloat16")]
     if target is Target.SM90:
-        cuts.append((208, "float32"))
-    return [kernel.spec(cut(hidden), norm_dtype, target) for hidden, norm_dtype in cuts]
+        sizes.append((208, "float32"))
+    return [_spec(cut(hidden), norm_dtype, target) for hidden, norm_dtype in sizes]

@@ -226,7 +226,7 @@ def grouped_gemm_prefill() -> Subject:
 def mhc_quant() -> Subject:
     from megamoe.cute import compiler
     from megamoe.cute.arith import Target
-    from megamoe_stages.mhc_quant import kernel, launch, reference
+    from megamoe_stages.mhc_quant import narrow_kernel, narrow_places, reference
     from megamoe_stages.mhc_quant.cases import make
 
     tokens, hidden, iterations, eps = 17, 512, 1, 1e-6
@@ -239,7 +239,7 @@ def mhc_quant() -> Subject:
     scales = torch.empty((tokens, hidden // 16), dtype=torch.uint8)
     dec = torch.empty_like(given["global_scale_enc"])
     outputs = (residual, normed, codes, scales, dec, post, comb)
-    compiled = compiler.compile_kernel(kernel.spec(launch.cut(hidden), "float32", Target.SM90))
+    compiled = compiler.compile_kernel(narrow_kernel.spec(narrow_places.cut(hidden), "float32", Target.SM90))
 
     def right() -> bool:
         """Close: that rounding is within the stage's bounds is for its own tests."""

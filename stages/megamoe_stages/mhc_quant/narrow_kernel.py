@@ -1,4 +1,4 @@
-"""mHC post, mix, collapse, RMSNorm and quantisation as one CuTe DSL kernel, one source for sm_90a and sm_100a.
+"""mhc_quant for few hidden dims: a CuTe DSL kernel whose streams stay in registers, for sm_90a and sm_100a.
 
 A cluster of CTAs owns 16 tokens at a time, each CTA a slice of the hidden dims, each warp 64 of them: the new streams
 of a group live in registers, in the very places where `mma` wants its right operand and a quantiser its block. The
@@ -15,31 +15,29 @@ from collections.abc import Sequence
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Constexpr, Float32, Int32, Numeric, Uint8, Uint32, cute
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
+from cutlass import Constexpr, Float32, Int32, Uint32, cute
 
-from megamoe.cute import arith, cluster, exchange, layout, mhc, recipe, strips, warp
+from megamoe.cute import arith, cluster, exchange, mhc, recipe, strips, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.recipe import BLOCK
 from megamoe.cute.warp import WARP
-from megamoe_stages.mhc_quant import blocks, mix, places
-from megamoe_stages.mhc_quant.places import (
-    GROUP,
+from megamoe_stages.mhc_quant import blocks
+from megamoe_stages.mhc_quant import narrow_mix as mix
+from megamoe_stages.mhc_quant import narrow_places as places
+from megamoe_stages.mhc_quant.narrow_places import GROUP, OWN_SUMS, UNIT, Area, Place, Shape
+from megamoe_stages.mhc_quant.tensors import (
     MATRIX,
-    OWN_SUMS,
+    NORM_DTYPES,
     ROWS,
-    UNIT,
-    Area,
     Inputs,
     Outputs,
-    Place,
-    Shape,
     Words,
+    arguments,
+    rows_of_streams,
+    zero_padding,
 )
-
-NORM_DTYPES = {"float32": Float32, "bfloat16": BFloat16}
 
 
 @cute.jit
@@ -176,19 +174,6 @@ def _prefetch(place: Place, given: Inputs, shape: Shape) -> None:
     cluster.prefetch(f, (token < tokens) & (start < hidden) & (place.lane < GROUP))
 
 
-@cute.jit
-def zero_padding(out: Constexpr[Outputs], tokens: Int32, tiled: Int32, thread: Int32, threads: Int32) -> None:
-    """Writes the scales of the rows that fill up the last 128x4 tiles."""
-    rows, tiles = cute.size(out.scales, mode=[0]), cute.size(out.scales, mode=[1]) // layout.TILE_COLS
-    if tiled == 1:
-        words = cute.recast_ptr(out.scales.iterator, dtype=Uint32)
-        view = cute.make_tensor(words, cute.make_layout(rows * tiles))
-        for i in cutlass.range(thread, (rows - tokens) * tiles, threads, unroll=1):
-            row, tile = tokens + i // tiles, i % tiles
-            at = layout.offset_128x4(row, tile * layout.TILE_COLS, tiles * layout.TILE_COLS)
-            view[at // layout.TILE_COLS] = Uint32(0)
-
-
 def _group(ahead: Words, floats: cute.Pointer, given: Inputs, out: Outputs, target: Target, shape: Shape) -> Words:
     """One group of tokens, from the old streams to the quantised input of the next sublayer.
 
@@ -236,8 +221,7 @@ def _new_streams(
 ) -> list[list[Words]]:
     """The new streams of this thread's tokens: [token][stream][word]; 0 in hidden dims that do not exist."""
     turn = places.place_of(floats, given, shape).turn
-    first = ahead if shape.ahead else _load_token(0, (0, 1), turn, floats, given, shape)
-    loaded = [first, _load_token(1, (0,), turn, floats, given, shape)]
+    loaded = [ahead, _load_token(1, (0,), turn, floats, given, shape)]
     streams = []
     for t in range(2):
         new: list[Words] = [[] for _ in range(STREAMS)]
@@ -260,8 +244,8 @@ def _new_streams(
 
 
 def _load_ahead(turn: Int32, floats: cute.Pointer, given: Inputs, shape: Shape) -> Words:
-    """This thread's words of its first token in a turn, or none where they come later."""
-    return _load_token(0, (0, 1), turn, floats, given, shape) if shape.ahead else []
+    """This thread's words of its first token in a turn."""
+    return _load_token(0, (0, 1), turn, floats, given, shape)
 
 
 def _load_token(t: int, chunks: Sequence[int], turn: Int32, floats: cute.Pointer, given: Inputs, shape: Shape) -> Words:
@@ -421,7 +405,7 @@ def _finish_neighbour(
         for i in cutlass.range(place.seat, mine, shape.team, unroll=1):
             token = (first + i // shape.owned * step) * GROUP + place.rank * shape.owned + i % shape.owned
             if token < tokens:
-                rows = places.rows_of_streams(out.comb)
+                rows = rows_of_streams(out.comb)
                 comb = cute.make_rmem_tensor(cute.make_layout((STREAMS, STREAMS), stride=(STREAMS, 1)), Float32)
                 for r in cutlass.range_constexpr(STREAMS):
                     cute.autovec_copy(rows[token * STREAMS + r, None], comb[r, None])
@@ -435,11 +419,7 @@ def _pre(place: Place, area: Area, given: Inputs, target: Target, shape: Shape) 
     pre = []
     for t in range(2):
         token = place.row + 8 * t
-        if shape.ctas < 4:
-            squares = _in_order([area.streams[r, token] for r in range(shape.ctas)], target)
-        else:  # a quarter a lane
-            ranks = [place.quad + r for r in range(0, shape.ctas, 4)]
-            squares = warp.sum_of_four(_in_order([area.streams[r, token] for r in ranks], target), target)
+        squares = _in_order([area.streams[r, token] for r in range(shape.ctas)], target)
         rms = _inverse_rms(squares, given, target, shape)
         dot = _in_order([area.pre[r, token, place.quad] for r in range(shape.ctas)], target)
         value = mhc.sigmoid(mhc.logit(dot, rms, given.scale[0], given.base[place.quad], target), target)
@@ -516,41 +496,6 @@ def _in_order(values: Sequence[Float32], target: Target) -> Float32:
     return total
 
 
-def arguments(norm_weight: type[Numeric], target: Target, cut: object) -> tuple[object, ...]:
-    """What `launch` is compiled for: any number of tokens and hidden dims."""
-    tokens, hidden, wide, half = (
-        cute.sym_int32(),
-        cute.sym_int32(divisibility=BLOCK),
-        cute.sym_int32(divisibility=BLOCK * STREAMS),
-        cute.sym_int32(divisibility=BLOCK // 2),
-    )
-
-    def compact(dtype: type, *dims: object, align: int = 16) -> object:
-        order = tuple(range(len(dims) - 1, -1, -1))
-        return make_fake_compact_tensor(dtype, dims, stride_order=order, assumed_align=align)
-
-    def scalar() -> object:
-        return make_fake_tensor(Float32, (), (), assumed_align=4)
-
-    streams, vector = compact(BFloat16, tokens, STREAMS, hidden), compact(BFloat16, tokens, hidden)
-    per_stream, mixing = compact(Float32, tokens, STREAMS), compact(Float32, tokens, STREAMS, STREAMS)
-    read = (
-        streams,
-        vector,
-        per_stream,
-        mixing,
-        compact(Float32, LOGITS, wide),
-        compact(Float32, LOGITS, align=4),
-        compact(Float32, 3, align=4),
-        compact(norm_weight, hidden),
-        scalar(),
-    )
-    scales = compact(Uint8, cute.sym_int32(), cute.sym_int32(), align=4)
-    written = (streams, vector, compact(Uint8, tokens, half, align=8), scales, scalar(), per_stream, mixing)
-    numbers = (Int32(1), Float32(0.0), Float32(0.0), Int32(0), Int32(1))
-    return (*read, *written, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True), target, cut)
-
-
 def spec(shape: Shape, norm_dtype: str, target: Target) -> KernelSpec:
     """The kernel for one cut, any number of tokens, both scale layouts.
 
@@ -559,6 +504,6 @@ def spec(shape: Shape, norm_dtype: str, target: Target) -> KernelSpec:
         norm_dtype: A key of NORM_DTYPES.
         target: A GPU.
     """
-    name = f"mhc_quant_{shape.ctas}x{shape.warps}{'' if shape.whole else '_ragged'}_{norm_dtype}"
+    name = f"mhc_quant_narrow_{shape.ctas}x{shape.warps}{'' if shape.whole else '_ragged'}_{norm_dtype}"
     make = functools.partial(arguments, NORM_DTYPES[norm_dtype], target, shape)
     return KernelSpec(name, target.value, launch, make, (*shape, norm_dtype))

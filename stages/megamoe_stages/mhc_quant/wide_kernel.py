@@ -1,15 +1,16 @@
-"""mhc_quant, made for many tokens: a CuTe DSL kernel whose streams stay on the chip, for sm_90a and sm_100a.
+"""mhc_quant for the models' hidden dims: a CuTe DSL kernel whose streams stay on the chip, for sm_90a and sm_100a.
 
 A cluster has groups of 16 or 8 tokens one after the other, each of its CTAs a slice of the hidden dims. The copy engine
-brings streams and F to shared memory, some groups ahead. Half of the warps (`prefill_make`) make the new streams in
+brings streams and F to shared memory, some groups ahead. Half of the warps (`wide_make`) make the new streams in
 place, multiply them with fn, which stays on the chip too, and have the copy engine write them; their sums go to the CTA
-that owns the token, which tells all CTAs the weights of the collapse. The other warps (`prefill_finish`) collapse the
+that owns the token, which tells all CTAs the weights of the collapse. The other warps (`wide_finish`) collapse the
 streams where they lie, exchange the squares of y, norm and quantise; those that made do Sinkhorn's iteration meanwhile.
 
 Nobody gets a message that there is no room for. The sums of a turn, and then its weights, are sent only after its
 streams have come, and these were asked for when the turn that had the stage before them was collapsed: its messages had
 been read then. Squares of a turn are sent by who has those of two turns before from everybody, and nobody sends these
-before having read those of two turns before them: SQUARES buffers are enough.
+before having read those of two turns before them: SQUARES buffers are enough. At the start those that make load fn at
+once: it is the barrier of the cluster, behind that, which shows them the mbarriers.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ import functools
 import cutlass
 from cuda.bindings.driver import CUstream
 from cutlass import Constexpr, Float32, Int32, Uint8, cute
+from cutlass.cute.nvgpu import cpasync
 
-from megamoe.cute import exchange, multicast, recipe, ring, tile_store, warp
+from megamoe.cute import exchange, multicast, ring, strips, tile_store, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mhc import STREAMS
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
-from megamoe_stages.mhc_quant.kernel import NORM_DTYPES, arguments, zero_padding
-from megamoe_stages.mhc_quant.places import Inputs, Outputs
-from megamoe_stages.mhc_quant.prefill_cut import (
+from megamoe_stages.mhc_quant import wide_finish, wide_make
+from megamoe_stages.mhc_quant.tensors import NORM_DTYPES, Inputs, Outputs, arguments
+from megamoe_stages.mhc_quant.wide_cut import (
     MESSAGE,
     SQUARES,
+    STARTED,
     SUMS,
     THREADS,
     WARPS,
@@ -41,10 +44,8 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     squares_bar,
     tokens_of,
 )
-from megamoe_stages.mhc_quant.prefill_finish import finish_all
-from megamoe_stages.mhc_quant.prefill_make import make_all
 
-MAKER_REGISTERS, FINISHER_REGISTERS = 176, 80  # of a thread; 256 together, as the launch gives two threads
+MAKER_REGISTERS, FINISHER_REGISTERS = 184, 72  # of a thread; 256 together, as the launch gives two threads
 
 
 @cute.jit
@@ -79,12 +80,13 @@ def launch(
     out = Outputs(residual, normed, codes, scales, dec, new_post, new_comb)
     old, added = (multicast.boxes(_rows(t, n, cut), cut.group, cut.tiles, 1) for t, n in ((x, STREAMS), (f, 1)))
     new = tile_store.boxes(_rows(residual, STREAMS, cut), cut.group, cut.tiles)
-    mhc_quant_prefill(given, out, old, added, new, target, cut).launch(
+    mhc_quant_wide(given, out, old, added, new, target, cut).launch(
         grid=[sets * cut.ctas, 1, 1],
         block=[THREADS, 1, 1],
         cluster=[cut.ctas, 1, 1],
         smem=cut.shared_bytes,
         min_blocks_per_mp=1,
+        use_pdl=True,
         stream=stream,
     )
 
@@ -97,7 +99,7 @@ def _rows(tensor: cute.Tensor, streams: int, cut: Cut) -> cute.Tensor:
 
 
 @cute.kernel
-def mhc_quant_prefill(
+def mhc_quant_wide(
     given: Inputs,
     out: Outputs,
     x: Boxes,
@@ -113,31 +115,40 @@ def mhc_quant_prefill(
     base = exchange.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
     sets = ctas // cut.ctas
     turns = ((tokens_of(given) + cut.group - 1) // cut.group - cta // cut.ctas + sets - 1) // sets
-    if thread == 0:
-        _init(base, cut)
-    if thread < cut.group:
-        for i in cutlass.range_constexpr(SUMS, MESSAGE):  # padding that is sent along
-            exchange.store_floats(base + (cut.sums_at + (thread * MESSAGE + i) * WORD), [Float32(0.0)])
-    cute.arch.sync_threads()
-    cute.arch.cluster_arrive()
-    zero_padding(out, tokens_of(given), given.tiled, cta * THREADS + thread, ctas * THREADS)
-    if cta + thread == 0:
-        out.dec[()] = recipe.global_scale(given.enc[()], target).dec
-    if warp.thread() < WARPS * WARP:
+    maker = thread < WARPS * WARP
+    if thread == WARPS * WARP:
+        for boxes in (x, f, residual):
+            cpasync.prefetch_descriptor(boxes.info.atom)
+    strips.wait_for_previous()
+    strips.let_next_start()
+    if maker:
         cute.arch.setmaxregister_increase(MAKER_REGISTERS)
+        cute.arch.cluster_arrive()
         if warp.warp_number() < cut.busy:
-            make_all(turns, base, f, residual, given, out, target, cut)
+            wide_make.make_all(turns, base, residual, f, given, out, target, cut)
+        elif cutlass.const_expr(cut.clerks):
+            wide_make.clerk(turns, base, residual, f, cut)
     else:
         cute.arch.setmaxregister_decrease(FINISHER_REGISTERS)
+        finisher = thread - WARPS * WARP
+        if finisher == 0:
+            _init(base, cut)
+        if finisher < cut.group:
+            for i in cutlass.range_constexpr(SUMS, MESSAGE):  # padding that is sent along
+                exchange.store_floats(base + (cut.sums_at + (finisher * MESSAGE + i) * WORD), [Float32(0.0)])
+        cute.arch.barrier(barrier_id=STARTED, number_of_threads=WARPS * WARP)  # those that make wait for the cluster
+        cute.arch.cluster_arrive()
         if warp.warp_number() < WARPS + cut.busy:
-            finish_all(turns, base, x, given, out, target, cut)
+            wide_finish.finish_all(turns, base, x, f, given, out, target, cut)
+        elif cutlass.const_expr(cut.clerks):
+            wide_finish.clerk(turns, base, x, f, given, out, target, cut)
 
 
 def _init(base: Int32, cut: Cut) -> None:
     """Makes the mbarriers, and tells them what the first turns send; one thread."""
     for stage in range(cut.stages):
         bar = bars(base, stage, cut)
-        for barrier, arrivals in zip(bar, (1, cut.busy * WARP, 1, 1, 1), strict=True):
+        for barrier, arrivals in zip(bar, (1, cut.busy * WARP, 1, 1, 1, 1), strict=True):
             ring.init(barrier, arrivals)
     for turn in range(SQUARES):
         ring.init(squares_bar(base, turn, cut), 1)
@@ -159,6 +170,6 @@ def spec(cut: Cut, norm_dtype: str, target: Target) -> KernelSpec:
         norm_dtype: A key of NORM_DTYPES.
         target: A GPU.
     """
-    name = f"mhc_quant_prefill_{cut.hidden}_{norm_dtype}"
+    name = f"mhc_quant_wide_{cut.hidden}_{norm_dtype}"
     make = functools.partial(arguments, NORM_DTYPES[norm_dtype], target, cut)
     return KernelSpec(name, target.value, launch, make, (*cut, norm_dtype))

@@ -1,4 +1,4 @@
-"""Who owns what in the mhc_quant kernel: tokens, hidden dims, registers and shared memory.
+"""Who owns what in the mhc_quant kernel for few hidden dims: tokens, hidden dims, registers and shared memory.
 
 A turn of a team is a group of 16 tokens. A warp owns 64 hidden dims of all of them: lane (g, q) = (lane // 4, lane % 4)
 has tokens g and g + 8, and of the 64 dims the eights q and 4 + q: two chunks. So four lanes read and write 64 bytes in
@@ -10,23 +10,20 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Boolean, Constexpr, Float32, Int32, Uint32, cute
+from cutlass import Boolean, Constexpr, Int32, Uint32, cute
 
 from megamoe.cute import arith, cluster, strips, warp
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.warp import WARP
+from megamoe_stages.mhc_quant import limits
+from megamoe_stages.mhc_quant.tensors import FACTORS, Inputs, Words
 
 GROUP = 16  # tokens: columns of two mmas
 UNIT = 64  # hidden dims of a warp: 4 lanes with two chunks of 8
 CHUNK = 32  # hidden dims that 4 lanes load at once, 16 bytes each
-ROWS = 8  # of fn in a group
 PIECES = STREAMS * (UNIT // CHUNK)  # of fn that a warp multiplies with: all rows by CHUNK dims of a stream each
-BF16_PARTS = 10  # 16 bytes of each lane that a piece takes in terms of bf16, see `mix`
-TF32_PARTS = 6  # and as fp32
+PARTS = 10  # 16 bytes of each lane that a piece takes, see `narrow_mix`
 OWN_SUMS = LOGITS - STREAMS  # what the owner of a token needs besides the dots of pre: those of post and comb
-FACTORS = STREAMS * (STREAMS + 1)  # of a token: post, comb
-MATRIX = STREAMS * STREAMS
-Words = list[Uint32]
 
 
 class Shape(NamedTuple):
@@ -36,15 +33,18 @@ class Shape(NamedTuple):
         ctas: Of a cluster, a power of two up to 16.
         teams: Of a CTA, each with a group of its own.
         warps: Of a team: UNIT hidden dims each.
-        parts: How fn lies in shared memory: BF16_PARTS or TF32_PARTS.
         whole: The slices cover the hidden dims exactly.
     """
 
     ctas: int
     teams: int
     warps: int
-    parts: int
     whole: bool
+
+    @property
+    def group(self) -> int:
+        """Tokens that a team has at a time."""
+        return GROUP
 
     @property
     def team(self) -> int:
@@ -67,14 +67,9 @@ class Shape(NamedTuple):
         return GROUP // self.ctas
 
     @property
-    def ahead(self) -> bool:
-        """Whether a thread loads its first token's streams a turn ahead: TF32 leaves no registers for them."""
-        return self.parts == BF16_PARTS
-
-    @property
     def fn_words(self) -> int:
         """Words of shared memory for fn."""
-        return self.warps * PIECES * self.parts * WARP * 4
+        return self.warps * PIECES * PARTS * WARP * 4
 
     @property
     def team_words(self) -> int:
@@ -115,34 +110,10 @@ class Shape(NamedTuple):
         return 4 * (self.fn_words + self.teams * (self.team_words + self.warps)) + self.bars * 8
 
 
-class Inputs(NamedTuple):
-    """What is read, all compact, and the numbers of the call."""
-
-    x: cute.Tensor  # (tokens, STREAMS, H) bf16
-    f: cute.Tensor  # (tokens, H) bf16
-    post: cute.Tensor  # (tokens, STREAMS) fp32
-    comb: cute.Tensor  # (tokens, STREAMS, STREAMS) fp32
-    fn: cute.Tensor  # (LOGITS, STREAMS * H) fp32
-    base: cute.Tensor  # (LOGITS,) fp32
-    scale: cute.Tensor  # (3,) fp32
-    norm_weight: cute.Tensor  # (H,) fp32 or bf16
-    enc: cute.Tensor  # () fp32
-    iters: Int32
-    hc_eps: Float32
-    norm_eps: Float32
-    tiled: Int32  # 1: scales in 128x4 tiles
-
-
-class Outputs(NamedTuple):
-    """What is written, all compact."""
-
-    residual: cute.Tensor  # (tokens, STREAMS, H) bf16
-    normed: cute.Tensor  # (tokens, H) bf16
-    codes: cute.Tensor  # (tokens, H / 2) uint8
-    scales: cute.Tensor  # (rows, columns) uint8
-    dec: cute.Tensor  # () fp32
-    post: cute.Tensor  # (tokens, STREAMS) fp32
-    comb: cute.Tensor  # (tokens, STREAMS, STREAMS) fp32
+def cut(hidden: int) -> Shape:
+    """The shape for H up to the last of `limits.NARROW`."""
+    ctas = next(i for i, covered in enumerate(limits.NARROW, start=1) if hidden <= covered)
+    return Shape(ctas, teams=4, warps=4, whole=hidden == limits.NARROW[ctas - 1])
 
 
 class Place(NamedTuple):
@@ -228,7 +199,7 @@ def turn_of(floats: cute.Pointer, shape: Shape) -> Int32:
     return turns(floats, shape)[warp.warp_number()]
 
 
-@cute.jit  # type: ignore[untyped-decorator]
+@cute.jit
 def set_turn(floats: cute.Pointer, leader: Boolean, turn: Int32, shape: Constexpr[Shape]) -> None:
     """The warp's `leader` writes its next turn, once all lanes have read the last one."""
     cute.arch.sync_warp()
@@ -346,13 +317,6 @@ def store_chunk(
     rows = chunks_of(tensor, token, place, given, shape)[chunk]
     for stream, four in enumerate(words):
         cluster.store16(rows[stream, None].iterator, four, here)
-
-
-def rows_of_streams(tensor: cute.Tensor) -> cute.Tensor:
-    """A compact fp32 tensor as rows of STREAMS."""
-    return cute.make_tensor(
-        tensor.iterator, cute.make_layout((cute.size(tensor) // STREAMS, STREAMS), stride=(STREAMS, 1))
-    )
 
 
 def rows_of_words(floats: cute.Pointer, rows: int) -> cute.Tensor:

@@ -1,12 +1,14 @@
-"""The warps of `prefill_kernel` that finish tokens: weights of the collapse, collapse, norm, quantisation.
+"""The warps of `wide_kernel` that finish tokens: weights of the collapse, collapse, norm, quantisation.
 
 A warp has eight tokens of a tile of 64 hidden dims, a thread a block of 16. The norm of a turn is done behind the
-collapse of the next one, while the squares of y are on their way. These warps also ask for the streams of later turns.
+collapse of the next one, while the squares of y are on their way. These warps also ask for the streams of later turns;
+where there is a clerk it does that, and computes the weights.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import cutlass
 from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
@@ -18,17 +20,22 @@ from megamoe.cute.multicast import Boxes
 from megamoe.cute.recipe import BLOCK
 from megamoe.cute.warp import WARP
 from megamoe_stages.mhc_quant import blocks
-from megamoe_stages.mhc_quant.places import MATRIX, Inputs, Outputs, Words
-from megamoe_stages.mhc_quant.prefill_cut import (
+from megamoe_stages.mhc_quant.tensors import MATRIX, Inputs, Outputs, Words, zero_padding
+from megamoe_stages.mhc_quant.wide_cut import (
+    F_AHEAD,
+    FINISHING,
+    FN_ASKED,
     LINE,
     MESSAGE,
     SQUARES,
     TILE,
+    WARPS,
     WORD,
     Cut,
     Spot,
     arrived_of,
     bars,
+    clerk_or,
     factors_of,
     first_of,
     in_stage,
@@ -38,8 +45,7 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     squares_bar,
     tokens_of,
 )
-
-BARRIER_ID = 2
+from megamoe_stages.mhc_quant.wide_make import load_f
 
 
 @cute.jit
@@ -47,6 +53,7 @@ def finish_all(
     turns: Int32,
     base: Int32,
     x: Boxes,
+    f: Boxes,
     given: Constexpr[Inputs],
     out: Constexpr[Outputs],
     target: Constexpr[Target],
@@ -54,24 +61,113 @@ def finish_all(
 ) -> None:
     """Collapse of a turn, then norm and quantisation of the turn before."""
     here = spot(cut)
-    for turn in cutlass.range(cut.stages, unroll=1):
-        _load(turn, turns, here, base, x, given, cut)
+    if cutlass.const_expr(not cut.clerks):
+        _load_first(turns, here, base, x, f, given, cut)
+    _load_norm(here, base, given, cut)
+    enc = given.enc[()]
+    _start(here, given, out, target, cut)
+    site, own = _site(here, given), cut.busy - 1 - here.warp  # whose weights it computes; the first warps load
     cute.arch.cluster_wait()  # all CTAs run: their shared memory may be written to
-    _weigh(Int32(0), turns, here, base, given, out, target, cut)
+    if cutlass.const_expr(not cut.clerks):
+        _weigh(Int32(0), turns, own, site, here, base, given, out, target, cut)
     before, y = cute.make_rmem_tensor((8,), Uint32), cute.make_rmem_tensor((8,), Uint32)
     for i in cutlass.range_constexpr(8):
         before[i] = y[i] = Uint32(0)
     for turn in cutlass.range(turns + 1, unroll=1):
         if turn < turns:
             _collapse(y, turn, here, base, target, cut)
-            cute.arch.barrier(barrier_id=BARRIER_ID, number_of_threads=cut.busy * WARP)
+            cute.arch.barrier(barrier_id=FINISHING, number_of_threads=cut.busy * WARP)
+            if cutlass.const_expr(cut.clerks):
+                ring.arrive_if(bars(base, turn % cut.stages, cut).collapsed, _first_thread(here))
             _send_squares(turn, here, base, target, cut)
-            _refill(turn, turns, here, base, x, given, cut)
-            _weigh(turn + 1, turns, here, base, given, out, target, cut)
+            if cutlass.const_expr(not cut.clerks):
+                _refill(turn, turns, here, base, x, given, cut)
+                _weigh(turn + 1, turns, own, site, here, base, given, out, target, cut)
         if turn > 0:
-            _norm(before, turn - 1, turns, here, base, given, out, target, cut)
+            _norm(before, turn - 1, turns, enc, here, base, given, out, target, cut)
         for i in cutlass.range_constexpr(8):
             before[i] = y[i]
+
+
+@cute.jit
+def clerk(
+    turns: Int32,
+    base: Int32,
+    x: Boxes,
+    f: Boxes,
+    given: Constexpr[Inputs],
+    out: Constexpr[Outputs],
+    target: Constexpr[Target],
+    cut: Constexpr[Cut],
+) -> None:
+    """What those that finish have no time for, where there is a warp for it: weights of the collapse, and streams."""
+    here = spot(cut)
+    _load_first(turns, here, base, x, f, given, cut)
+    _start(here, given, out, target, cut)
+    site = _site(here, given)
+    cute.arch.cluster_wait()
+    for own in cutlass.range_constexpr(cut.owned):
+        _weigh(Int32(0), turns, Int32(own), site, here, base, given, out, target, cut)
+    for turn in cutlass.range(turns, unroll=1):
+        for own in cutlass.range_constexpr(cut.owned):
+            _weigh(turn + 1, turns, Int32(own), site, here, base, given, out, target, cut)
+        ring.wait(bars(base, turn % cut.stages, cut).collapsed, turn // cut.stages & 1)
+        _refill(turn, turns, here, base, x, given, cut)
+
+
+def _first_thread(here: Spot) -> Int32:
+    return arith.select((here.warp == 0) & (here.lane == 0), Int32(1), Int32(0))
+
+
+class Site(NamedTuple):
+    """What the logit of a lane is multiplied by, and what is added."""
+
+    scale: Float32
+    base: Float32
+
+
+def _site(here: Spot, given: Inputs) -> Site:
+    r = cutlass.min(here.lane, LOGITS - 1)
+    kind = arith.select(r < STREAMS, Int32(0), arith.select(r < 2 * STREAMS, Int32(1), Int32(2)))
+    return Site(given.scale[kind], given.base[r])
+
+
+@cute.jit
+def _load_norm(here: Constexpr[Spot], base: Int32, given: Constexpr[Inputs], cut: Constexpr[Cut]) -> None:
+    """Brings the norm's weights of this CTA's dims to shared memory, 16 bytes a thread; a barrier shows them."""
+    width = int(given.norm_weight.element_type.width) // 8
+    thread = here.warp * WARP + here.lane
+    if thread < cut.dims * width // LINE:
+        start = exchange.global_address(given.norm_weight) + Int64(here.rank * (cut.dims * width) + thread * LINE)
+        exchange.store16(base + (cut.norm_at + thread * LINE), exchange.load16(start))
+
+
+@cute.jit
+def _start(
+    here: Constexpr[Spot],
+    given: Constexpr[Inputs],
+    out: Constexpr[Outputs],
+    target: Constexpr[Target],
+    cut: Constexpr[Cut],
+) -> None:
+    """Writes what depends on no token."""
+    (cta, _, _), (ctas, _, _) = cute.arch.block_idx(), cute.arch.grid_dim()
+    thread = here.warp * WARP + here.lane
+    zero_padding(out, tokens_of(given), given.tiled, cta * (WARPS * WARP) + thread, ctas * (WARPS * WARP))
+    if cta + thread == 0:
+        out.dec[()] = recipe.global_scale(given.enc[()], target).dec
+
+
+@cute.jit
+def _load_first(
+    turns: Int32, here: Constexpr[Spot], base: Int32, x: Boxes, f: Boxes, given: Constexpr[Inputs], cut: Constexpr[Cut]
+) -> None:
+    for turn in cutlass.range_constexpr(cut.stages):
+        if cutlass.const_expr(turn == 1):  # fn goes first: nothing begins without it
+            cute.arch.barrier(barrier_id=FN_ASKED, number_of_threads=cut.asking)
+        _load(Int32(turn), turns, here, base, x, given, cut)
+        if cutlass.const_expr(turn < F_AHEAD):
+            load_f(Int32(turn), turns, clerk_or(STREAMS + 1, cut), here, base, f, cut)
 
 
 @cute.jit
@@ -84,13 +180,16 @@ def _load(
     given: Constexpr[Inputs],
     cut: Constexpr[Cut],
 ) -> None:
-    """Asks for streams, post and comb of a turn, if there is one; each of five warps for its part."""
+    """Asks for streams, post and comb of a turn, if there is one; the clerk, or each of five warps for its part."""
     if turn < turns:
         stage, first, block = turn % cut.stages, first_of(turn, cut), here.rank * cut.tiles
         full, slot = bars(base, stage, cut).full, base + stage * cut.stage_bytes
-        if here.warp < STREAMS:
+        if cutlass.const_expr(cut.clerks):
+            for s in cutlass.range_constexpr(STREAMS):
+                multicast.load_box(x, first, s, block, slot + s * cut.stream_bytes, full)
+        elif here.warp < STREAMS:
             multicast.load_box(x, first, here.warp, block, slot + here.warp * cut.stream_bytes, full)
-        elif (here.warp == STREAMS) & (here.lane == 0):
+        if (here.warp == clerk_or(STREAMS, cut)) & (here.lane == 0):
             there = cutlass.min(tokens_of(given) - first, cut.group)
             ring.expect(full, cut.stage_bytes + cut.stream_bytes + there * (cut.factor_bytes // cut.group))
             for row, tensor, size in ((1, given.comb, MATRIX), (0, given.post, STREAMS)):
@@ -111,7 +210,7 @@ def _refill(
     """Behind a turn's collapse: expects the next weights, and loads into its stage."""
     if turn + cut.stages < turns:
         bar = bars(base, turn % cut.stages, cut)
-        if (here.warp == 0) & (here.lane == 0):
+        if (here.warp == clerk_or(0, cut)) & (here.lane == 0):
             ring.expect(bar.pre, Int32(cut.pre_bytes))
         ring.wait(bar.stored, turn // cut.stages & 1)
         _load(turn + cut.stages, turns, here, base, x, given, cut)
@@ -163,6 +262,8 @@ def _send_squares(
 def _weigh(
     turn: Int32,
     turns: Int32,
+    own: Int32,
+    site: Constexpr[Site],
     here: Constexpr[Spot],
     base: Int32,
     given: Constexpr[Inputs],
@@ -170,8 +271,7 @@ def _weigh(
     target: Constexpr[Target],
     cut: Constexpr[Cut],
 ) -> None:
-    """Adds up the sums of this CTA's own tokens, and tells all CTAs the weights of the collapse: a warp a token."""
-    own = cut.busy - 1 - here.warp  # the first warps load
+    """Adds up the sums of one of this CTA's own tokens, and tells all CTAs its weights of the collapse; a warp."""
     token = here.rank * cut.owned + own
     if (turn < turns) & (own < cut.owned) & (token < cut.group):
         stage = turn % cut.stages
@@ -184,9 +284,7 @@ def _weigh(
         if (own == 0) & (here.lane == 0) & (turn + cut.stages < turns):
             ring.expect(bars(base, stage, cut).sums, Int32(cut.arrived_bytes))
         rms = mhc.inverse_rms(squares, cut.hidden * STREAMS, given.norm_eps, target)
-        r = cutlass.min(here.lane, LOGITS - 1)
-        kind = arith.select(r < STREAMS, Int32(0), arith.select(r < 2 * STREAMS, Int32(1), Int32(2)))
-        value = mhc.logit(total, rms, given.scale[kind], given.base[r], target)
+        value = mhc.logit(total, rms, site.scale, site.base, target)
         weight = mhc.sigmoid(value, target)
         mine = arith.add(weight, given.hc_eps, target)
         pre = [cute.arch.shuffle_sync(mine, s) for s in range(STREAMS)]
@@ -225,6 +323,7 @@ def _norm(
     y: cute.Tensor,
     turn: Int32,
     turns: Int32,
+    enc: Float32,
     here: Constexpr[Spot],
     base: Int32,
     given: Constexpr[Inputs],
@@ -235,8 +334,8 @@ def _norm(
     """Norm and quantisation of this thread's block of a turn."""
     width = int(given.norm_weight.element_type.width) // 8
     dims = here.rank * cut.dims + here.tile * TILE + here.quad * BLOCK
-    at = exchange.global_address(given.norm_weight) + Int64(dims * width)
-    loaded = [word for k in range(width) for word in exchange.load16(at + k * LINE)]  # in L1
+    at = base + (cut.norm_at + (here.tile * TILE + here.quad * BLOCK) * width)
+    loaded = [word for k in range(width) for word in ring.load16(at + k * LINE)]
     ring.wait(squares_bar(base, turn, cut), turn // SQUARES & 1)
     first = base + (cut.squares_at + turn % SQUARES * cut.squares_bytes + here.token * WORD)
     parts = [exchange.load_floats(first + i * (cut.group * WORD), 1)[0] for i in range(cut.ctas)]
@@ -247,7 +346,7 @@ def _norm(
     row = first_of(turn, cut) + here.token
     there = row < tokens_of(given)
     _write_normed(words, row, dims, there, here, out, cut)
-    blocks.quantize(words, row, dims // BLOCK, cut.hidden // BLOCK, there, given.enc[()], given, out, target)
+    blocks.quantize(words, row, dims // BLOCK, cut.hidden // BLOCK, there, enc, given, out, target)
     if (here.warp == 0) & (here.lane == 0) & (turn + SQUARES < turns):
         ring.expect(squares_bar(base, turn, cut), Int32(cut.squares_bytes))
 

@@ -1,4 +1,4 @@
-"""The fused mhc_quant kernel as far as it goes without a GPU: who owns what, what it refuses, what compiles."""
+"""The mhc_quant kernel for few hidden dims without a GPU, and what both fused kernels refuse."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from megamoe.cute import arith, compiler, inspect, warp
 from megamoe.cute.arith import Target
 from megamoe.errors import ArgumentError
 from megamoe.numerics import nvfp4
-from megamoe_stages.mhc_quant import kernel, launch, limits, mix, places, reference, sm90, sm100
+from megamoe_stages.mhc_quant import limits, narrow_kernel, reference, sm90, sm100
+from megamoe_stages.mhc_quant import narrow_mix as mix
+from megamoe_stages.mhc_quant import narrow_places as places
 from megamoe_stages.mhc_quant.cases import CASES, make
 from megamoe_stages.mhc_quant.contract import BOUNDS
-from megamoe_stages.mhc_quant.places import Shape
+from megamoe_stages.mhc_quant.narrow_places import Shape
 
 SHARED_MEMORY = 227 * 1024  # of a CTA on both architectures
 UNITS = 2
@@ -37,9 +39,8 @@ def _split(low: float, high: float, target: Target) -> list[tuple[float, float]]
     return [(float(term[0]), float(term[1])) for term in terms]
 
 
-def _stored(fn: torch.Tensor, parts: int, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+def _stored(fn: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """What a CTA of two warps a team keeps of fn (24, 4 * HIDDEN): (slots, registers, values of one)."""
-    two = parts == places.BF16_PARTS
     for module, name, plain in (
         (arith, "select", lambda condition, yes, no: yes if condition else no),
         (arith, "number", lambda word: word),
@@ -48,17 +49,17 @@ def _stored(fn: torch.Tensor, parts: int, monkeypatch: pytest.MonkeyPatch) -> to
         (mix, "Uint32", lambda _: (0.0, 0.0)),
     ):
         monkeypatch.setattr(module, name, plain)
-    shape = Shape(1, 1, UNITS, parts, whole=True)
+    shape = Shape(1, 1, UNITS, whole=True)
     given: Any = None  # H is known where the slices are whole
-    slots = torch.full((UNITS * places.PIECES * parts * 32, 4, 2 if two else 1), torch.nan, dtype=torch.float64)
+    slots = torch.full((UNITS * places.PIECES * places.PARTS * 32, 4, 2), torch.nan, dtype=torch.float64)
     values = fn.flatten().tolist()
     places_of_lanes: Any = itertools.product(range(UNITS * places.PIECES), range(32))
     for piece, lane in places_of_lanes:
         starts: Any = [mix.source_of(piece, group, lane, cast("Any", 0), given, shape)[0] for group in range(3)]
-        for part, four in enumerate(mix.parts_of([values[at : at + 8] for at in starts], parts, Target.HOST)):
-            slot: Any = mix.slot_of(piece, part, lane, parts)
+        for part, four in enumerate(mix.parts_of([values[at : at + 8] for at in starts], Target.HOST)):
+            slot: Any = mix.slot_of(piece, part, lane)
             assert slots[slot].isnan().all()  # written once
-            slots[slot] = torch.tensor(four, dtype=torch.float64).view(4, -1)
+            slots[slot] = torch.tensor(four, dtype=torch.float64)
     assert not slots.isnan().any()
     return slots
 
@@ -70,37 +71,29 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return a @ right.view(8, 4, 2, n).permute(2, 1, 3, 0).reshape(8 * n, 8)
 
 
-@pytest.mark.parametrize("parts", [places.BF16_PARTS, places.TF32_PARTS])
-def test_operands_are_where_mma_wants_them(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operands_are_where_mma_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Follows each lane's values of the streams and of fn through `mma` as PTX lays it out."""
     generator = torch.Generator().manual_seed(1)
     streams = torch.randn(8, 4, HIDDEN, generator=generator, dtype=torch.float64)
     fn = torch.randn(24, 4 * HIDDEN, generator=generator)
-    slots, dots = _stored(fn, parts, monkeypatch), torch.zeros(24, 8, dtype=torch.float64)
+    slots, dots = _stored(fn, monkeypatch), torch.zeros(24, 8, dtype=torch.float64)
     for unit, stream, chunk in itertools.product(range(UNITS), range(4), range(2)):
         piece = unit * places.PIECES + stream * 2 + chunk
-        of = slots.view(-1, parts, 32, 4, slots.shape[-1])[piece]
+        of = slots.view(-1, places.PARTS, 32, 4, 2)[piece]
         first = unit * places.UNIT + chunk * places.CHUNK
         words = streams[:, stream, first : first + places.CHUNK].reshape(32, 4, 2)  # lane, word, half
-        if parts == places.BF16_PARTS:
-            for half in range(2):
-                steps = [_product(of[half * 5 + i], words[:, half * 2 : half * 2 + 2]) for i in range(5)]
-                hi, last, mid, lo, last_lo = steps
-                dots[:16] += hi + mid + lo
-                dots[16:] += last[:8] + last[8:] + last_lo[8:]
-                assert not last_lo[:8].any()
-        else:
-            for w in range(4):
-                right = words[:, w].unsqueeze(-1)
-                dots[:16] += _product(of[w], right)
-                two = of[4 + w // 2, :, w % 2 * 2 : w % 2 * 2 + 2]
-                dots[16:] += _product(two.repeat_interleave(2, dim=1), right)[:8]
+        for half in range(2):
+            steps = [_product(of[half * 5 + i], words[:, half * 2 : half * 2 + 2]) for i in range(5)]
+            hi, last, mid, lo, last_lo = steps
+            dots[:16] += hi + mid + lo
+            dots[16:] += last[:8] + last[8:] + last_lo[8:]
+            assert not last_lo[:8].any()
     assert torch.allclose(dots, fn.double() @ streams.flatten(1).T, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("hidden", [16, 32, 208, 256, 512, 1024, 2048, 4096, 7168])
+@pytest.mark.parametrize("hidden", [16, 32, 208, *limits.NARROW])
 def test_a_cluster_covers_the_hidden_dims_and_fits(hidden: int) -> None:
-    shape = launch.cut(hidden)
+    shape = places.cut(hidden)
     assert shape.covers >= hidden and shape.whole == (shape.covers == hidden)
     assert shape.shared_bytes <= SHARED_MEMORY
     assert shape.owned * shape.ctas == places.GROUP
@@ -114,10 +107,10 @@ def test_a_cluster_covers_the_hidden_dims_and_fits(hidden: int) -> None:
     [
         ({"dtype": "float16"}, "float16"),
         ({"streams": 2}, "2 streams"),
-        ({"hidden": limits.MAX_HIDDEN + 16}, "H = 7184"),
+        ({"hidden": 7184}, "H = 7184"),
         ({"hidden": 272}, "H = 272"),
-        ({"hidden": 5120}, "H = 5120: the kernel has any up to 256, and 512, 1024, 2048, 4096, 7168"),
-        ({"rows": 2**17, "hidden": 4096}, "about 131072 tokens"),
+        ({"hidden": 5120}, "H = 5120: the kernels have any up to 256, and 512, 1024, 2048, 4096, 7168"),
+        ({"rows": 2**17, "hidden": 4096}, "about 131072 tokens of 4096: the kernels count up to 536870911 values"),
     ],
 )
 def test_limits_name_the_reason(facts: dict[str, Any], reason: str) -> None:
@@ -127,8 +120,8 @@ def test_limits_name_the_reason(facts: dict[str, Any], reason: str) -> None:
 
 def test_limits_take_the_models() -> None:
     assert limits.supports({}) == []
-    for hidden in (4096, 7168):
-        facts: dict[str, str | int] = {"dtype": "bfloat16", "streams": 4, "hidden": hidden, "rows": 8192}
+    for hidden, rows in itertools.product((4096, 7168), (1, 65536)):
+        facts: dict[str, str | int] = {"dtype": "bfloat16", "streams": 4, "hidden": hidden, "rows": rows}
         assert limits.supports(facts) == []
 
 
@@ -186,12 +179,13 @@ def test_declared_kernels_have_names_of_their_own(module: Any) -> None:
 
 
 @pytest.mark.parametrize("target", [Target.SM90, Target.SM100])
-def test_the_kernel_for_flash_compiles_without_spills(target: Target) -> None:
-    (spec, *_) = launch.kernels(target)
-    artifact = compiler.compile_kernel(spec)
+def test_the_kernel_of_two_ctas_compiles_without_spills(target: Target) -> None:
+    shape = places.cut(512)
+    assert shape.ctas == 2
+    artifact = compiler.compile_kernel(narrow_kernel.spec(shape, "float32", target))
     (found,) = inspect.kernels(artifact.cubin)
     assert not found.spills
-    assert found.registers <= 65536 // (launch.cut(4096).all_warps * 32)
+    assert found.registers <= 65536 // (shape.all_warps * 32)
     assert "st.async" in artifact.ptx and "mma.sync.aligned.m16n8k16" in artifact.ptx
 
 
@@ -206,7 +200,7 @@ def test_the_emulated_kernel_computes_a_case_and_races_nowhere() -> None:
     residual, normed, codes, scales, dec, post, comb = written = [
         torch.full_like(tensor, 7) for tensor in (want.residual, want.normed, *quantized, want.post, want.comb)
     ]
-    artifact = compiler.compile_kernel(kernel.spec(launch.cut(hidden), "float32", Target.SM90))
+    artifact = compiler.compile_kernel(narrow_kernel.spec(places.cut(hidden), "float32", Target.SM90))
     report = ptxemu.run(artifact, *read, *written, 20, 1e-6, 1e-6, 1, 1, policy="lazy")
     assert not report.findings
     for name, got in (("residual", residual), ("normed", normed), ("post", post), ("comb", comb)):

@@ -1,4 +1,4 @@
-"""The projection of mHC's mix for many tokens: fn as two terms of bf16, on the left of `mma`.
+"""The projection of mHC's mix in the kernel for many hidden dims: fn as two terms of bf16, on the left of `mma`.
 
 The two terms keep 16 significant bits of fn (TF32 keeps 11), in the 4 bytes that fp32 takes. A lane's share of a
 stream's eights is six parts, each the left operand of one step (rows of fn in groups of 8):
@@ -18,7 +18,7 @@ from cutlass._mlir.dialects import llvm
 
 from megamoe.cute import arith, warp
 from megamoe.cute.arith import Target
-from megamoe_stages.mhc_quant.places import Words
+from megamoe_stages.mhc_quant.tensors import Words
 
 _MMA_K8 = "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
 Quads = list[list[Float32]]

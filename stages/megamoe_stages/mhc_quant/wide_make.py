@@ -1,8 +1,9 @@
-"""The warps of `prefill_kernel` that make new streams, and multiply them with fn.
+"""The warps of `wide_kernel` that make new streams, and multiply them with fn.
 
 They replace the streams where they lie. Each warp adds up its hidden dims' 24 dots and squares of every token, a few
 threads add up the warps', and what a CTA has found goes to the CTA that owns the token. At the end they do Sinkhorn's
-iteration for the CTA's own tokens, while the others finish the last ones.
+iteration for the CTA's own tokens, while the others finish the last ones. Their clerk, where there is one, has the new
+streams written and asks for F.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from megamoe.cute.fragments import mma
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
-from megamoe_stages.mhc_quant import prefill_mix
-from megamoe_stages.mhc_quant.places import ROWS, Inputs, Outputs, Words, rows_of_streams
-from megamoe_stages.mhc_quant.prefill_cut import (
-    EIGHT,
+from megamoe_stages.mhc_quant import wide_mix
+from megamoe_stages.mhc_quant.tensors import ROWS, Inputs, Outputs, Words, rows_of_streams
+from megamoe_stages.mhc_quant.wide_cut import (
     F_AHEAD,
+    FN_ASKED,
     LINE,
+    MAKING,
     MESSAGE,
     PARTS,
     PASSES,
@@ -34,6 +36,7 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     Spot,
     arrived_of,
     bars,
+    clerk_or,
     f_of,
     factors_of,
     first_of,
@@ -47,15 +50,13 @@ from megamoe_stages.mhc_quant.prefill_cut import (
     tokens_of,
 )
 
-BARRIER_ID = 1
-
 
 @cute.jit
 def make_all(
     turns: Int32,
     base: Int32,
-    f: Boxes,
     residual: Boxes,
+    f: Boxes,
     given: Constexpr[Inputs],
     out: Constexpr[Outputs],
     target: Constexpr[Target],
@@ -63,8 +64,6 @@ def make_all(
 ) -> None:
     """New streams, their dots with fn and their squares, turn by turn; comb of this CTA's own tokens at the end."""
     here = spot(cut)
-    for turn in cutlass.range_constexpr(F_AHEAD):
-        _load_f(Int32(turn), turns, here, base, f, cut)
     fn = _load_fn(here, base, given, target, cut)
     cute.arch.cluster_wait()  # all CTAs run: their shared memory may be written to
     for turn in cutlass.range(turns, unroll=1):
@@ -73,33 +72,47 @@ def make_all(
         _make(fn, turn, stage, here, base, given, target, cut)
         attention_mma.proxy_fence()
         ring.arrive_if(bars(base, stage, cut).made, Int32(1))
-        cute.arch.barrier(barrier_id=BARRIER_ID, number_of_threads=cut.busy * WARP)
-        if here.warp == 0:
+        cute.arch.barrier(barrier_id=MAKING, number_of_threads=cut.busy * WARP)
+        if cutlass.const_expr(not cut.clerks):
             _store(turn, stage, here, base, residual, cut)
-        _load_f(turn + F_AHEAD, turns, here, base, f, cut)
+            load_f(turn + F_AHEAD, turns, 1, here, base, f, cut)
         _add_partial(here, base, target, cut)
-        cute.arch.barrier(barrier_id=BARRIER_ID, number_of_threads=cut.busy * WARP)
+        cute.arch.barrier(barrier_id=MAKING, number_of_threads=cut.busy * WARP)
         _send_sums(stage, here, base, cut)
-        if here.warp == 0:
-            tma.wait_stores()
-            ring.arrive_if(bars(base, stage, cut).stored, arith.select(here.lane == 0, Int32(1), Int32(0)))
+        if cutlass.const_expr(not cut.clerks):
+            _stored(stage, here, base, cut)
     if here.rank * cut.owned < cut.group:
         ring.wait(logits_bar(base, cut), Int32(0))
         _sinkhorn(turns, here, given, out, target, cut)
 
 
+@cute.jit
+def clerk(turns: Int32, base: Int32, residual: Boxes, f: Boxes, cut: Constexpr[Cut]) -> None:
+    """What those that make have no time for, where there is a warp for it: has streams written, and asks for F."""
+    here = spot(cut)
+    cute.arch.cluster_wait()
+    for turn in cutlass.range(turns, unroll=1):
+        stage = turn % cut.stages
+        ring.wait(bars(base, stage, cut).made, turn // cut.stages & 1)
+        _store(turn, stage, here, base, residual, cut)
+        load_f(turn + F_AHEAD, turns, cut.busy, here, base, f, cut)
+        _stored(stage, here, base, cut)
+
+
 def _load_fn(here: Spot, base: Int32, given: Inputs, target: Target, cut: Cut) -> list[Words]:
     """This thread's parts of fn that stay in registers; the others go to shared memory."""
     kept, slot = [], 0
-    for parity in range(cut.parities):
-        _, eight = here.made(parity, cut)
+    for side in range(cut.sides):
+        _, eight = here.made(side, cut)
         loaded = [
             [_eight_of_fn(group, s, eight, here, given, cut) for group in range(LOGITS // ROWS)] for s in range(STREAMS)
         ]
+        if side == 0:
+            cute.arch.barrier_arrive(barrier_id=FN_ASKED, number_of_threads=cut.asking)
         for s, groups in enumerate(loaded):  # all of these loads are under way by now
-            parts = prefill_mix.parts_of(groups, target)
+            parts = wide_mix.parts_of(groups, target)
             for half in range(2):
-                number = (parity * STREAMS + s) * 2 + half
+                number = (side * STREAMS + s) * 2 + half
                 held, mine = cut.held(number), parts[half * PARTS : (half + 1) * PARTS]
                 kept += mine[:held]
                 for part in mine[held:]:
@@ -132,9 +145,9 @@ def _make(
     sums = [[[Float32(0.0)] * 4 for _ in range(PARTS)] for _ in range(cut.halves)]
     squares = [Float32(0.0)] * cut.halves
     for number in range(PASSES):
-        if number % cut.parities == 0:
+        if number % cut.sides == 0:
             kept, slot = iter(fn), 0
-        half_of_group = number // cut.parities
+        half_of_group = number // cut.sides
         token, eight = here.made(number, cut)
         at = in_stage(base, stage, here.tile, token, eight, cut)
         lines = [ring.load16(in_f(base, turn, here.tile, token, eight, cut))]
@@ -143,12 +156,12 @@ def _make(
         new = mhc.post_mix(lines, functools.partial(_factors, base, stage, known, cut), target)
         for s, words in enumerate(new):
             exchange.store16(at + s * cut.stream_bytes, words)
-        found = prefill_mix.squares(new, here.row, target)
-        squares[half_of_group] = arith.add(squares[half_of_group], found, target) if number % cut.parities else found
+        found = wide_mix.squares(new, here.row, target)
+        squares[half_of_group] = arith.add(squares[half_of_group], found, target) if number % cut.sides else found
         quads = sums[half_of_group]
         for s, words in enumerate(new):
             for half in range(2):
-                held = cut.held((number % cut.parities * STREAMS + s) * 2 + half)
+                held = cut.held((number % cut.sides * STREAMS + s) * 2 + half)
                 left = [next(kept) for _ in range(held)]
                 while len(left) < PARTS:
                     left.append(ring.load16(_fn_slot(slot, here, base, cut)))
@@ -156,7 +169,7 @@ def _make(
                 right = words[half * 2 : half * 2 + 2]
                 quads = [mma(a, right, quad) for a, quad in zip(left, quads, strict=True)]
         sums[half_of_group] = quads
-    _keep_partial(prefill_mix.dots(sums, target), squares, here, base, cut)
+    _keep_partial(wide_mix.dots(sums, target), squares, here, base, cut)
 
 
 def _factors(base: Int32, stage: Int32, token: Int32, cut: Cut, row: int) -> list[Float32]:
@@ -183,7 +196,7 @@ def _keep_partial(
                 exchange.store_floats(to + i * WORD, [values[i]])
     if here.quad == here.row // 2:
         for t in cutlass.range_constexpr(cut.halves):
-            place = LOGITS * cut.group + place_of(here.row + EIGHT * t, cut)
+            place = LOGITS * cut.group + place_of(here.row, t, cut)
             exchange.store_floats(at + place * WORD, [squares[t]])
 
 
@@ -215,20 +228,31 @@ def _send_sums(stage: Int32, here: Constexpr[Spot], base: Int32, cut: Constexpr[
 
 
 @cute.jit
-def _load_f(turn: Int32, turns: Int32, here: Constexpr[Spot], base: Int32, f: Boxes, cut: Constexpr[Cut]) -> None:
-    """Asks for F of a turn, if there is one; the second warp."""
-    if (here.warp == 1) & (turn < turns):
+def load_f(
+    turn: Int32, turns: Int32, by: Constexpr[int], here: Constexpr[Spot], base: Int32, f: Boxes, cut: Constexpr[Cut]
+) -> None:
+    """Asks for F of a turn, if there is one; the warp `by`."""
+    if (here.warp == by) & (turn < turns):
         full = bars(base, turn % cut.stages, cut).full
         multicast.load_box(f, first_of(turn, cut), 0, here.rank * cut.tiles, f_of(base, turn, cut), full)
 
 
 @cute.jit
 def _store(turn: Int32, stage: Int32, here: Constexpr[Spot], base: Int32, residual: Boxes, cut: Constexpr[Cut]) -> None:
-    """Has the copy engine write the new streams; one warp."""
-    for s in cutlass.range_constexpr(STREAMS):
-        slot = base + stage * cut.stage_bytes + s * cut.stream_bytes
-        tile_store.store_box(residual, first_of(turn, cut), s, here.rank * cut.tiles, slot)
-    tma.commit_stores()
+    """Has the copy engine write the new streams; the clerk, or the first warp."""
+    if here.warp == clerk_or(0, cut):
+        for s in cutlass.range_constexpr(STREAMS):
+            slot = base + stage * cut.stage_bytes + s * cut.stream_bytes
+            tile_store.store_box(residual, first_of(turn, cut), s, here.rank * cut.tiles, slot)
+        tma.commit_stores()
+
+
+@cute.jit
+def _stored(stage: Int32, here: Constexpr[Spot], base: Int32, cut: Constexpr[Cut]) -> None:
+    """Waits until the copy engine has read the stage, and says so; who had it written."""
+    if here.warp == clerk_or(0, cut):
+        tma.wait_stores()
+        ring.arrive_if(bars(base, stage, cut).stored, arith.select(here.lane == 0, Int32(1), Int32(0)))
 
 
 @cute.jit

@@ -3,11 +3,9 @@
 fn is the left operand of `mma`, the streams are the right one, whose pairs of registers are the pairs that 16-byte
 stores want: with the streams on the left two thirds of the instructions would be moves. fn lies in shared memory in
 pieces, CHUNK dims of a stream by all rows, and a piece in parts of 16 bytes a lane, each the left operand of one step:
-rows in groups of 8, each split into three terms of bf16 (hi, mid, lo); or, where those find no room, fp32, which every
-warp splits into two terms of TF32 (hi, lo) for itself.
+rows in groups of 8, each split into three terms of bf16 (hi, mid, lo).
 
-    bf16, steps for each half of the dims:  hi0 hi1 | hi2 mid2 | mid0 mid1 | lo0 lo1 | 0 lo2
-    TF32, for each word of two:             hi0 hi1 | hi2 lo2 | lo0 lo1
+    for each half of the dims:  hi0 hi1 | hi2 mid2 | mid0 mid1 | lo0 lo1 | 0 lo2
 
 The tensor core cuts off what it adds. So it sums leading terms over CHUNK dims only, and fp32 additions do the rest;
 the other terms are so small that it may sum them to the end.
@@ -27,27 +25,16 @@ from megamoe.cute.arith import Target
 from megamoe.cute.fragments import mma
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.warp import WARP
-from megamoe_stages.mhc_quant import places
-from megamoe_stages.mhc_quant.places import (
-    BF16_PARTS,
-    CHUNK,
-    GROUP,
-    PIECES,
-    ROWS,
-    TF32_PARTS,
-    UNIT,
-    Inputs,
-    Place,
-    Shape,
-    Words,
-)
+from megamoe_stages.mhc_quant import narrow_places as places
+from megamoe_stages.mhc_quant.narrow_places import CHUNK, GROUP, PARTS, PIECES, UNIT, Place, Shape
+from megamoe_stages.mhc_quant.tensors import ROWS, Inputs, Words
 
 BATCH = 2  # pieces that a warp fetches at once: so many loads are in flight
 Quads = list[list[Float32]]
 Parts = Sequence[Callable[[], Words]]
 
 
-@cute.jit  # type: ignore[untyped-decorator]
+@cute.jit
 def fetch_fn(
     floats: cute.Pointer, given: Constexpr[Inputs], target: Constexpr[Target], shape: Constexpr[Shape]
 ) -> None:
@@ -66,7 +53,7 @@ def fetch_fn(
     cute.arch.mbarrier_arrive(places.fn_here(floats, shape))  # every thread: racecheck sees no lane speak for others
 
 
-@cute.jit  # type: ignore[untyped-decorator]
+@cute.jit
 def _fetch_pieces(
     pieces: Constexpr[list[Int32]],
     floats: cute.Pointer,
@@ -77,14 +64,14 @@ def _fetch_pieces(
     shape: Constexpr[Shape],
 ) -> None:
     loaded = [load_piece(piece, lane, rank, given, shape) for piece in pieces]
-    slots, parts = places.rows_of_words(floats, shape.fn_words // 4), shape.parts
+    slots = places.rows_of_words(floats, shape.fn_words // 4)
     for i in cutlass.range_constexpr(BATCH):
         if pieces[i] < shape.warps * PIECES:
-            for part, words in enumerate(parts_of(loaded[i], parts, target)):
+            for part, words in enumerate(parts_of(loaded[i], target)):
                 four = cute.make_rmem_tensor(4, Uint32)
                 for k in cutlass.range_constexpr(4):
                     four[k] = words[k]
-                cute.autovec_copy(four, slots[slot_of(pieces[i], part, lane, parts), None])
+                cute.autovec_copy(four, slots[slot_of(pieces[i], part, lane), None])
 
 
 def load_piece(piece: Int32, lane: Int32, rank: Int32, given: Inputs, shape: Shape) -> list[Words]:
@@ -109,16 +96,13 @@ def source_of(
     return row * (STREAMS * hidden) + stream * hidden + arith.select(valid, h, Int32(0)), valid
 
 
-def slot_of(piece: Int32, part: int, lane: Int32, parts: int) -> Int32:
+def slot_of(piece: Int32, part: int, lane: Int32) -> Int32:
     """Which 16 bytes of shared memory hold a lane's part of a piece."""
-    return (piece * parts + part) * WARP + lane
+    return (piece * PARTS + part) * WARP + lane
 
 
-def parts_of(groups: Sequence[Words], parts: int, target: Target) -> list[Words]:
+def parts_of(groups: Sequence[Words], target: Target) -> list[Words]:
     """A lane's parts of a piece, from 8 fp32 values of each of its three rows."""
-    if parts == TF32_PARTS:
-        pairs = [[groups[0][i], groups[1][i], groups[0][i + 1], groups[1][i + 1]] for i in range(0, 8, 2)]
-        return [*pairs, groups[2][:4], groups[2][4:]]
     terms = []  # [group][term][word]
     for words in groups:
         values = [arith.number(word) for word in words]
@@ -147,23 +131,20 @@ def dots(
     leading, small = [[zero] * 6 for _ in range(2)], [[zero] * 4 for _ in range(2)]
     mixed = [[zero] * 4 for _ in range(2)]  # of row group 2: leading terms over a chunk, then all small ones so far
     slots = places.rows_of_words(floats, shape.fn_words // 4)
-    chunk_of = _chunk_bf16 if shape.parts == BF16_PARTS else _chunk_tf32
     for stream, chunk in itertools.product(range(STREAMS), range(2)):
         cute.arch.sync_warp()  # else the compiler loads more parts ahead than there are registers for
         piece = place.member * PIECES + (stream * 2 + chunk)
-        rows = [slots[slot_of(piece, part, place.lane, shape.parts), None] for part in range(shape.parts)]
+        rows = [slots[slot_of(piece, part, place.lane), None] for part in range(PARTS)]
         parts = [functools.partial(_load, row, late=not shape.whole) for row in rows]
         words = [streams[t][stream][chunk * 4 : chunk * 4 + 4] for t in range(2)]
-        short, small, mixed = chunk_of(parts, words, small, mixed, target)
+        short, small, mixed = _chunk(parts, words, small, mixed, target)
         for t in range(2):
             leading[t] = _added(leading[t], [*short[t], *mixed[t][:2]], target)
             mixed[t] = [zero, zero, *mixed[t][2:]]
     return [_added(leading[t], [*small[t], *mixed[t][2:]], target) for t in range(2)]
 
 
-def _chunk_bf16(
-    parts: Parts, words: list[Words], small: Quads, mixed: Quads, target: Target
-) -> tuple[Quads, Quads, Quads]:
+def _chunk(parts: Parts, words: list[Words], small: Quads, mixed: Quads, target: Target) -> tuple[Quads, Quads, Quads]:
     """Leading sums of row groups 0 and 1 over a chunk; `small` and `mixed` with the chunk's added."""
     short = [[Float32(0.0)] * 4 for _ in range(2)]
     for half in range(2):
@@ -180,25 +161,6 @@ def _chunk_bf16(
 def _multiplied(part: Callable[[], Words], right: list[Words], sums: Quads) -> Quads:
     left = part()
     return [mma(left, right[t], sums[t]) for t in range(2)]
-
-
-def _chunk_tf32(
-    parts: Parts, words: list[Words], small: Quads, mixed: Quads, target: Target
-) -> tuple[Quads, Quads, Quads]:
-    """The same with fn as fp32: a word's two values at a step."""
-    short = [[Float32(0.0)] * 4 for _ in range(2)]
-    last: Words = []
-    for w in range(4):
-        # permutes, where the collapse shifts: else the compiler unpacks once and runs out of registers
-        right = [[arith.permute(words[t][w], Uint32(0), part, target) for part in (0x1044, 0x3244)] for t in range(2)]
-        both = parts[w]()
-        short = [warp.mma_tf32(both, right[t], short[t]) for t in range(2)]
-        both = [warp.split_tf32(arith.number(word), target)[1] for word in both]
-        small = [warp.mma_tf32(both, right[t], small[t]) for t in range(2)]
-        last = last if w % 2 else parts[4 + w // 2]()
-        terms = [warp.split_tf32(arith.number(word), target) for word in last[w % 2 * 2 : w % 2 * 2 + 2]]
-        mixed = [warp.mma_tf32([term for pair in terms for term in pair], right[t], mixed[t]) for t in range(2)]
-    return short, small, mixed
 
 
 def squares(streams: list[list[Words]], target: Target) -> list[list[Float32]]:

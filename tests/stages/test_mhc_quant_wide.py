@@ -1,9 +1,8 @@
-"""The mhc_quant kernel for many tokens without a GPU: who owns what, what compiles, what the emulator computes."""
+"""The mhc_quant kernel for the models' hidden dims without a GPU: ownership, what compiles, what it computes."""
 
 from __future__ import annotations
 
 import itertools
-from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -12,27 +11,21 @@ import torch
 import ptxemu
 from megamoe.cute import arith, compiler, inspect, warp
 from megamoe.cute.arith import Target
-from megamoe.dispatch import Facts
-from megamoe.errors import ArgumentError
-from megamoe.model import Arch, Machine
 from megamoe.numerics import nvfp4
-from megamoe.runtime import runtime
 from megamoe_stages.mhc_quant import (
     limits,
-    prefill_cut,
-    prefill_kernel,
-    prefill_launch,
-    prefill_make,
-    prefill_mix,
     reference,
-    sm90_many,
+    wide_cut,
+    wide_kernel,
+    wide_make,
+    wide_mix,
 )
 from megamoe_stages.mhc_quant.cases import make
 from megamoe_stages.mhc_quant.contract import BOUNDS
-from megamoe_stages.mhc_quant.prefill_cut import Cut, Spot
+from megamoe_stages.mhc_quant.wide_cut import Cut, Spot
 
 SHARED_MEMORY = 227 * 1024  # of a CTA on both architectures
-FLASH, PRO = (prefill_launch.cut(hidden) for hidden in (4096, 7168))
+FLASH, PRO = (wide_cut.cut(hidden) for hidden in (4096, 7168))
 
 
 def _split(low: float, high: float, target: Target) -> list[tuple[float, float]]:
@@ -67,46 +60,53 @@ def test_operands_are_where_mma_wants_them(cut: Cut, monkeypatch: pytest.MonkeyP
     fn = torch.randn(24, 4 * cut.hidden, generator=generator)
     values, dots = fn.flatten().tolist(), torch.zeros(24, cut.group, dtype=torch.float64)
     for lanes in _spots(cut, 32, rank=1):
-        for number, stream in itertools.product(range(prefill_cut.PASSES), range(4)):
+        for number, stream in itertools.product(range(wide_cut.PASSES), range(4)):
             parts = torch.zeros(6, 32, 4, 2, dtype=torch.float64)
             held = torch.zeros(32, 4, 2, dtype=torch.float64)
             for lane, here in enumerate(lanes):
                 token, eight = here.made(number, cut)
-                starts: Any = [prefill_make.source_of(g, stream, eight, here, cut) for g in range(3)]
-                for part, words in enumerate(prefill_mix.parts_of([values[a : a + 8] for a in starts], Target.HOST)):
+                starts: Any = [wide_make.source_of(g, stream, eight, here, cut) for g in range(3)]
+                for part, words in enumerate(wide_mix.parts_of([values[a : a + 8] for a in starts], Target.HOST)):
                     parts[part, lane] = torch.tensor(words, dtype=torch.float64)
-                dims: Any = cut.dims + here.tile * prefill_cut.TILE + eight * 8
+                dims: Any = cut.dims + here.tile * wide_cut.TILE + eight * 8
                 held[lane] = streams[token, stream, dims : dims + 8].view(4, 2)
-            first = 8 * (number // cut.parities)
+            tokens = [8 * (number // cut.sides) + wide_cut.token_of(column) for column in range(8)]
             for half in range(2):
                 leading, mixed, small = (
                     _product(parts[half * 3 + i], held[:, half * 2 : half * 2 + 2]) for i in range(3)
                 )
-                dots[:16, first : first + 8] += leading + small
-                dots[16:, first : first + 8] += mixed[:8] + mixed[8:]
+                dots[:16, tokens] += leading + small
+                dots[16:, tokens] += mixed[:8] + mixed[8:]
     ours, theirs = (x.view(-1, 4, 2, cut.dims)[:, :, 1].flatten(1).double() for x in (fn, streams))
     most = 2**-16 * (ours.abs() @ theirs.abs().T)
     assert bool(((dots - ours @ theirs.T).abs() <= most).all())
     assert not torch.allclose(dots, ours @ theirs.T, rtol=1e-9)  # so the bound above is not that of something else
 
 
-@pytest.mark.parametrize("hidden", limits.MANY_HIDDEN)
+@pytest.mark.parametrize("hidden", limits.WIDE)
 def test_a_cut_covers_the_hidden_dims_and_fits(hidden: int) -> None:
-    cut = prefill_launch.cut(hidden)
+    cut = wide_cut.cut(hidden)
     assert cut.ctas * cut.dims == cut.hidden == hidden
-    assert cut.busy <= prefill_cut.WARPS and cut.halves * prefill_cut.EIGHT == cut.group
+    assert cut.busy <= wide_cut.WARPS and cut.halves * wide_cut.EIGHT == cut.group
     assert cut.owned * cut.ctas >= cut.group and cut.owned < cut.busy  # the first of these warps loads
     assert cut.shared_bytes <= SHARED_MEMORY
     assert cut.stage_bytes % 1024 == cut.stream_bytes % 1024 == 0
     assert cut.factors_at % 16 == cut.fn_at % 16 == cut.partial_at % 16 == cut.sums_at % 16 == cut.arrived_at % 16 == 0
-    assert cut.pre_at % 16 == cut.tile_squares_at % 16 == cut.squares_at % 16 == cut.barriers_at % 8 == 0
+    assert (
+        cut.pre_at % 16
+        == cut.tile_squares_at % 16
+        == cut.squares_at % 16
+        == cut.norm_at % 16
+        == cut.barriers_at % 8
+        == 0
+    )
 
 
 @pytest.mark.parametrize("cut", [FLASH, PRO])
 def test_every_eight_is_made_and_finished_once(cut: Cut) -> None:
     every = set(itertools.product(range(cut.tiles), range(cut.group), range(8)))
     (spots,) = _spots(cut, cut.busy * 32)
-    made = [(s.tile, *s.made(number, cut)) for s in spots for number in range(prefill_cut.PASSES)]
+    made = [(s.tile, *s.made(number, cut)) for s in spots for number in range(wide_cut.PASSES)]
     finished = [(s.tile, s.token, 2 * s.quad + j) for s in spots for j in range(2)]
     for found in (made, finished):
         assert set(found) == every and len(found) == len(every)
@@ -121,36 +121,41 @@ def test_eight_lanes_find_no_bank_twice(cut: Cut) -> None:
             making = [(s.tile, *s.made(number, cut)) for s in lanes]
             finishing = [(s.tile, s.token, 2 * s.quad + number) for s in lanes]
             for places in (making, finishing):
-                banks = {prefill_cut.in_stage(zero, zero, *place, cut) // 16 % 8 for place in places}
+                banks = {wide_cut.in_stage(zero, zero, *place, cut) // 16 % 8 for place in places}
                 assert len(banks) == 8
 
 
 @pytest.mark.parametrize("cut", [FLASH, PRO])
 def test_sums_lie_where_they_are_looked_for(cut: Cut) -> None:
-    places: Any = [(quarter, i) for quarter in range(cut.group // 4) for i in range(4)]
-    for quarter, i in places:
-        assert prefill_cut.place_of(prefill_cut.token_at(quarter, i, cut), cut) == 4 * quarter + i
+    columns: Any = list(itertools.product(range(cut.halves), range(8)))
+    places = [wide_cut.place_of(column, half, cut) for half, column in columns]
+    assert sorted(places, key=int) == list(range(cut.group))
+    for (half, column), place in zip(columns, places, strict=True):
+        token = wide_cut.token_of(column) + wide_cut.EIGHT * half
+        assert wide_cut.token_at(place // 4, int(place % 4), cut) == token
 
 
-@pytest.mark.parametrize(("hidden", "target"), [(4096, Target.SM90), (7168, Target.SM90), (4096, Target.SM100)])
+@pytest.mark.parametrize(("hidden", "target"), list(itertools.product((4096, 7168), (Target.SM90, Target.SM100))))
 def test_the_kernel_compiles_without_spills(hidden: int, target: Target) -> None:
-    artifact = compiler.compile_kernel(prefill_kernel.spec(prefill_launch.cut(hidden), "float32", target))
+    artifact = compiler.compile_kernel(wide_kernel.spec(wide_cut.cut(hidden), "float32", target))
     (found,) = inspect.kernels(artifact.cubin)
     assert not found.spills
-    assert found.registers <= 65536 // prefill_cut.THREADS
+    assert found.registers <= 65536 // wide_cut.THREADS
     assert "cp.async.bulk.tensor" in artifact.ptx and "setmaxnreg" in artifact.ptx
 
 
 @pytest.mark.parametrize(
-    ("policy", "cut", "tokens", "layout"),
+    ("policy", "cut", "tokens", "layout", "target"),
     [
-        ("lazy", prefill_launch.cut(1024), 101, "128x4"),
-        ("random", FLASH._replace(ctas=2), 90, "linear"),
-        ("lazy", PRO._replace(ctas=2), 45, "128x4"),
+        ("lazy", wide_cut.cut(1024), 101, "128x4", Target.SM90),
+        ("random", FLASH._replace(ctas=2), 90, "linear", Target.SM90),
+        ("lazy", PRO._replace(ctas=2), 45, "128x4", Target.SM90),
+        ("lazy", FLASH._replace(ctas=2), 90, "128x4", Target.SM100),
+        ("eager", PRO._replace(ctas=2), 45, "linear", Target.SM100),
     ],
 )
 def test_the_emulated_kernel_computes_several_turns_and_races_nowhere(
-    policy: str, cut: Cut, tokens: int, layout: str
+    policy: str, cut: Cut, tokens: int, layout: str, target: Target
 ) -> None:
     """PTX run by `ptxemu`, whose copies arrive as late as they may: one cluster has more groups than stages."""
     clusters = 1
@@ -162,7 +167,7 @@ def test_the_emulated_kernel_computes_several_turns_and_races_nowhere(
         torch.full_like(tensor, 7) for tensor in (want.residual, want.normed, *quantized, want.post, want.comb)
     ]
     assert -(-tokens // cut.group) > cut.stages
-    artifact = compiler.compile_kernel(prefill_kernel.spec(cut, "float32", Target.SM90))
+    artifact = compiler.compile_kernel(wide_kernel.spec(cut, "float32", target))
     numbers = (20, 1e-6, 1e-6, int(layout == "128x4"), clusters)
     report = ptxemu.run(artifact, *inputs.values(), *written, *numbers, policy=policy, seed=1)
     assert not report.findings
@@ -180,37 +185,3 @@ def _distance(got: torch.Tensor, want: torch.Tensor) -> float:
         return float("inf")
     there = b.isfinite()
     return float((a[there] - b[there]).norm() / b[there].norm())
-
-
-@pytest.mark.parametrize(
-    ("facts", "reason"),
-    [
-        ({"hidden": 512}, "H = 512: the kernel has 1024, 2048, 4096, 7168"),
-        ({"dtype": "float16"}, "float16"),
-    ],
-)
-def test_limits_name_the_reason(facts: dict[str, Any], reason: str) -> None:
-    (found,) = limits.supports_many(facts)
-    assert reason in found
-
-
-def test_limits_take_the_models() -> None:
-    for hidden, rows in itertools.product((4096, 7168), (1, 8192)):
-        assert limits.supports_many({"dtype": "bfloat16", "streams": 4, "hidden": hidden, "rows": rows}) == []
-
-
-@pytest.mark.parametrize("params", [{"hidden": 512, "tokens": 64}, {"hidden": 3072, "tokens": 48}])
-def test_what_the_kernel_cannot_do_is_refused_before_a_launch(params: dict[str, Any]) -> None:
-    with pytest.raises(ArgumentError, match="H"):
-        sm90_many.mhc_quant(**make(torch.Generator().manual_seed(0), **params))
-
-
-@pytest.mark.parametrize(
-    ("hidden", "rows", "name"), [(4096, 1, "fused_many_sm90"), (7168, 8192, "fused_many_sm90"), (208, 64, "fused_sm90")]
-)
-def test_it_goes_before_the_kernel_for_few_tokens(hidden: int, rows: int, name: str) -> None:
-    """Where both can run, by the shipped records of both: fails too when they are of other sources."""
-    packages = {package: version(package) for package in ("nvidia-cutlass-dsl", "apache-tvm-ffi")}
-    facts: Facts = {"dtype": "bfloat16", "streams": 4, "hidden": hidden, "rows": rows}
-    decision = runtime().decide(runtime().stages["mhc_quant"], Machine(Arch(90), packages), facts=facts)
-    assert decision.variant.name == name

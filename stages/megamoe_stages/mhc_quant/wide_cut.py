@@ -6,8 +6,12 @@ quantisation.
 
 A stage holds tiles of (group, TILE) values of every stream, as the copy engine brings them: rows of 128 bytes whose
 eights (16 bytes) are swizzled by the token. A lane that makes is (g, q) = (lane // 4, lane % 4) and has eights
-2q + parity, so that a warp finds no bank twice: of tokens g and g + 8, one parity; or, of 8 tokens, both parities.
-A warp that finishes has a tile of 8 tokens, each lane a block of 16 values: eights 2q and 2q + 1 of token g.
+4 * side + q, so that four lanes read 128 bytes of fn in a row: of two tokens 8 apart, one side; or, of 8 tokens, both.
+Its token of an eight is `token_of(g)`: neighbours g are 4 apart, so that eight lanes find no bank twice. A warp that
+finishes has a tile of 8 tokens, each lane a block of 16 values: eights 2q and 2q + 1 of token g.
+
+Where tiles leave a warp of either kind over, it is the clerk of the others: that of those that make has the new streams
+written and asks for F; that of those that finish computes weights of the collapse and asks for streams.
 """
 
 from __future__ import annotations
@@ -20,21 +24,23 @@ from cutlass import Float32, Int32, Int64, cute
 from megamoe.cute import cluster, warp
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.warp import WARP
-from megamoe_stages.mhc_quant.places import FACTORS, MATRIX, Inputs
+from megamoe_stages.mhc_quant.tensors import FACTORS, MATRIX, Inputs
 
 WORD = 4  # bytes
 LINE = 16  # bytes that a thread moves at once
 BARRIER = 8  # bytes
-PARTS = 3  # of fn, by which half an eight of a stream is multiplied, see `prefill_mix`
+BARS = 6  # of a stage
+PARTS = 3  # of fn, by which half an eight of a stream is multiplied, see `wide_mix`
 TILE = 64  # hidden dims of a tile
 ROW_BYTES = 2 * TILE
 WARPS = 8  # that make, and as many that finish
 THREADS = 2 * WARPS * WARP
 EIGHT = 8  # tokens of an `mma`
-PASSES = 2  # in which a warp makes: of tokens g and g + 8, or of both parities of its tile
+PASSES = 2  # in which a warp makes: of both eights of tokens, or of both sides of its tile
 SUMS = LOGITS + 1  # of a token: the dots and the squares of its streams
 MESSAGE = 28  # floats that they take
 F_AHEAD = 2  # groups for whose F there is room: it is needed for a short time only
+MAKING, FINISHING, STARTED, FN_ASKED = 1, 2, 3, 4  # named barriers
 SQUARES = 4  # groups whose squares of y may be on their way
 
 
@@ -72,8 +78,18 @@ class Cut(NamedTuple):
 
     @property
     def busy(self) -> int:
-        """Warps that make, and as many that finish: the others, if any, only give registers."""
+        """Warps that make, and as many that finish."""
         return self.tiles * self.halves
+
+    @property
+    def clerks(self) -> bool:
+        """Whether there is a clerk of either kind: the warp behind the busy ones."""
+        return self.busy < WARPS
+
+    @property
+    def asking(self) -> int:
+        """Threads that ask for fn, and those that ask for streams."""
+        return (self.busy + (1 if self.clerks else WARPS)) * WARP
 
     @property
     def owned(self) -> int:
@@ -81,14 +97,14 @@ class Cut(NamedTuple):
         return max(self.group // self.ctas, 1)
 
     @property
-    def parities(self) -> int:
-        """Of eights of hidden dims that a warp makes."""
+    def sides(self) -> int:
+        """Of a tile that a warp makes."""
         return PASSES // self.halves
 
     @property
     def halves_of_eights(self) -> int:
         """Of all streams, that a lane multiplies with its own parts of fn."""
-        return 2 * STREAMS * self.parities
+        return 2 * STREAMS * self.sides
 
     def held(self, number: int) -> int:
         """Of the PARTS of a half of an eight, how many are in registers."""
@@ -185,14 +201,31 @@ class Cut(NamedTuple):
         return self.ctas * self.group * WORD
 
     @property
-    def barriers_at(self) -> int:
-        """mbarriers: five of each stage, one of each group whose squares may be on their way, that of all logits."""
+    def norm_at(self) -> int:
+        """Where the norm's weights of this CTA's dims lie."""
         return self.squares_at + SQUARES * self.squares_bytes
+
+    @property
+    def barriers_at(self) -> int:
+        """mbarriers: those of each stage, one of each group whose squares may be on their way, that of all logits."""
+        return self.norm_at + self.dims * WORD
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self.barriers_at + (5 * self.stages + SQUARES + 1) * BARRIER
+        return self.barriers_at + (BARS * self.stages + SQUARES + 1) * BARRIER
+
+
+def cut(hidden: int) -> Cut:
+    """The cut for H of `limits.WIDE`: fn of 448 hidden dims a CTA leaves room for fewer tokens."""
+    if hidden > 4096:
+        return Cut(16, 7, 8, 4, 28)
+    return Cut(hidden // 256, 4, 16, 4, 24 if hidden == 4096 else 22)  # else sm_100a spills at 2048
+
+
+def clerk_or(other: int, cut: Cut) -> int:
+    """The clerk, or who does its work where there is none."""
+    return cut.busy if cut.clerks else other
 
 
 class Bars(NamedTuple):
@@ -204,6 +237,7 @@ class Bars(NamedTuple):
         stored: They have been read by the copy engine.
         sums: Those of this CTA's own tokens have come from all CTAs.
         pre: So have the weights of the collapse.
+        collapsed: The new streams have been read for the last time; for the clerk.
     """
 
     full: Int32
@@ -211,22 +245,23 @@ class Bars(NamedTuple):
     stored: Int32
     sums: Int32
     pre: Int32
+    collapsed: Int32
 
 
 def bars(base: Int32, stage: Int32 | int, cut: Cut) -> Bars:
     """The mbarriers of a stage."""
-    at = base + (cut.barriers_at + stage * (5 * BARRIER))
-    return Bars(at, at + BARRIER, at + 2 * BARRIER, at + 3 * BARRIER, at + 4 * BARRIER)
+    at = base + (cut.barriers_at + stage * (BARS * BARRIER))
+    return Bars(*(at + i * BARRIER for i in range(BARS)))
 
 
 def squares_bar(base: Int32, turn: Int32 | int, cut: Cut) -> Int32:
     """mbarrier: the squares of y of a turn's group have come from all CTAs."""
-    return base + (cut.barriers_at + (5 * cut.stages + turn % SQUARES) * BARRIER)
+    return base + (cut.barriers_at + (BARS * cut.stages + turn % SQUARES) * BARRIER)
 
 
 def logits_bar(base: Int32, cut: Cut) -> Int32:
     """mbarrier: the logits of comb of all this CTA's own tokens have been written."""
-    return base + (cut.barriers_at + (5 * cut.stages + SQUARES) * BARRIER)
+    return base + (cut.barriers_at + (BARS * cut.stages + SQUARES) * BARRIER)
 
 
 class Spot(NamedTuple):
@@ -237,7 +272,7 @@ class Spot(NamedTuple):
         warp: Of those that do the same.
         lane: Of its warp.
         tile: Whose hidden dims it has.
-        half: Of the group's tokens, when it finishes; the parity of its eights, when it makes all tokens.
+        half: Of the group's tokens, when it finishes; the side of its tile, when it makes all tokens.
     """
 
     rank: Int32
@@ -263,9 +298,9 @@ class Spot(NamedTuple):
 
     def made(self, number: int, cut: Cut) -> tuple[Int32, Int32]:
         """When it makes: the token and the eight of its tile in a pass."""
-        if cut.parities == 1:
-            return self.row + EIGHT * number, 2 * self.quad + self.half
-        return self.row, 2 * self.quad + number
+        if cut.sides == 1:
+            return token_of(self.row) + EIGHT * number, 4 * self.half + self.quad
+        return token_of(self.row), 4 * number + self.quad
 
 
 def spot(cut: Cut) -> Spot:
@@ -313,14 +348,21 @@ def factors_of(base: Int32, stage: Int32, token: Int32, row: int, cut: Cut) -> I
     return at + (token * (MATRIX * WORD) + (row - 1) * LINE)
 
 
-def place_of(token: Int32, cut: Cut) -> Int32:
-    """Where a token's sums lie among those of the group: a lane's of `mma` side by side, 2q, 2q + 1, 2q + 8, 2q + 9."""
-    return token if cut.halves == 1 else token % 8 // 2 * 4 + token // 8 * 2 + token % 2
+def token_of(column: Int32) -> Int32:
+    """The token of a column of `mma`: columns 2i and 2i + 1 are tokens i and i + 4."""
+    return column // 2 + column % 2 * 4
+
+
+def place_of(column: Int32, half: int, cut: Cut) -> Int32:
+    """Where a column's sums lie among those of the group: a lane's side by side, 2q, 2q + 1 of the first half first."""
+    return column if cut.halves == 1 else column // 2 * 4 + half * 2 + column % 2
 
 
 def token_at(quarter: Int32, i: int, cut: Cut) -> Int32:
     """The token of place 4 * quarter + i."""
-    return 4 * quarter + i if cut.halves == 1 else 2 * quarter + (i % 2 + i // 2 * 8)
+    if cut.halves == 1:
+        return 2 * quarter + i // 2 + i % 2 * 4
+    return quarter + i % 2 * 4 + i // 2 * EIGHT
 
 
 def arrived_of(base: Int32, stage: Int32, own: Int32 | int, sender: Int32 | int, cut: Cut) -> Int32:
