@@ -154,20 +154,6 @@ def _tied(text: str, values: Sequence[Any], operands: Sequence[Float32] = ()) ->
     return [type(v)(llvm.extractvalue(type(v).mlir_type, out, p)) for v, p in zip(values, place, strict=True)]
 
 
-def add_global(target: Int64, value: Int32) -> Int32:
-    """Adds to a word of global memory, in order with what was fenced before; what it was."""
-    out = llvm.inline_asm(
-        Int32.mlir_type,
-        [target.ir_value(), value.ir_value()],
-        "atom.acq_rel.gpu.global.add.s32 $0, [$1], $2;",
-        "=r,l,r,~{memory}",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    return Int32(out)
-
-
 def copy16(target: Int32, source: Int64, size: Int32) -> None:
     """Starts this thread's copy of 16 bytes into shared memory; bytes from `size` (0 or 16) on become 0."""
     _asm("cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", target, source, size)
@@ -196,11 +182,6 @@ def store16(target: Int32, words: Sequence[Uint32]) -> None:
 def store8(target: Int32, words: Sequence[Uint32]) -> None:
     """Writes two words of shared memory."""
     _asm("st.shared.v2.b32 [$0], {$1, $2};", "r,r,r", target, *words)
-
-
-def store2(target: Int32, word: Uint32) -> None:
-    """Writes the low half of a word to shared memory."""
-    _asm("{.reg .b16 h; cvt.u16.u32 h, $1; st.shared.b16 [$0], h;}", "r,r", target, word)
 
 
 def peer_address(at: Int32, rank: Int32) -> Int32:

@@ -13,11 +13,6 @@ from megamoe.cute import arith
 _LETTERS = {"Float32": "f", "Int64": "l"}
 
 
-def count_and_tell(at: Int64) -> Int32:
-    """Adds 1 in global memory and returns what was there; orders all that this thread sees."""
-    return Int32(_words("atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", 1, at)[0])
-
-
 def copy16(source: Int64, slot: Int32) -> None:
     """Starts a copy of 16 bytes from global to shared memory; `wait_copies` ends it."""
     _asm("cp.async.cg.shared.global [$0], [$1], 16;", slot, source)
@@ -26,11 +21,6 @@ def copy16(source: Int64, slot: Int32) -> None:
 def wait_copies() -> None:
     """Waits for this thread's copies, which only this thread may rely on then."""
     _asm("cp.async.wait_all;")
-
-
-def load16_once(at: Int64) -> list[Uint32]:
-    """Four words of global memory that nobody reads again, so they need no place in L1."""
-    return _words("ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", 4, at)
 
 
 def load16(at: Int64) -> list[Uint32]:
@@ -61,12 +51,6 @@ def store_floats(at: Int32, values: Sequence[Float32]) -> None:
 def store16(at: Int32, words: Sequence[Uint32]) -> None:
     """Four words to shared memory."""
     _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", at, *words)
-
-
-def store_of(at: Int32, value: Float32, rank: Int32) -> None:
-    """One fp32 to the same place of the shared memory of a CTA of the cluster; a barrier of the cluster shows it."""
-    text = "{.reg .b32 to; mapa.shared::cluster.u32 to, $0, $2; st.shared::cluster.f32 [to], $1;}"
-    _asm(text, at, value, rank)
 
 
 def address(pointer: cute.Pointer) -> Int32:

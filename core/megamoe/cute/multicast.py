@@ -1,4 +1,4 @@
-"""Tensor copies that the CTAs of a cluster share: each loads a part of a tile and writes it to all of them (sm_90a).
+"""Tensor copies of boxes, and loads that the CTAs of a cluster share: each loads a part of a tile for all (sm_90a).
 
 A tile lies in shared memory as blocks of 64 columns, a row of a block 128 bytes with its 16-byte chunks swizzled as in
 `wgmma`. Who has read a place says so to the mbarriers of all CTAs, since any of them may write there next.
@@ -36,7 +36,7 @@ class Boxes:
 
 
 def boxes(tensor: cute.Tensor, rows: int, blocks: int, ctas: int) -> Boxes:
-    """A tensor map of a (tokens, heads, D) tensor of 16-bit values; on the host, in the launcher.
+    """A tensor map of a (tokens, heads, D) tensor of 16-bit values to read; on the host, in the launcher.
 
     Args:
         tensor: Contiguous, D a multiple of 64.
@@ -44,16 +44,13 @@ def boxes(tensor: cute.Tensor, rows: int, blocks: int, ctas: int) -> Boxes:
         blocks: Of 64 columns of a box.
         ctas: Of a cluster; each box goes to all of them.
     """
-    tokens, heads, width = tensor.shape
-    layout = cute.make_layout(
-        (tokens, BLOCK_COLUMNS, width // BLOCK_COLUMNS, heads), stride=(heads * width, 1, BLOCK_COLUMNS, width)
-    )
-    seen = cute.make_tensor(tensor.iterator, layout)
-    atom = make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, tensor.element_type)
-    inside = cute.append(cute.tile_to_shape(atom, (rows, BLOCK_COLUMNS, blocks), (0, 1, 2)), cute.make_layout(1))
     how = cpasync.CopyBulkTensorTileG2SMulticastOp() if ctas > 1 else cpasync.CopyBulkTensorTileG2SOp()
-    info = cpasync.make_tiled_tma_atom(how, seen, inside, (rows, BLOCK_COLUMNS, blocks, 1))
-    return Boxes(info, tensor.element_type, rows, blocks, ctas)
+    return _boxes(how, tensor, rows, blocks, ctas)
+
+
+def boxes_to_write(tensor: cute.Tensor, rows: int, blocks: int) -> Boxes:
+    """As `boxes`, of a tensor to write."""
+    return _boxes(cpasync.CopyBulkTensorTileS2GOp(), tensor, rows, blocks, 1)
 
 
 def load_box(source: Boxes, token: Int32, head: Int32, block: Int32, slot: Int32, barrier: Int32) -> None:
@@ -67,17 +64,26 @@ def load_box(source: Boxes, token: Int32, head: Int32, block: Int32, slot: Int32
         slot: Address in shared memory, a multiple of 1024.
         barrier: Address of an mbarrier.
     """
-    tensor, layout = source.info.tma_tensor, source.info.smem_layout
-    box = (source.rows, BLOCK_COLUMNS, source.blocks, 1)
-    there = cute.local_tile(cute.domain_offset((token, 0, block, head), tensor), box, (0, 0, 0, 0))
-    pointer = cute.make_ptr(source.dtype, slot, cute.AddressSpace.smem, assumed_align=1024)
-    here = cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype=source.dtype), layout.outer)
-    target, origin = cpasync.tma_partition(
-        source.info.atom, 0, cute.make_layout(1), cute.group_modes(here, 0, 4), cute.group_modes(there, 0, 4)
-    )
+    target, origin = _both_sides(source, token, head, block, slot)
     at = cute.make_ptr(Int64, barrier, cute.AddressSpace.smem, assumed_align=8)
     to_all = {"mcast_mask": Int16((1 << source.ctas) - 1)} if source.ctas > 1 else {}
     cute.copy(source.info.atom, origin, target, tma_bar_ptr=at, **to_all)
+
+
+def store_box(to: Boxes, token: Int32, head: Int32 | int, block: Int32, slot: Int32) -> None:
+    """Starts the copy of a box from shared memory, in the next group of bulk stores of this warp; a whole warp.
+
+    What others wrote there must have been shown to the copy engine (`attention_mma.proxy_fence`, by who wrote it).
+
+    Args:
+        to: Where to, of `boxes_to_write`.
+        token: The first row; rows beyond the tensor are left out.
+        head: Which head.
+        block: The first block of columns.
+        slot: Address in shared memory, a multiple of 1024.
+    """
+    origin, target = _both_sides(to, token, head, block, slot)
+    cute.copy(to.info.atom, origin, target)
 
 
 def expect_if(barrier: Int32, size: int, condition: Int32) -> None:
@@ -118,6 +124,33 @@ def store_matrices(at: Int32, words: Sequence[Numeric]) -> None:
     """Writes four (8, 8) of 16 bits to shared memory: lane 8 i + r says where row r of i goes."""
     text = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
     _asm(text, "r,r,r,r,r", at, *words)
+
+
+def _boxes(how: Any, tensor: cute.Tensor, rows: int, blocks: int, ctas: int) -> Boxes:
+    tokens, heads, width = tensor.shape
+    layout = cute.make_layout(
+        (tokens, BLOCK_COLUMNS, width // BLOCK_COLUMNS, heads), stride=(heads * width, 1, BLOCK_COLUMNS, width)
+    )
+    seen = cute.make_tensor(tensor.iterator, layout)
+    atom = make_smem_layout_atom(SmemLayoutAtomKind.K_SW128, tensor.element_type)
+    inside = cute.append(cute.tile_to_shape(atom, (rows, BLOCK_COLUMNS, blocks), (0, 1, 2)), cute.make_layout(1))
+    info = cpasync.make_tiled_tma_atom(how, seen, inside, (rows, BLOCK_COLUMNS, blocks, 1))
+    return Boxes(info, tensor.element_type, rows, blocks, ctas)
+
+
+def _both_sides(
+    boxes: Boxes, token: Int32, head: Int32 | int, block: Int32, slot: Int32
+) -> tuple[cute.Tensor, cute.Tensor]:
+    """A box in shared and in global memory, as the copy engine takes them."""
+    tensor, layout = boxes.info.tma_tensor, boxes.info.smem_layout
+    box = (boxes.rows, BLOCK_COLUMNS, boxes.blocks, 1)
+    there = cute.local_tile(cute.domain_offset((token, 0, block, head), tensor), box, (0, 0, 0, 0))
+    pointer = cute.make_ptr(boxes.dtype, slot, cute.AddressSpace.smem, assumed_align=1024)
+    here = cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype=boxes.dtype), layout.outer)
+    sides: tuple[cute.Tensor, cute.Tensor] = cpasync.tma_partition(
+        boxes.info.atom, 0, cute.make_layout(1), cute.group_modes(here, 0, 4), cute.group_modes(there, 0, 4)
+    )
+    return sides
 
 
 def _asm(text: str, constraints: str, *operands: Numeric) -> None:

@@ -118,12 +118,6 @@ def tops_of(scores: list[Float32], top: list[Float32]) -> list[Float32]:
     return largest
 
 
-def outgrown(largest: list[Float32], top: list[Float32], factor: Float32) -> Boolean:
-    """Whether a row of the warp has a score so far above `top` that its weights would grow too large; all lanes."""
-    grown = [arith.mul(largest[i] - top[i], factor, Target.SM90) > Float32(SLACK) for i in range(2)]
-    return cute.arch.vote_any_sync(grown[0] | grown[1])
-
-
 def step(
     scores: list[Float32], top: list[Float32], largest: list[Float32], total: list[Float32], factor: Float32
 ) -> tuple[list[Float32], list[Float32], list[Float32]]:

@@ -26,7 +26,6 @@ from megamoe_stages.multi_cta_attention.rows_512 import Rows, lanes
 from megamoe_stages.multi_cta_attention.shape_512 import ANGLES_PITCH, BLOCK_BYTES, BLOCKS, CONSUMERS, HALF, ROWS, Shape
 
 _WARP_ROWS = 16
-_CODE_BYTES = HALF // 2  # of a row
 _SCALE_BYTES = HALF // BLOCK
 _STEPS = _SCALE_BYTES // 2  # a lane has the blocks of half of a consumer's columns of a row, one a step
 _STEP_BYTES = 2 * BLOCK * 4  # of a row in shared memory

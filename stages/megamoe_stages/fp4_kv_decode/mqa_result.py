@@ -11,6 +11,7 @@ from cutlass import Constexpr, Float32, Int32, Int64, cute
 
 from megamoe.cute import arith, attention_mma, bf16, ring
 from megamoe.cute.arith import Target
+from megamoe.cute.placed import count_round
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows, lanes
 from megamoe_stages.fp4_kv_decode.mqa_shape import GROUP, ROWS, Shape
 from megamoe_stages.fp4_kv_decode.result import Result, add, finished, merge
@@ -119,7 +120,7 @@ def finish(
         thread = cute.arch.thread_idx()[0] % GROUP
         if thread == 0:
             place = ring.address(result.arrived.iterator) + Int64(result.problem) * 4
-            ring.store4(base + shape.flag_at, attention_mma.add_global(place, Int32(1)))
+            ring.store4(base + shape.flag_at, count_round(place, Int32(result.splits - 1)))
         attention_mma.named_barrier(CONSUMERS_BARRIER, GROUP)
         if ring.load4(base + shape.flag_at) == result.splits - 1:
             cute.arch.fence_acq_rel_gpu()

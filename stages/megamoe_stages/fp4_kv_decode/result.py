@@ -15,6 +15,7 @@ from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 from megamoe.cute import arith, attention_mma, bf16, ring
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
+from megamoe.cute.placed import count_round
 from megamoe.cute.warp import from_lane
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, NONE, Rows, finite, lanes
 from megamoe_stages.fp4_kv_decode.shape import GROUP, ROWS, Shape
@@ -35,7 +36,7 @@ class Result(NamedTuple):
         v_scale: What the decoded values are multiplied by.
         parts: (problems * splits * ROWS, columns) fp32, columns in the order of decoded values.
         stats: (problems * splits * ROWS, 2) fp32: the largest score and the sum.
-        arrived: (problems,) int32, zeros.
+        arrived: (problems,) int32, zeros; zeros again in the end.
         splits: Parts that share rows and columns.
         split: The part's number among them.
         problem: Which rows and columns.
@@ -244,7 +245,7 @@ def finish(
         thread = cute.arch.thread_idx()[0] % GROUP
         if thread == 0:
             place = ring.address(result.arrived.iterator) + Int64(result.problem) * 4
-            ring.store4(base + shape.flag_at, attention_mma.add_global(place, Int32(1)))
+            ring.store4(base + shape.flag_at, count_round(place, Int32(result.splits - 1)))
         attention_mma.named_barrier(CONSUMERS_BARRIER, GROUP)
         if ring.load4(base + shape.flag_at) == result.splits - 1:
             cute.arch.fence_acq_rel_gpu()

@@ -22,7 +22,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import Constexpr, Float32, Int32, Uint8, cute
 from cutlass.cute.nvgpu import cpasync
 
-from megamoe.cute import exchange, multicast, ring, strips, tile_store, warp
+from megamoe.cute import exchange, multicast, ring, strips, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mhc import STREAMS
@@ -79,7 +79,7 @@ def launch(
     given = Inputs(x, f, post, comb, fn, base, scale, norm_weight, enc, iters, hc_eps, norm_eps, tiled)
     out = Outputs(residual, normed, codes, scales, dec, new_post, new_comb)
     old, added = (multicast.boxes(_rows(t, n, cut), cut.group, cut.tiles, 1) for t, n in ((x, STREAMS), (f, 1)))
-    new = tile_store.boxes(_rows(residual, STREAMS, cut), cut.group, cut.tiles)
+    new = multicast.boxes_to_write(_rows(residual, STREAMS, cut), cut.group, cut.tiles)
     mhc_quant_wide(given, out, old, added, new, target, cut).launch(
         grid=[sets * cut.ctas, 1, 1],
         block=[THREADS, 1, 1],

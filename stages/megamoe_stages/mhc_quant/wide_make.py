@@ -13,7 +13,7 @@ import functools
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, cute
 
-from megamoe.cute import arith, attention_mma, exchange, mhc, multicast, ring, tile_store, tma
+from megamoe.cute import arith, attention_mma, exchange, mhc, multicast, ring, tma
 from megamoe.cute.arith import Target
 from megamoe.cute.fragments import mma
 from megamoe.cute.mhc import LOGITS, STREAMS
@@ -243,7 +243,7 @@ def _store(turn: Int32, stage: Int32, here: Constexpr[Spot], base: Int32, residu
     if here.warp == clerk_or(0, cut):
         for s in cutlass.range_constexpr(STREAMS):
             slot = base + stage * cut.stage_bytes + s * cut.stream_bytes
-            tile_store.store_box(residual, first_of(turn, cut), s, here.rank * cut.tiles, slot)
+            multicast.store_box(residual, first_of(turn, cut), s, here.rank * cut.tiles, slot)
         tma.commit_stores()
 
 
