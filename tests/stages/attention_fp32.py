@@ -7,7 +7,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import Constexpr, Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from megamoe.cute import arith, attention_mma, compiler, mask_bits, ring
+from megamoe.cute import arith, asm, compiler, gmem, mask_bits
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.multicast import Boxes
@@ -106,10 +106,10 @@ def store(me: Constexpr[Consumer], rows: Constexpr[Rows], out: cute.Tensor) -> N
     for half in cutlass.range_constexpr(2):
         row = rows.first + wide * 16 + g + 8 * half
         if row < rows.count:
-            at = ring.address(out.iterator) + (rows.place(row) * DIM + Int64(me.number * HALF + 2 * t)) * 4
+            at = asm.address(out) + (rows.place(row) * DIM + Int64(me.number * HALF + 2 * t)) * 4
             for block in cutlass.range_constexpr(HALF // 8):
                 pair = [arith.bits(me.acc[4 * block + 2 * half + j]) for j in range(2)]
-                attention_mma.store8_global(at + block * 32, pair)
+                gmem.store8(at + block * 32, pair)
 
 
 def spec(shape: Shape) -> KernelSpec:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cutlass import Float32, Int32, Int64, Numeric, Uint32
+from cutlass import Float32, Int64, Numeric, Uint32
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 
@@ -95,34 +95,6 @@ def mma(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32]) -> list[
 def transpose(pair: Uint32) -> Uint32:
     """An (8, 8) of 16 bits, two columns a lane, turned over: lane (g, t) gets rows 2t and 2t + 1 of column g."""
     return Uint32(_asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", Uint32.mlir_type, pair))
-
-
-def load_words(at: Int32, count: int) -> list[Uint32]:
-    """1, 2 or 4 words of shared memory."""
-    if count == 1:
-        return [Uint32(_asm("ld.shared.b32 $0, [$1];", "=r,r,~{memory}", Uint32.mlir_type, at))]
-    names = ", ".join(f"${i}" for i in range(count))
-    text = f"ld.shared.v{count}.b32 {{{names}}}, [${count}];"
-    result = llvm.StructType.get_literal([Uint32.mlir_type] * count)
-    out = _asm(text, ",".join(["=r"] * count + ["r", "~{memory}"]), result, at)
-    place = [ir.DenseI64ArrayAttr.get([i]) for i in range(count)]
-    return [Uint32(llvm.extractvalue(Uint32.mlir_type, out, p)) for p in place]
-
-
-def load_bytes(at: Int32, count: int) -> Uint32:
-    """1 or 2 bytes of shared memory, zeros above them."""
-    text = f"ld.shared.u{8 * count} $0, [$1];"
-    return Uint32(_asm(text, "=r,r,~{memory}", Uint32.mlir_type, at))
-
-
-def load_address(at: Int32) -> Int64:
-    """8 bytes of shared memory."""
-    return Int64(_asm("ld.shared.b64 $0, [$1];", "=l,r,~{memory}", Int64.mlir_type, at))
-
-
-def store_address(at: Int32, value: Int64) -> None:
-    """8 bytes to shared memory."""
-    _asm("st.shared.b64 [$0], $1;", "r,l,~{memory}", None, at, value)
 
 
 def mma_group(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64) -> list[Float32]:

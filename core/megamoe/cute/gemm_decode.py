@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import cutlass
 from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, bulk, fragments, layout
+from megamoe.cute import arith, asm, copies, fragments, gmem, layout, mbarrier, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.decode_limits import (
     BARRIERS,
@@ -148,15 +148,15 @@ def run(
     """The body of a kernel of THREADS threads; nothing may be read or written before it."""
     thread, _, _ = cute.arch.thread_idx()
     base = cute.arch.get_dyn_smem(Int32, alignment=128)
-    shared = bulk.shared_address(base)
+    shared = Uint32(asm.address(base))
     if thread == 0:
         for number in cutlass.range(BARRIERS):
-            bulk.barrier_init(shared + _FULL + number * 8, 1)
-            bulk.barrier_init(shared + _EMPTY + number * 8, CONSUMERS // SLICES)
+            mbarrier.init(shared + _FULL + number * 8, 1)
+            mbarrier.init(shared + _EMPTY + number * 8, CONSUMERS // SLICES)
         for buffer in cutlass.range_constexpr(2):
-            bulk.barrier_init(shared + _SUMS_FULL + buffer * 8, CONSUMERS * WARP)
-            bulk.barrier_init(shared + _SUMS_EMPTY + buffer * 8, EPILOGUE * WARP)
-        bulk.fence_barriers()
+            mbarrier.init(shared + _SUMS_FULL + buffer * 8, CONSUMERS * WARP)
+            mbarrier.init(shared + _SUMS_EMPTY + buffer * 8, EPILOGUE * WARP)
+        mbarrier.init_fence()
     cute.arch.griddepcontrol_wait()  # what came before in the stream is done; up to here it may still have run
     cute.arch.griddepcontrol_launch_dependents()
     span = _share(problem, base, thread, shape)
@@ -221,14 +221,14 @@ def _pass(base: cute.Pointer, number: Int32) -> Pass:
 
 
 def _barrier(first: Uint32, slab: Int32) -> Uint32:
-    return first + (slab & (BARRIERS - 1)) * bulk.BARRIER_BYTES
+    return first + (slab & (BARRIERS - 1)) * mbarrier.BARRIER_BYTES
 
 
 @cute.jit
 def _produce(problem: Constexpr[Problem], span: Constexpr[Span], base: cute.Pointer, shared: Uint32) -> None:
     """Asks for all slabs of this CTA, one thread."""
-    policy = bulk.evict_first()
-    codes, scales = bulk.global_address(problem.codes), bulk.global_address(problem.scales)
+    policy = copies.evict_first()
+    codes, scales = asm.address(problem.codes), asm.address(problem.scales)
     ring = shared + SHARED_BYTES - Uint32(problem.stages) * SLAB_BYTES
     stage, turn, group, number = Int32(0), Int32(0), span.group, Int32(0)
     for _item in cutlass.range(span.items, unroll=1):
@@ -236,11 +236,11 @@ def _produce(problem: Constexpr[Problem], span: Constexpr[Span], base: cute.Poin
         for _unit in cutlass.range(span.units, unroll=1):
             before = turn - problem.stages  # was in this stage
             if before >= 0:
-                bulk.barrier_wait(_barrier(shared + _EMPTY, before), before >> 6 & 1)
+                mbarrier.wait(_barrier(shared + _EMPTY, before), before >> 6 & 1)
             full, slot = _barrier(shared + _FULL, turn), ring + stage * SLAB_BYTES
-            bulk.barrier_expect(full, SLAB_BYTES)
-            bulk.copy(slot, codes + slab * SLAB_CODES, SLAB_CODES, full, policy)
-            bulk.copy(
+            mbarrier.expect(full, SLAB_BYTES)
+            copies.load_bulk(slot, codes + slab * SLAB_CODES, SLAB_CODES, full, policy)
+            copies.load_bulk(
                 slot + SLAB_CODES, scales + slab * (SLAB_BYTES - SLAB_CODES), SLAB_BYTES - SLAB_CODES, full, policy
             )
             slab, turn, stage = slab + 1, turn + 1, stage + 1
@@ -277,16 +277,16 @@ def _consume(
         where = _pass(base, number)
         live = _tiles(where)
         if fresh:
-            bulk.named_barrier(1, CONSUMERS * WARP)
+            mbarrier.named_barrier(1, CONSUMERS * WARP)
             _stage_rows(problem, where, span.units, shared, thread, target, shape)
-            bulk.named_barrier(1, CONSUMERS * WARP)
+            mbarrier.named_barrier(1, CONSUMERS * WARP)
         acc = cute.make_rmem_tensor(PAIR_TILES * shape.tiles * 4, Float32)
         acc.fill(0.0)
         while unit < span.units:
             slot = ring + stage * SLAB_BYTES
-            bulk.barrier_wait(_barrier(shared + _FULL, slab), slab >> 6 & 1)
-            codes = [[bulk.load4(slot + lane_codes + (t * 2 + h) * 512) for h in range(2)] for t in range(PAIR_TILES)]
-            scales = [bulk.load4(slot + lane_scales + t * 128) for t in range(PAIR_TILES)]
+            mbarrier.wait(_barrier(shared + _FULL, slab), slab >> 6 & 1)
+            codes = [[smem.load16(slot + lane_codes + (t * 2 + h) * 512) for h in range(2)] for t in range(PAIR_TILES)]
+            scales = [smem.load16(slot + lane_scales + t * 128) for t in range(PAIR_TILES)]
             rows = shared + ROWS + unit * (4 * shape.tiles * 512) + lane * 16
             if cutlass.const_expr(shape.tiles == 1):
                 _multiply(acc, codes, scales, rows, 1, masks, target, shape)
@@ -295,7 +295,7 @@ def _consume(
                     if live == i + 1:
                         _multiply(acc, codes, scales, rows, i + 1, masks, target, shape)
             cute.arch.sync_warp()  # and not before the products: until then the loads above may be on their way
-            bulk.barrier_arrive_if(_barrier(shared + _EMPTY, slab), lane == 0)
+            mbarrier.arrive_if(_barrier(shared + _EMPTY, slab), lane == 0)
             unit, slab, stage = unit + SLICES, slab + SLICES, stage + SLICES
             if stage >= problem.stages:
                 stage = stage - problem.stages
@@ -303,12 +303,12 @@ def _consume(
         for n in cutlass.range_constexpr(shape.tiles):
             if n < live:
                 buffer = turn & 1
-                bulk.barrier_wait(shared + _SUMS_EMPTY + buffer * 8, (turn >> 1 & 1) ^ 1)
+                mbarrier.wait(shared + _SUMS_EMPTY + buffer * 8, (turn >> 1 & 1) ^ 1)
                 for t in cutlass.range_constexpr(PAIR_TILES):
                     for i in cutlass.range_constexpr(4):
                         at = i % 2 * SUMS_ROW + (t * 16 + i // 2 * 8) * 4
-                        bulk.store1(sums_at + buffer * SUMS_BUFFER + at, acc[(t * shape.tiles + n) * 4 + i])
-                bulk.barrier_arrive(shared + _SUMS_FULL + buffer * 8)
+                        smem.store4(sums_at + buffer * SUMS_BUFFER + at, acc[(t * shape.tiles + n) * 4 + i])
+                mbarrier.arrive(shared + _SUMS_FULL + buffer * 8)
                 turn = turn + 1
         group = group + 1
         fresh = group == span.groups
@@ -328,7 +328,7 @@ def _multiply(
 ) -> None:
     """Adds the products of a warp's tiles of a slab with the first `live` tiles of columns."""
     for q in range(4):
-        b = [bulk.load4(rows + (q * shape.tiles + n) * 512) for n in range(live)]
+        b = [smem.load16(rows + (q * shape.tiles + n) * 512) for n in range(live)]
         for t in range(PAIR_TILES):
             x, y = codes[t][q // 2][q % 2 * 2], codes[t][q // 2][q % 2 * 2 + 1]
             a = fragments.decode_pair(x, y, scales[t][q], target, masks)
@@ -377,15 +377,15 @@ def _stage_rows(
                 words[j] = loaded[j]
         at = shared + ROWS + (pair * shape.tiles + column // COLUMNS) * 512 + column % COLUMNS * 64
         for t, operand in enumerate(fragments.operand_order([words[j] for j in range(16)])):
-            bulk.store4(at + t * 16, operand)
+            smem.store16(at + t * 16, operand)
 
 
 def _plain_pair(problem: Problem, row: Int32, pair: Int32, both: Boolean) -> list[Uint32]:
     """32 bf16; a block that does not exist is zero."""
-    at = bulk.global_address(problem.a) + (Int64(row) * problem.k + pair * 32) * 2
+    at = asm.address(problem.a) + (Int64(row) * problem.k + pair * 32) * 2
     other = at + arith.select(both, Int64(32), Int64(0))
-    first = [word for half in range(2) for word in bulk.load_global4(at + half * 16)]
-    second = [word for half in range(2) for word in bulk.load_global4(other + half * 16)]
+    first = [word for half in range(2) for word in gmem.load16(at + half * 16)]
+    second = [word for half in range(2) for word in gmem.load16(other + half * 16)]
     second = [arith.select(both, word, Uint32(0)) for word in second]
     return first + second
 
@@ -393,9 +393,9 @@ def _plain_pair(problem: Problem, row: Int32, pair: Int32, both: Boolean) -> lis
 def _quantized_pair(problem: Problem, row: Int32, pair: Int32, both: Boolean, target: Target) -> list[Uint32]:
     """32 NVFP4 values, times 2^-7."""
     blocks = problem.k // 16
-    at = bulk.global_address(problem.a) + (Int64(row) * problem.k + pair * 32 >> 1)
+    at = asm.address(problem.a) + (Int64(row) * problem.k + pair * 32 >> 1)
     other = at + arith.select(both, Int64(8), Int64(0))
-    first, second = bulk.load_global2(at), bulk.load_global2(other)
+    first, second = gmem.load8(at), gmem.load8(other)
     scales = cute.make_tensor(problem.a_scales.iterator, cute.make_layout(cute.size(problem.a_scales)))
     bytes_ = []
     for i in range(2):
@@ -428,9 +428,9 @@ def _finish(
             address = shared + SUMS + buffer * SUMS_BUFFER + thread // 8 * SUMS_ROW
             sums = Sums(where, thread // 8 + n * COLUMNS, group, thread % 8, address)
             fetched = fetch(sums)
-            bulk.barrier_wait(shared + _SUMS_FULL + buffer * 8, turn >> 1 & 1)
+            mbarrier.wait(shared + _SUMS_FULL + buffer * 8, turn >> 1 & 1)
             finish(sums, fetched)
-            bulk.barrier_arrive(shared + _SUMS_EMPTY + buffer * 8)
+            mbarrier.arrive(shared + _SUMS_EMPTY + buffer * 8)
             turn = turn + 1
         group = group + 1
         if group == span.groups:
@@ -439,8 +439,8 @@ def _finish(
 
 def add_slices(address: Uint32, target: Target) -> list[Float32]:
     """Four neighbouring sums, added up in the order of the slices, in units of the decoded products."""
-    total = bulk.load4_floats(address)
+    total = smem.load_floats(address, 4)
     for piece in range(1, SLICES):
-        more = bulk.load4_floats(address + piece * SUMS_SLICE)
+        more = smem.load_floats(address + piece * SUMS_SLICE, 4)
         total = [arith.add(a, b, target) for a, b in zip(total, more, strict=True)]
     return total

@@ -14,7 +14,7 @@ from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.runtime import make_fake_compact_tensor
 
-from megamoe.cute import arith, ring
+from megamoe.cute import arith, asm
 from megamoe.cute.softmax import HIDDEN
 from megamoe.cute.warp import WARP
 
@@ -42,7 +42,7 @@ class MaskBits(NamedTuple):
     def load_if(self, query: Int32, start: Int32, condition: Boolean) -> list[Uint32]:
         """The words of a tile of keys from `start` on, a multiple of TILE; all ones unless the condition holds."""
         width = cute.size(self.words, mode=[1])
-        at = ring.address(self.words.iterator) + (Int64(query) * width + start // WARP) * 4
+        at = asm.address(self.words) + (Int64(query) * width + start // WARP) * 4
         out = llvm.inline_asm(
             llvm.StructType.get_literal([Uint32.mlir_type] * WORDS),
             [at.ir_value(), arith.select(condition, Int32(1), Int32(0)).ir_value()],

@@ -6,11 +6,9 @@ A tile lies in shared memory as blocks of 64 columns, a row of a block 128 bytes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from cutlass import Int16, Int32, Int64, Numeric, cute
-from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind, make_smem_layout_atom
 
@@ -73,7 +71,7 @@ def load_box(source: Boxes, token: Int32, head: Int32, block: Int32, slot: Int32
 def store_box(to: Boxes, token: Int32, head: Int32 | int, block: Int32, slot: Int32) -> None:
     """Starts the copy of a box from shared memory, in the next group of bulk stores of this warp; a whole warp.
 
-    What others wrote there must have been shown to the copy engine (`attention_mma.proxy_fence`, by who wrote it).
+    What others wrote there must have been shown to the copy engine (`smem.proxy_fence`, by who wrote it).
 
     Args:
         to: Where to, of `boxes_to_write`.
@@ -84,46 +82,6 @@ def store_box(to: Boxes, token: Int32, head: Int32 | int, block: Int32, slot: In
     """
     origin, target = _both_sides(to, token, head, block, slot)
     cute.copy(to.info.atom, origin, target)
-
-
-def expect_if(barrier: Int32, size: int, condition: Int32) -> None:
-    """Arrives from the thread whose condition is not 0, and says that `size` bytes belong to the phase; no branch."""
-    text = "{.reg .pred p; setp.ne.s32 p, $2, 0; @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;}"
-    _asm(text, "r,r,r", barrier, Int32(size), condition)
-
-
-def arrive_everywhere(barrier: Int32, ctas: int) -> None:
-    """A warp's arrival at the same mbarrier of each CTA of the cluster; `ctas` is a power of two."""
-    lane = cute.arch.lane_idx()
-    if ctas == 1:
-        text = "{.reg .pred p; setp.eq.s32 p, $1, 0; @p mbarrier.arrive.shared::cta.b64 _, [$0];}"
-    else:
-        text = (  # a predicated mapa would keep a register for what `there` was before, at each place of a loop
-            f"{{.reg .pred p; .reg .b32 there; setp.lt.s32 p, $1, {ctas}; and.b32 there, $1, {ctas - 1};"
-            " mapa.shared::cluster.u32 there, $0, there; @p mbarrier.arrive.shared::cluster.b64 _, [there];}"
-        )
-    _asm(text, "r,r", barrier, lane)
-
-
-def arrive_at_if(barrier: Int32, rank: Int32, condition: Int32) -> None:
-    """Arrives at the same mbarrier of a CTA of the cluster, from the threads whose condition is not 0; no branch."""
-    text = (
-        "{.reg .pred p; .reg .b32 there; setp.ne.s32 p, $2, 0; mapa.shared::cluster.u32 there, $0, $1;"
-        " @p mbarrier.arrive.shared::cluster.b64 _, [there];}"
-    )
-    _asm(text, "r,r,r", barrier, rank, condition)
-
-
-def store_row(target: Int64, source: Int32, size: int, condition: Int32) -> None:
-    """Starts a bulk copy from shared to global memory, all multiples of 16, where the condition is not 0."""
-    text = "{.reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;}"
-    _asm(text, "l,r,r,r", target, source, Int32(size), condition)
-
-
-def store_matrices(at: Int32, words: Sequence[Numeric]) -> None:
-    """Writes four (8, 8) of 16 bits to shared memory: lane 8 i + r says where row r of i goes."""
-    text = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
-    _asm(text, "r,r,r,r,r", at, *words)
 
 
 def _boxes(how: Any, tensor: cute.Tensor, rows: int, blocks: int, ctas: int) -> Boxes:
@@ -151,15 +109,3 @@ def _both_sides(
         boxes.info.atom, 0, cute.make_layout(1), cute.group_modes(here, 0, 4), cute.group_modes(there, 0, 4)
     )
     return sides
-
-
-def _asm(text: str, constraints: str, *operands: Numeric) -> None:
-    llvm.inline_asm(
-        None,
-        [operand.ir_value() for operand in operands],
-        text,
-        f"{constraints},~{{memory}}",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )

@@ -14,7 +14,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from megamoe.cute import arith, bulk, fragments, weight_pieces
+from megamoe.cute import arith, asm, fragments, gmem, weight_pieces
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.layout import offset_128x4, offset_linear
@@ -93,7 +93,7 @@ def pack_row(
     if cutlass.const_expr(indexed):
         source = index[row]
     capacity = Int64(cute.size(packed, mode=[1]))
-    to = bulk.global_address(packed) + Int64(place) * (CHUNKS * 16)
+    to = asm.address(packed) + Int64(place) * (CHUNKS * 16)
     chunks = cute.size(packed, mode=[0]) * CHUNKS
     for first in cutlass.range(lane + part * (WARP * AT_ONCE), chunks, parts * (WARP * AT_ONCE), unroll=1):
         mine = [first + i * WARP for i in range(AT_ONCE)]
@@ -102,7 +102,7 @@ def pack_row(
             if mine[i] < chunks:
                 at = to + Int64(mine[i] // CHUNKS) * capacity * (CHUNKS * 16)
                 words = _words(loaded[i], kind, target)
-                bulk.store_global4(at + ((mine[i] ^ place) % CHUNKS) * 16, words)
+                gmem.store16(at + ((mine[i] ^ place) % CHUNKS) * 16, words)
 
 
 @cute.jit
@@ -128,7 +128,7 @@ def _load(values: cute.Tensor, scales: cute.Tensor, source: Int32, chunk: Int32,
     number = cutlass.min(chunk, 2 * blocks - 1)
     place = Int64(source) * (2 * blocks) + number
     if plain:
-        words = bulk.load_global4(bulk.global_address(values) + place * 16)
+        words = gmem.load16(asm.address(values) + place * 16)
     else:
         codes = cute.make_tensor(
             cute.recast_ptr(values.iterator, dtype=Uint32), cute.make_layout(cute.size(values) // 4)

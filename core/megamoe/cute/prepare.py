@@ -16,7 +16,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from megamoe.cute import arith, bulk, compiler, convert
+from megamoe.cute import arith, asm, compiler, convert, gmem
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.host import ALIGNMENT
@@ -84,8 +84,8 @@ def kernel(
         at = (slab + unit) * 4 + tile % 4
         words = [word for q in range(_PAIRS) for word in _slots(loaded[q], t * 8)]
         for half in cutlass.range_constexpr(2):
-            to = bulk.global_address(out_codes) + at * _TILE_CODES + (half * WARP + lane) * _LANE
-            bulk.store_global4(to, words[4 * half : 4 * half + 4])
+            to = asm.address(out_codes) + at * _TILE_CODES + (half * WARP + lane) * _LANE
+            gmem.store16(to, words[4 * half : 4 * half + 4])
         stored = cute.make_tensor(
             cute.recast_ptr(out_scales.iterator, dtype=Uint32), cute.make_layout(cute.size(out_scales) // 4)
         )
@@ -114,7 +114,7 @@ def _codes(codes: cute.Tensor, row: Int64, groups: Int32, group: Int32, exists: 
     """Two blocks of a row, zero where there is none."""
     inside = exists & (group < groups)
     place = row * groups + arith.select(inside, group, Int32(0))
-    words = bulk.load_global4(bulk.global_address(codes) + place * (_PAIR // 2))
+    words = gmem.load16(asm.address(codes) + place * (_PAIR // 2))
     return [arith.select(inside, word, Uint32(0)) for word in words]
 
 

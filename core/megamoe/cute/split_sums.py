@@ -9,7 +9,7 @@ from __future__ import annotations
 import cutlass
 from cutlass import Boolean, Constexpr, Float32, Int32, Int64, cute
 
-from megamoe.cute import arith, exchange, placed, ring
+from megamoe.cute import arith, asm, gmem
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
 from megamoe.cute.weight_pieces import CONSUMER_WARPS, Operands, Shape, share_of, warp_of_consumers
@@ -40,18 +40,18 @@ def gather(
     part, parts = share_of(shape, operands)
     groups, run = width // 8, CONSUMER_WARPS * WARP * 16  # bytes of four sums of each thread
     size = Int64(sums_bytes(shape))
-    first = ring.address(operands.sums.iterator) + Int64(number * parts) * size + (warp * WARP + lane) * 16
+    first = asm.address(operands.sums) + Int64(number * parts) * size + (warp * WARP + lane) * 16
     mine = first + part * size
     for c in cutlass.range_constexpr(groups):
         for t in cutlass.range_constexpr(shape.tiles):
             words = [arith.bits(acc[t, c * 4 + i]) for i in range(4)]
             there = arith.select(c * 8 < valid, Int32(1), Int32(0))
-            ring.store_global16_if(mine + (c * shape.tiles + t) * run, words, there)
+            gmem.store16_if(mine + (c * shape.tiles + t) * run, words, there)
     cute.arch.sync_warp()
     before = Int32(0)
     if lane == 0:
-        place = ring.address(operands.arrived.iterator) + (number * CONSUMER_WARPS + warp) * 4
-        before = placed.count_round(place, parts - 1)
+        place = asm.address(operands.arrived) + (number * CONSUMER_WARPS + warp) * 4
+        before = gmem.count_round(place, parts - 1)
     last = cute.arch.shuffle_sync(before, 0) == parts - 1
     cute.arch.sync_warp()
     if last:
@@ -123,5 +123,5 @@ def _add_all(
 
 def _sums_at(at: Int64, here: list[tuple[int, int]], run: int, shape: Shape) -> list[list[Float32]]:
     """A part's sums of some tiles and groups of tokens."""
-    words = [exchange.load16(at + (g * shape.tiles + t) * run) for t, g in here]
+    words = [gmem.load16(at + (g * shape.tiles + t) * run) for t, g in here]
     return [[arith.number(word) for word in four] for four in words]

@@ -8,22 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int64
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
-
-
-def arrive_when_copied(barrier: Int32) -> None:
-    """Arrives at an mbarrier, for this thread, as soon as its copies so far (`attention_mma.copy16`) are there."""
-    llvm.inline_asm(
-        None,
-        [barrier.ir_value()],
-        "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];",
-        "r,~{memory}",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
 
 
 def mma_by_rows(acc: Sequence[Float32], a: Int64, b: Int64, dtype: str = "f16") -> list[Float32]:

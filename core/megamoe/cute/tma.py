@@ -9,12 +9,10 @@ for the start; its origin lies a box before the tensor, where nothing is ever re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import cutlass
-from cutlass import Int32, Int64, Numeric, Uint32, cute
-from cutlass._mlir.dialects import llvm
+from cutlass import Int32, Numeric, cute
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind, make_smem_layout_atom
 
@@ -90,38 +88,3 @@ def load_box(
     )
     at = cute.make_ptr(cutlass.Int64, barrier, cute.AddressSpace.smem, assumed_align=8)
     cute.copy(boxes.info.atom, origin, to, tma_bar_ptr=at)
-
-
-def store_matrix(at: Int32, words: Sequence[Uint32]) -> None:
-    """Writes four (8, 8) of 16 bits, placed as sums of `wgmma`; lane 8 i + r says where row r of the i-th goes."""
-    _asm("stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", at, *words)
-
-
-def store_bulk(target: Int64, source: Int32, size: int) -> None:
-    """Starts a copy of `size` bytes, a multiple of 16, from shared to global memory; this thread's, in its next group.
-
-    What others wrote there must have been shown to the copy engine (`attention_mma.proxy_fence`, by who wrote it).
-    """
-    _asm("cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;", "l,r,r", target, source, Int32(size))
-
-
-def commit_stores() -> None:
-    """Closes the group of this thread's bulk stores since the last one."""
-    _asm("cp.async.bulk.commit_group;", "")
-
-
-def wait_stores() -> None:
-    """Until this thread's bulk stores have read their shared memory."""
-    _asm("cp.async.bulk.wait_group.read 0;", "")
-
-
-def _asm(text: str, constraints: str, *operands: Numeric) -> None:
-    llvm.inline_asm(
-        None,
-        [operand.ir_value() for operand in operands],
-        text,
-        ",".join(part for part in (constraints, "~{memory}") if part),
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )

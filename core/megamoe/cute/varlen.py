@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, ring
+from megamoe.cute import arith, asm, copies, mbarrier, smem
 from megamoe.cute.warp import WARP
 
 SLOTS = 2  # tiles ahead
@@ -112,21 +112,21 @@ class TileRing(NamedTuple):
         return self.at + SLOTS * RECORD_BYTES + slot * 16
 
     def init(self) -> None:
-        """Makes the mbarriers; one thread, before `ring.init_fence` and a barrier of the CTA."""
+        """Makes the mbarriers; one thread, before `mbarrier.init_fence` and a barrier of the CTA."""
         for slot in range(SLOTS):
-            ring.init(self.barriers(Int32(slot)), 1)
-            ring.init(self.barriers(Int32(slot)) + 8, self.readers)
+            mbarrier.init(self.barriers(Int32(slot)), 1)
+            mbarrier.init(self.barriers(Int32(slot)) + 8, self.readers)
 
 
 def take(tiles: TileRing, number: Int32) -> Tile:
     """The CTA's tile number `number`; each reading warp, in order."""
     slot = number % SLOTS
     full = tiles.barriers(slot)
-    ring.wait(full, number // SLOTS % 2)
+    mbarrier.wait(full, number // SLOTS % 2)
     at = tiles.at + slot * RECORD_BYTES
-    words = ring.load16(at) + ring.load16(at + 16)
+    words = smem.load16(at) + smem.load16(at + 16)
     cute.arch.sync_warp()
-    ring.arrive_if(full + 8, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
+    mbarrier.arrive_if(full + 8, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
     return Tile(*(Int32(word) for word in words))
 
 
@@ -172,14 +172,14 @@ def publish_tiles(tiles: Constexpr[TileRing], sequences: Constexpr[Sequences], r
         tile = _tile(chunk + which, index, local - place * sequences.kv_heads, sequences, rows)
         slot = turn % SLOTS
         full = tiles.barriers(slot)
-        ring.wait(full + 8, turn // SLOTS % 2 ^ 1)
+        mbarrier.wait(full + 8, turn // SLOTS % 2 ^ 1)
         if lane == 0:
             at = tiles.at + slot * RECORD_BYTES
             exists = arith.select(going != 0, tile.rows, Int32(0))
             words = [Uint32(word) for word in tile._replace(rows=exists)]
-            attention_mma.store16(at, words[:4])
-            attention_mma.store16(at + 16, words[4:])
-            ring.arrive_if(full, Int32(1))
+            smem.store16(at, words[:4])
+            smem.store16(at + 16, words[4:])
+            mbarrier.arrive_if(full, Int32(1))
         turn = turn + 1
 
 
@@ -237,7 +237,7 @@ def load_rows(
     thread: Int32,
     threads: Constexpr[int],
 ) -> None:
-    """Starts copies of rows of a tile into shared memory (`attention_mma.copy16`); zeros where there are no rows.
+    """Starts copies of rows of a tile into shared memory (`copies.copy16`); zeros where there are no rows.
 
     They lie in blocks of 64 columns, of `rows` rows of 128 bytes, swizzled as in `wgmma`. Threads, a multiple of 8,
     take turns at the rows, eight at each.
@@ -248,8 +248,8 @@ def load_rows(
         row = turn * (threads // 8) + thread // 8
         inside = tile.first + first + row < tile.rows
         place = tile.place(arith.select(inside, row + first, Int32(0)), sequences)
-        source = ring.address(q.iterator) + (Int64(place) * columns + chunk * 8) * 2
+        source = asm.address(q) + (Int64(place) * columns + chunk * 8) * 2
         target = at + row * 128 + ((chunk ^ row) % 8) * 16
         size = arith.select(inside, Int32(16), Int32(0))
         for block in cutlass.range_constexpr(columns // 64):
-            attention_mma.copy16(target + block * rows * 128, source + block * 128, size)
+            copies.copy16(target + block * rows * 128, source + block * 128, size)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Numeric, Uint8, Uint32, cute
 
-from megamoe.cute import arith, fragments, multicast, placed, ring, split_sums, wgmma
+from megamoe.cute import arith, asm, cluster, copies, fragments, mbarrier, multicast, smem, split_sums, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
 from megamoe.cute.weight_pieces import (
@@ -66,11 +66,11 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
         elif lane == 0:
             place = Int64(expert * operands.slabs + piece.row_piece * shape.slabs + mine) * operands.k_stages
             place = place + first_stage
-            codes = ring.address(operands.codes.iterator) + place * SLAB_CODES
-            scales = ring.address(operands.scales.iterator) + place * SLAB_SCALES
+            codes = asm.address(operands.codes) + place * SLAB_CODES
+            scales = asm.address(operands.scales) + place * SLAB_SCALES
             rows = piece.width * wgmma.ROW_BYTES
             block = Int64(operands.capacity) * wgmma.ROW_BYTES
-            tokens = ring.address(operands.packed.iterator)
+            tokens = asm.address(operands.packed)
             tokens = tokens + Int64(packed_start(piece.start, expert) + piece.first) * wgmma.ROW_BYTES
             tokens = tokens + (2 * first_stage + warp) * block
             weights = (mine >= 0) & (mine < slabs_of(piece, operands, shape))
@@ -79,10 +79,10 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
             for _ in cutlass.range(k_stages, unroll=1):
                 full = base + shape.barriers_at + stage * 16
                 at = base + stage * shape.stage_bytes
-                ring.wait(full + 8, parity)
-                ring.expect(full, size)  # all warps, or one with nothing to copy might fall a phase behind
+                mbarrier.wait(full + 8, parity)
+                mbarrier.expect(full, size)  # all warps, or one with nothing to copy might fall a phase behind
                 if warp < 2:
-                    ring.copy(tokens, at + warp * (shape.weights_at // 2), rows, full)
+                    copies.load_bulk(at + warp * (shape.weights_at // 2), tokens, rows, full)
                 if weights:
                     _copy_slab(codes, scales, mine, at, full, shape)
                 tokens, codes, scales = tokens + 2 * block, codes + SLAB_CODES, scales + SLAB_SCALES
@@ -105,8 +105,8 @@ def _produce_piece(
     mine = warp - (GROUP // WARP - shape.slabs)
     first_stage, k_stages = stages_of(shape, operands)
     place = Int64(piece.row_piece * shape.slabs + mine) * operands.k_stages + first_stage
-    codes = ring.address(operands.codes.iterator) + place * SLAB_CODES
-    scales = ring.address(operands.scales.iterator) + place * SLAB_SCALES
+    codes = asm.address(operands.codes) + place * SLAB_CODES
+    scales = asm.address(operands.scales) + place * SLAB_SCALES
     weights = (mine >= 0) & (mine < slabs_of(piece, operands, shape))
     size = arith.select(warp < 2, piece.width * wgmma.ROW_BYTES, Int32(0))
     size = size + arith.select(weights, Int32(SLAB_CODES + SLAB_SCALES), Int32(0))
@@ -116,8 +116,8 @@ def _produce_piece(
     for _ in cutlass.range(k_stages, unroll=1):
         full = base + shape.barriers_at + stage * 16
         at = base + stage * shape.stage_bytes
-        ring.wait(full + 8, parity)
-        multicast.expect_if(full, size, arith.select(lane == 0, Int32(1), Int32(0)))
+        mbarrier.wait(full + 8, parity)
+        mbarrier.expect_if(full, size, arith.select(lane == 0, Int32(1), Int32(0)))
         if warp < 2:
             for i in cutlass.range_constexpr(shape.tokens // shape.box):
                 if (i * shape.box < piece.width) & (i % shape.cluster == rank):
@@ -133,8 +133,8 @@ def _produce_piece(
 def _copy_slab(codes: Int64, scales: Int64, number: Int32, stage: Int32, full: Int32, shape: Shape) -> None:
     """Starts the copies of a slab of a piece to its place in a stage."""
     weights = stage + shape.weights_at
-    ring.copy(codes, weights + number * SLAB_CODES, Int32(SLAB_CODES), full)
-    ring.copy(scales, weights + shape.slabs * SLAB_CODES + number * SLAB_SCALES, Int32(SLAB_SCALES), full)
+    copies.load_bulk(weights + number * SLAB_CODES, codes, Int32(SLAB_CODES), full)
+    copies.load_bulk(weights + shape.slabs * SLAB_CODES + number * SLAB_SCALES, scales, Int32(SLAB_SCALES), full)
 
 
 @cute.jit
@@ -163,7 +163,7 @@ def accumulate(
     scales = base + (shape.weights_at + shape.slabs * SLAB_CODES + lane // 4 * 16) + tile * TILE_SCALES
     ready = cute.make_rmem_tensor(8, Uint32)  # decoded for the first group
     words = cute.make_rmem_tensor((tiles, 8), Uint32)  # codes of half a stage, then scales
-    ring.wait(base + shape.barriers_at + stage * 16, parity)
+    mbarrier.wait(base + shape.barriers_at + stage * 16, parity)
     for t in cutlass.range_constexpr(tiles):
         _keep(words, t, _first_words(t, codes + stage * shape.stage_bytes, scales + stage * shape.stage_bytes))
     _keep(ready, None, decode([words[0, i] for i in range(8)], 0, masks))
@@ -191,7 +191,7 @@ def accumulate(
                 _release(base, before, started, shape)  # its last group is done
             if cutlass.const_expr(step == STEPS - 1):
                 if cutlass.const_expr(t == 0):
-                    ring.wait_if(base + shape.barriers_at + next_stage * 16, next_parity, more)
+                    mbarrier.wait_if(base + shape.barriers_at + next_stage * 16, next_parity, more)
                 if cutlass.const_expr(shape.guarded):
                     raw[t] = _first_words_if(t, codes + there, scales + there, raw[t], more)
                 else:
@@ -199,7 +199,7 @@ def accumulate(
             after, other = (group + 1) // tiles % STEPS, (group + 1) % tiles
             left = decode(raw[other], after, masks)
             if cutlass.const_expr(after == 1):
-                half = ring.load16(codes + (stage * shape.stage_bytes + other * TILE_CODES + TILE_CODES // 2))
+                half = smem.load16(codes + (stage * shape.stage_bytes + other * TILE_CODES + TILE_CODES // 2))
                 raw[other] = half + raw[other][4:]
         for t in cutlass.range_constexpr(tiles):
             _keep(words, t, raw[t])
@@ -227,13 +227,13 @@ def _keep(kept: cute.Tensor, row: int | None, words: Sequence[Numeric]) -> None:
 
 def _first_words(tile: int, codes: Int32, scales: Int32) -> list[Uint32]:
     """Codes of the first half of a stage, and scales of all of it."""
-    return ring.load16(codes + tile * TILE_CODES) + ring.load16(scales + tile * TILE_SCALES)
+    return smem.load16(codes + tile * TILE_CODES) + smem.load16(scales + tile * TILE_SCALES)
 
 
 def _first_words_if(tile: int, codes: Int32, scales: Int32, words: Sequence[Uint32], condition: Int32) -> list[Uint32]:
     """`_first_words` where the condition is not 0, else the words given."""
     given = ((codes + tile * TILE_CODES, words[:4]), (scales + tile * TILE_SCALES, words[4:]))
-    return [word for place, kept in given for word in placed.load16_if(place, kept, condition)]
+    return [word for place, kept in given for word in smem.load16_if(place, kept, condition)]
 
 
 def _release(base: Int32, stage: Int32, condition: Int32, shape: Shape) -> None:
@@ -241,9 +241,9 @@ def _release(base: Int32, stage: Int32, condition: Int32, shape: Shape) -> None:
     barrier, lane = base + shape.barriers_at + stage * 16 + 8, cute.arch.lane_idx()
     mine = arith.select((lane < shape.cluster) & (condition != 0), Int32(1), Int32(0))
     if shape.cluster > 1:
-        multicast.arrive_at_if(barrier, lane % shape.cluster, mine)  # any of the cluster may write there next
+        cluster.arrive_at_if(barrier, lane % shape.cluster, mine)  # any of the cluster may write there next
     else:
-        ring.arrive_if(barrier, mine)
+        mbarrier.arrive_if(barrier, mine)
 
 
 def decode(raw: list[Uint32], step: int, masks: fragments.Masks) -> list[Uint32]:
@@ -269,12 +269,12 @@ def work(
         shape: How the work is cut.
     """
     thread, _, _ = cute.arch.thread_idx()
-    base = ring.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
+    base = asm.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
     if thread == 0:
         for stage in cutlass.range_constexpr(shape.stages):
-            ring.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
-            ring.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS * shape.cluster)
-        ring.init_fence()
+            mbarrier.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
+            mbarrier.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS * shape.cluster)
+        mbarrier.init_fence()
     cute.arch.griddepcontrol_launch_dependents()
     if cutlass.const_expr(shape.cluster > 1):
         cute.arch.cluster_arrive()

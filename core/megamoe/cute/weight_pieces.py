@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Int32, cute
 
-from megamoe.cute import arith, ring
+from megamoe.cute import arith, smem
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 
@@ -226,17 +226,17 @@ def count_tiles(base: Int32, thread: Int32, operands: Constexpr[Operands], shape
         below = cute.arch.shuffle_sync_up(total, 1 << step, mask_and_clamp=0)
         total = total + arith.select(lane >= 1 << step, below, Int32(0))
     if lane == WARP - 1:
-        ring.store4(base + wide * 4, total)  # the stages are not in use yet
+        smem.store4(base + wide * 4, total)  # the stages are not in use yet
     cute.arch.sync_threads()
     for other in cutlass.range_constexpr(THREADS // WARP):
-        total = total + arith.select(wide > other, ring.load4(base + other * 4), Int32(0))
+        total = total + arith.select(wide > other, smem.load4(base + other * 4), Int32(0))
     for i in cutlass.range_constexpr(2):
         if 2 * thread + i < experts:
-            ring.store4(counts + (2 * thread + i) * 4, total - tiles[1] - (tiles[0] if i == 0 else 0))
-            ring.store4(starts + (2 * thread + i) * 4, rows[i])
+            smem.store4(counts + (2 * thread + i) * 4, total - tiles[1] - (tiles[0] if i == 0 else 0))
+            smem.store4(starts + (2 * thread + i) * 4, rows[i])
     if (2 * thread < experts) & (2 * thread + 2 >= experts):
-        ring.store4(counts + experts * 4, total)
-        ring.store4(starts + experts * 4, operands.offsets[experts])
+        smem.store4(counts + experts * 4, total)
+        smem.store4(starts + experts * 4, operands.offsets[experts])
     cute.arch.sync_threads()
 
 
@@ -244,7 +244,7 @@ def pieces(base: Int32, operands: Operands, shape: Shape) -> Int32:
     """How many there are in all."""
     if shape.dense:
         return operands.tiles * operands.row_pieces(shape)
-    return ring.load4(base + shape.counts_at + operands.experts * 4) * operands.row_pieces(shape)
+    return smem.load4(base + shape.counts_at + operands.experts * 4) * operands.row_pieces(shape)
 
 
 @cute.jit
@@ -257,7 +257,7 @@ def expert_of(
     passed = Int32(WARP)
     while passed == WARP:
         ahead = cutlass.min(here + 1 + lane, operands.experts)
-        before = ring.load4(base + shape.counts_at + ahead * 4) * operands.row_pieces(shape)
+        before = smem.load4(base + shape.counts_at + ahead * 4) * operands.row_pieces(shape)
         passed = cute.arch.popc(cute.arch.vote_ballot_sync((before <= piece) & (here + 1 + lane <= operands.experts)))
         here = here + passed
     return here
@@ -269,8 +269,8 @@ def piece_of(number: Int32, expert: Int32, base: Int32, operands: Operands, shap
         return _dense_piece(number, operands, shape)
     counts = base + shape.counts_at
     starts = counts + 4 * (shape.experts + 1)
-    before, after = (ring.load4(counts + (expert + i) * 4) for i in range(2))
-    start, end = (ring.load4(starts + (expert + i) * 4) for i in range(2))
+    before, after = (smem.load4(counts + (expert + i) * 4) for i in range(2))
+    start, end = (smem.load4(starts + (expert + i) * 4) for i in range(2))
     tiles, local = after - before, number - before * operands.row_pieces(shape)
     row_piece = local // tiles
     width = _width_of((end - start + tiles - 1) // tiles, shape)

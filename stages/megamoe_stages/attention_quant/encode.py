@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, recipe, ring
+from megamoe.cute import arith, asm, attention_mma, copies, gmem, mbarrier, recipe, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import CHUNK
 from megamoe.cute.layout import TILE, TILE_COLS, offset_128x4
@@ -85,13 +85,13 @@ def fetch(base: Int32, rows: Constexpr[Rows], out: Constexpr[Quantized], shape: 
             here = j * (WARP // _CHUNKS) + row
             line = Int64(cute.arch.shuffle_sync(at[i], here)) * _ANGLE_BYTES + chunk * CHUNK
             target = base + shape.angles_at + angles_of(i * WARP + here, chunk)
-            attention_mma.copy16(target, ring.address(out.cos.iterator) + line, Int32(CHUNK))
-            attention_mma.copy16(target + _SINES_AT, ring.address(out.sin.iterator) + line, Int32(CHUNK))
-    attention_mma.commit_copies()
+            copies.copy16(target, asm.address(out.cos) + line, Int32(CHUNK))
+            copies.copy16(target + _SINES_AT, asm.address(out.sin) + line, Int32(CHUNK))
+    copies.commit()
     if lane == 0:
-        ring.store4(base + shape.word_at, out.enc[()])
-    attention_mma.wait_copies(0)
-    ring.arrive_if(base + shape.fetched_at, Int32(1))
+        smem.store4(base + shape.word_at, out.enc[()])
+    copies.wait(0)
+    mbarrier.arrive_if(base + shape.fetched_at, Int32(1))
 
 
 @cute.jit
@@ -99,12 +99,12 @@ def encode_rows(
     me: Constexpr[Consumer], rows: Constexpr[Rows], out: Constexpr[Quantized], shape: Constexpr[Shape]
 ) -> None:
     """Encodes a consumer's half of its rows and writes it."""
-    ring.wait(me.base + shape.fetched_at, me.before[0] // 4)
-    enc = arith.number(Uint32(ring.load4(me.base + shape.word_at)))
+    mbarrier.wait(me.base + shape.fetched_at, me.before[0] // 4)
+    enc = arith.number(Uint32(smem.load4(me.base + shape.word_at)))
     if me.number == CONSUMERS - 1:
         turn(me, shape)
     hold(me)
-    ring.arrive_if(me.base + shape.turned_at, Int32(1))
+    mbarrier.arrive_if(me.base + shape.turned_at, Int32(1))
     place = place_of(me, rows, out)
     scale = recipe.regular_global_scale(enc, Target.SM90)
     regular, codes, scales = scale.regular, [], []
@@ -114,7 +114,7 @@ def encode_rows(
         codes += [block.low, block.high]
         scales.append(block.scale)
         if cutlass.const_expr(len(codes) == 4):
-            ring.store_global16_if(place.codes + (step - 1) * (BLOCK // 2), codes, place.inside)
+            gmem.store16_if(place.codes + (step - 1) * (BLOCK // 2), codes, place.inside)
             codes = []
         if cutlass.const_expr(len(scales) == TILE_COLS):
             store_scales(place, step // TILE_COLS, word_of(scales))
@@ -136,10 +136,10 @@ def exchange(me: Consumer, step: int) -> list[Uint32]:
             for half in range(2):
                 first = HALF // 4 * upper + 8 * step + 4 * side + 2 * half
                 at = chunk_at(area, g + 8 * half, 4 * upper + 2 * side | t >> 1) + (t & 1) * 8
-                attention_mma.store8(at, [arith.bits(me.acc[first + j]) for j in range(2)])
+                smem.store8(at, [arith.bits(me.acc[first + j]) for j in range(2)])
     cute.arch.sync_warp()
     row, upper = lane % _WARP_ROWS, lane // _WARP_ROWS
-    words = [word for i in range(4) for word in ring.load16(chunk_at(area, row, 4 * upper | i))]
+    words = [word for i in range(4) for word in smem.load16(chunk_at(area, row, 4 * upper | i))]
     cute.arch.sync_warp()
     return words
 
@@ -162,7 +162,7 @@ def encode_exactly(me: Constexpr[Consumer], place: Constexpr[Place], scale: Cons
     for step in cutlass.range(_STEPS, unroll=1):
         block = recipe.encode_any_block(exchange(me, 0), Float32, scale, Target.SM90)
         if place.inside != 0:
-            attention_mma.store8_global(place.codes + step * (BLOCK // 2), [block.low, block.high])
+            gmem.store8(place.codes + step * (BLOCK // 2), [block.low, block.high])
         words[0], words[1] = words[0] >> 8 | words[1] << 24, words[1] >> 8 | block.scale << 24
         move_down(me)
     for i in cutlass.range_constexpr(2):
@@ -185,7 +185,7 @@ def turn(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
             place = (HALF - ROPE_DIM) // 2 + 4 * block + 2 * half
             x = [me.acc[place], me.acc[place + 1]]
             at = me.base + shape.angles_at + angles_of(row, block) + t * 4
-            c, s = (arith.number(Uint32(ring.load4(at + there))) for there in (0, _SINES_AT))
+            c, s = (arith.number(Uint32(smem.load4(at + there))) for there in (0, _SINES_AT))
             me.acc[place], me.acc[place + 1] = turn_back(x, [c], [s], Target.SM90)
 
 
@@ -227,9 +227,9 @@ def place_of(me: Consumer, rows: Rows, out: Quantized) -> Place:
     group, within = divmod(head, out.heads_a_group)
     line = Int64(group) * out.queries + query  # of the codes
     column = (within * CONSUMERS + me.number) * _SCALE_BYTES + lane // _WARP_ROWS * _STEPS
-    codes = ring.address(out.codes.iterator) + line * (out.cols * (BLOCK // 2)) + column * (BLOCK // 2)
+    codes = asm.address(out.codes) + line * (out.cols * (BLOCK // 2)) + column * (BLOCK // 2)
     there = arith.select(inside, Int32(1), Int32(0))
-    scales = ring.address(out.scales.iterator)
+    scales = asm.address(out.scales)
     if out.tiled:
         padded = cute.size(out.scales, mode=[1])
         offset = group * (padded * out.cols) + offset_128x4(query, column, out.cols)
@@ -239,7 +239,7 @@ def place_of(me: Consumer, rows: Rows, out: Quantized) -> Place:
 
 def store_scales(place: Place, number: int, word: Uint32) -> None:
     """Writes four scales, if there is such a row."""
-    attention_mma.store4_global_if(place.scales + number * place.next_scales, word, place.inside)
+    gmem.store4_if(place.scales + number * place.next_scales, word, place.inside)
 
 
 @cute.jit
@@ -257,4 +257,4 @@ def write_rest(out: Constexpr[Quantized]) -> None:
         group = row // rest
         offset = group * (padded * out.cols)
         offset = offset + offset_128x4(out.queries + row - group * rest, word * TILE_COLS, out.cols)
-        attention_mma.store4_global_if(ring.address(out.scales.iterator) + offset, Uint32(0), Int32(1))
+        gmem.store4_if(asm.address(out.scales) + offset, Uint32(0), Int32(1))

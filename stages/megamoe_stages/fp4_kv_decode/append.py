@@ -11,9 +11,8 @@ from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, recipe, ring
+from megamoe.cute import arith, asm, gmem, recipe
 from megamoe.cute.arith import Target
-from megamoe.cute.attention_mma import load16_global, store8_global
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.recipe import BLOCK
 from megamoe.cute.strips import DTYPES
@@ -125,15 +124,15 @@ def append(
             if not encoded.regular:  # rare: NaN, infinity or saturation
                 encoded = recipe.encode_any_block(words, fresh.element_type, recipe.global_scale(enc, target), target)
                 low, high, byte = encoded.low, encoded.high, encoded.scale
-            store8_global(ring.address(codes.iterator) + (slot * cols + col) * 8, [low, high])
+            gmem.store8(asm.address(codes) + (slot * cols + col) * 8, [low, high])
             scales[Int32(slot), col] = Uint8(byte)
 
 
 def load_block(fresh: cute.Tensor, block: Int64) -> list[Uint32]:
     """The words of a block of 16 values."""
     count = recipe.words_of_block(fresh.element_type)
-    at = ring.address(fresh.iterator) + block * (4 * count)
-    return [word for i in range(count // 4) for word in load16_global(at + 16 * i)]
+    at = asm.address(fresh) + block * (4 * count)
+    return [word for i in range(count // 4) for word in gmem.load16(at + 16 * i)]
 
 
 def spec(dtype: str, target: Target = Target.SM90) -> KernelSpec:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, bf16, ring, wgmma
+from megamoe.cute import arith, attention_mma, bf16, mbarrier, smem, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe.cute.warp import WARP, sum_of_four
@@ -140,7 +140,7 @@ def shrink(acc: cute.Tensor, scale: Constexpr[list[Float32]]) -> None:
 def start_scores(base: Int32, tile: Int32, shape: Shape) -> list[Float32]:
     """Starts the products of the queries and the keys of a tile, once it is there; a group of its own."""
     buffer = tile % shape.buffers
-    ring.wait(base + shape.barriers_at + buffer * 16, tile // shape.buffers % 2)
+    mbarrier.wait(base + shape.barriers_at + buffer * 16, tile // shape.buffers % 2)
     scores = attention_mma.fence(wgmma.zeros(TILE // 2))
     queries, keys = wgmma.descriptor(base), wgmma.descriptor(base + shape.tiles_at + buffer * shape.tile_bytes)
     for k in range(shape.head_dim // wgmma.K_STEP):
@@ -175,14 +175,14 @@ def _values(base: Int32, tile: Int32, shape: Shape) -> Int64:
 def release(base: Int32, tile: Int32, shape: Shape) -> None:
     """Gives the place of a tile back, an arrival a warp."""
     empty = base + shape.barriers_at + tile % shape.buffers * 16 + 8
-    ring.arrive_if(empty, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
+    mbarrier.arrive_if(empty, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
 
 
 def masks_of(base: Int32, tile: Int32, first: Int32, rows: Rows, shape: Shape) -> list[list[Uint32]]:
     """What this lane's two rows see of a tile."""
     g, _, wide = lanes()
     at = base + shape.masks_at + tile % shape.buffers * 8
-    exist = [Uint32(ring.load4(at + 4 * i)) for i in range(2)]
+    exist = [Uint32(smem.load4(at + 4 * i)) for i in range(2)]
     every = rows.indexed != 0
     return [row_masks(wide * 16 + g + 8 * i, first + tile * TILE, every, exist, rows) for i in range(2)]
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, f16, ring
+from megamoe.cute import arith, f16, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, STEP, STEPS, TILE, WARP, Shape
@@ -71,9 +71,9 @@ def load_keys(slot: Uint32, j: int, shape: Shape) -> tuple[list[list[Uint32]], l
     codes, scales = [], []
     for h in range(2):
         at = codes_at + behind(j, h) * code_bytes
-        codes.append([w for i in range(0, 2 * shape.key_blocks, wide) for w in f16.load_words(at + 4 * i, wide)])
+        codes.append([w for i in range(0, 2 * shape.key_blocks, wide) for w in smem.load_words(at + 4 * i, wide)])
         at = scales_at + behind(j, h) * scale_bytes
-        scales.append([f16.load_bytes(at + i, pair) for i in range(0, shape.key_blocks, pair)])
+        scales.append([smem.load_bytes(at + i, pair) for i in range(0, shape.key_blocks, pair)])
     return codes, scales
 
 
@@ -107,9 +107,9 @@ def load_values(slot: Uint32, j: int, shape: Shape) -> tuple[list[list[Uint32]],
         for odd in range(2):
             token = token_of(t, odd)
             at = codes_at + token * code_bytes + behind(j, h) * code_bytes
-            codes.append(f16.load_words(at, shape.value_words))
+            codes.append(smem.load_words(at, shape.value_words))
             at = scales_at + token * scale_bytes + behind(j, h) * scale_bytes
-            scales.append(f16.load_bytes(at, max(1, shape.value_words // 2)))
+            scales.append(smem.load_bytes(at, max(1, shape.value_words // 2)))
     return codes, scales
 
 
@@ -188,8 +188,8 @@ def clear(
         if (there == 0) | (place < limits.start) | (place >= limits.end):
             at = slot + TILE * shape.value_bytes[0] + token * shape.value_bytes[1]
             for k in cutlass.range_constexpr(shape.value_bytes[1] // 4):
-                ring.store4(Int32(at) + 4 * k, Uint32(0))
-    attention_mma.proxy_fence()  # the next copy to this place comes behind
+                smem.store4(Int32(at) + 4 * k, Uint32(0))
+    smem.proxy_fence()  # the next copy to this place comes behind
     cute.arch.sync_warp()
 
 

@@ -15,7 +15,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, bf16, bulk, f16, ring
+from megamoe.cute import arith, asm, bf16, f16, gmem, mbarrier, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.fp4_kv_decode import gqa_attend as attend
@@ -136,17 +136,17 @@ def kernel(
     thread, _, _ = cute.arch.thread_idx()
     cta, _, _ = cute.arch.block_idx()
     wide = cute.arch.make_warp_uniform(thread // WARP)
-    base = bulk.shared_address(cute.arch.get_dyn_smem(Uint8, alignment=128))
+    base = Uint32(asm.address(cute.arch.get_dyn_smem(Uint8, alignment=128)))
     group = heads // kv_heads
-    sides = tuple(ring.address(tensor.iterator) for tensor in (k_codes, k_scales, v_codes, v_scales))
+    sides = tuple(asm.address(tensor) for tensor in (k_codes, k_scales, v_codes, v_scales))
     cache = Cache(sides, block_table, lengths, pages, page, count, kv_heads, queries, window, fresh)
     result = Result(out, lse, sink, has_sink, v_scale, parts, stats, arrived, queries, heads, group)
     ring_at = base + wide * shape.ring_bytes
-    barriers = base + shape.barriers_at + wide * (2 * bulk.BARRIER_BYTES)
+    barriers = base + shape.barriers_at + wide * (2 * mbarrier.BARRIER_BYTES)
     shift = work.run_shift(cache)
     if thread < 2 * shape.warps:
-        ring.init(Int32(base) + shape.barriers_at + thread * bulk.BARRIER_BYTES, Int32(2 * STEPS) >> shift)
-        ring.init_fence()
+        mbarrier.init(Int32(base) + shape.barriers_at + thread * mbarrier.BARRIER_BYTES, Int32(2 * STEPS) >> shift)
+        mbarrier.init_fence()
     if thread == 0:
         work.put_sides(base, cache, shape)
     cute.arch.griddepcontrol_launch_dependents()
@@ -159,7 +159,7 @@ def kernel(
     sequence, origin, length = work.find(tile, own_length, cache)
     tile = tile + arith.select((tile - origin) % work.places_of(length, cache) == 0, Int32(1), Int32(0))
     if thread == 0:
-        bulk.store4(base + shape.share_at, [Uint32(word) for word in (*share, Int32(0))])
+        smem.store16(base + shape.share_at, [Uint32(word) for word in (*share, Int32(0))])
     result_of.no_record(base, shape)
     acc = cute.make_rmem_tensor((4 * shape.quads,), Float32)
     operands = cute.make_rmem_tensor((shape.column_blocks * shape.key_blocks * 8,), Uint32)
@@ -183,8 +183,8 @@ def kernel(
         state = base + shape.state_at + wide * 32
         starts = arith.select(tile == problem_start, Int32(1), Int32(0))
         ends = arith.select(tile + own == problem_start + tiles, Int32(1), Int32(0))
-        bulk.store4(state, [Uint32(word) for word in (tile + own, stop, origin, length)])
-        bulk.store4(state + 16, [Uint32(word) for word in (sequence, kv_head, starts, ends)])
+        smem.store16(state, [Uint32(word) for word in (tile + own, stop, origin, length)])
+        smem.store16(state + 16, [Uint32(word) for word in (sequence, kv_head, starts, ends)])
         if (starts == 0) | (ends == 0):
             result_of.put_record(base, Place(sequence, kv_head), problem_start, tiles, starts, ends, shape)
         cute.arch.sync_warp()
@@ -196,7 +196,7 @@ def kernel(
         for now in cutlass.range(first, first + own, unroll=1):
             inner = (now >= inner_start) & (now < inner_end) & (pages == every_page(shift))
             more = now + 1 < first + own
-            bulk.barrier_wait(barriers, parity)
+            mbarrier.wait(barriers, parity)
             for j in cutlass.range_constexpr(STEPS):
                 codes, scales = attend.load_keys(ring_at, j, shape)
                 if cutlass.const_expr(j + 1 == STEPS):
@@ -216,7 +216,7 @@ def kernel(
             weights = [attend.operands(x, j, shape) for j in range(STEPS)]
 
             values_at = ring_at + shape.values_at
-            bulk.barrier_wait(barriers + bulk.BARRIER_BYTES, parity)
+            mbarrier.wait(barriers + mbarrier.BARRIER_BYTES, parity)
             if not inner:
                 attend.clear(values_at, now, pages, shift, limits_of(length_of(state), cache, group), shape)
             for j in cutlass.range_constexpr(STEPS):
@@ -224,14 +224,14 @@ def kernel(
                 if cutlass.const_expr(j + 1 == STEPS):
                     cute.arch.sync_warp()
                     mine = work.copier(base, cache, shape)
-                    work.copy_if(more, row, 1, values_at, barriers + bulk.BARRIER_BYTES, mine, shape)
+                    work.copy_if(more, row, 1, values_at, barriers + mbarrier.BARRIER_BYTES, mine, shape)
                     pages = pages_of(home, shift)
                     home = work.home_of(now + 2, now + 2 < first + own, sequence, cache, mine.token)
                 attend.add_values(acc, codes, scales, weights[j], shape)
             parity = parity ^ 1
 
-        tile, stop, origin, length = (Int32(word) for word in bulk.load4(state))
-        sequence, kv_head, starts, ends = (Int32(word) for word in bulk.load4(state + 16))
+        tile, stop, origin, length = (Int32(word) for word in smem.load16(state))
+        sequence, kv_head, starts, ends = (Int32(word) for word in smem.load16(state + 16))
         place = Place(sequence, kv_head)
         if (ends != 0) & (kv_head == kv_heads - 1):
             sequence = sequence + 1
@@ -249,7 +249,7 @@ def kernel(
 
 def length_of(state: Uint32) -> Int32:
     """The length among what waits in shared memory."""
-    return Int32(bulk.load4(state)[3])
+    return Int32(smem.load16(state)[3])
 
 
 def limits_of(length: Int32, cache: Cache, group: Int32) -> Limits:
@@ -299,7 +299,7 @@ def start_copies(
     if (first + 1) * TILE > length - cache.fresh:
         cute.arch.griddepcontrol_wait()  # for new tokens
     work.copy_if(always, row, 0, ring_at, barriers, mine, shape)
-    work.copy_if(always, row, 1, ring_at + shape.values_at, barriers + bulk.BARRIER_BYTES, mine, shape)
+    work.copy_if(always, row, 1, ring_at + shape.values_at, barriers + mbarrier.BARRIER_BYTES, mine, shape)
     return pages_of(homes[0], work.run_shift(cache)), homes[1]
 
 
@@ -324,9 +324,9 @@ def load_queries(
             query = column // result.group
             head = kv_head * result.group + column - query * result.group
             row = (sequence * result.queries + query) * result.heads + head
-            at = ring.address(q.iterator) + (Int64(row) * shape.head_dim + t * (16 * shape.key_blocks)) * 2
+            at = asm.address(q) + (Int64(row) * shape.head_dim + t * (16 * shape.key_blocks)) * 2
             for i in cutlass.range_constexpr(2 * shape.key_blocks):
-                for k, word in enumerate(bulk.load_global4(at + 16 * i)):
+                for k, word in enumerate(gmem.load16(at + 16 * i)):
                     words[4 * i + k] = word
         largest = Uint32(0)
         for i in cutlass.range_constexpr(8 * shape.key_blocks):

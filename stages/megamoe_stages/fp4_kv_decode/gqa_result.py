@@ -15,11 +15,10 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, bf16, bulk, ring, warp
+from megamoe.cute import arith, asm, attention_mma, bf16, gmem, smem, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe.cute.f16 import DECODED_UNIT
-from megamoe.cute.placed import count_round
 from megamoe_stages.fp4_kv_decode import gqa_work as work
 from megamoe_stages.fp4_kv_decode.gqa_attend import INFINITY, LOWEST, lanes
 from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, WARP, Shape
@@ -106,12 +105,12 @@ def finish(
         wide = thread // WARP
         at = base + sums_of(wide, ends, shape) + thread % WARP * _QUAD_BYTES
         for quad in cutlass.range_constexpr(shape.quads):
-            bulk.store4(at + quad * _ROUND_BYTES, [arith.bits(acc[4 * quad + k]) for k in range(4)])
+            smem.store16(at + quad * _ROUND_BYTES, [arith.bits(acc[4 * quad + k]) for k in range(4)])
         if g == 0:
             at = base + stats_of(wide, ends, shape) + t * 16
             for n in cutlass.range_constexpr(shape.column_blocks):
                 words = [arith.bits(values[2 * n + c]) for c in range(2) for values in (top, total)]
-                bulk.store4(at + n * (COLUMNS * 8), words)
+                smem.store16(at + n * (COLUMNS * 8), words)
 
 
 def sums_of(wide: Int32, ends: cutlass.Boolean, shape: Shape) -> Int32:
@@ -134,7 +133,7 @@ def no_record(base: Uint32, shape: Shape) -> None:
     """Nothing of this warp waits to be joined yet."""
     none = [Uint32(0xFFFFFFFF)] * 4
     for ends in (True, False):
-        bulk.store4(base + record_of(warp.thread() // WARP, cutlass.Boolean(ends), shape), none)
+        smem.store16(base + record_of(warp.thread() // WARP, cutlass.Boolean(ends), shape), none)
 
 
 @cute.jit
@@ -148,11 +147,11 @@ def put_record(
     shape: Constexpr[Shape],
 ) -> None:
     """Sums of a problem, from `first_tile` on in the line, will wait to be joined."""
-    share = Share(*(Int32(word) for word in bulk.load4(base + shape.share_at)[:3]))
+    share = Share(*(Int32(word) for word in smem.load16(base + shape.share_at)[:3]))
     ctas = [share.owner(tile) // shape.warps for tile in (first_tile, first_tile + tiles - 1)]
     words = (place.sequence, place.kv_head * 2 + starts, *ctas)
     at = record_of(warp.thread() // WARP, ends != 0, shape)
-    bulk.store4(base + at, [Uint32(word) for word in words])
+    smem.store16(base + at, [Uint32(word) for word in words])
 
 
 @cute.jit
@@ -167,8 +166,8 @@ def join_all(base: Uint32, kv_heads: Int32, result: Constexpr[Result], shape: Co
     lane = thread % WARP
     first, last = [Uint32(0xFFFFFFFF)] * 2, [Uint32(0xFFFFFFFF)] * 2
     if lane < shape.warps:
-        first = bulk.load4(base + record_of(lane, cutlass.Boolean(True), shape))[:2]
-        last = bulk.load4(base + record_of(lane, cutlass.Boolean(False), shape))[:2]
+        first = smem.load16(base + record_of(lane, cutlass.Boolean(True), shape))[:2]
+        last = smem.load16(base + record_of(lane, cutlass.Boolean(False), shape))[:2]
     none = Uint32(0xFFFFFFFF)
     ending = Uint32(cute.arch.vote_ballot_sync(first[0] != none))
     going = Uint32(cute.arch.vote_ballot_sync(last[0] != none))
@@ -208,12 +207,12 @@ def join_all(base: Uint32, kv_heads: Int32, result: Constexpr[Result], shape: Co
             if thread == number * WARP:
                 whole = Int32(0)
                 if records[number] != 0:
-                    words = [Int32(word) for word in bulk.load4(base + records[number])]
+                    words = [Int32(word) for word in smem.load16(base + records[number])]
                     problem = words[0] * kv_heads + words[1] // 2
-                    at = ring.address(result.arrived.iterator) + Int64(problem) * 4
+                    at = asm.address(result.arrived) + Int64(problem) * 4
                     others = words[3] - words[2]
-                    whole = arith.select(count_round(at, others) == others, Int32(1), Int32(0))
-                ring.store4(Int32(base) + shape.flags_at + 4 * number, whole)
+                    whole = arith.select(gmem.count_round(at, others) == others, Int32(1), Int32(0))
+                smem.store4(Int32(base) + shape.flags_at + 4 * number, whole)
         cute.arch.sync_threads()
         merge(base, records, result, shape)
 
@@ -223,7 +222,7 @@ def join(
 ) -> tuple[Place, Sums]:
     """Adds up a group of sums of warps `leader` to `end`; the problem ends in that warp's run or goes on behind it."""
     lane = warp.thread() % WARP
-    record = bulk.load4(base + record_of(leader, ends & (leader == end), shape))
+    record = smem.load16(base + record_of(leader, ends & (leader == end), shape))
     whole = Sums.empty()
     stats = base + columns_of(quad, shape) * 8
     _join(whole, base, stats, base + lane * _QUAD_BYTES + quad * _ROUND_BYTES, leader, end, ends, shape)
@@ -243,7 +242,7 @@ def _join(
 ) -> None:
     for w in cutlass.range(leader, end + 1, unroll=4):
         here = ends & (w == end)
-        whole.add(bulk.load4(stats + stats_of(w, here, shape)), bulk.load4(sums + sums_of(w, here, shape)))
+        whole.add(smem.load16(stats + stats_of(w, here, shape)), smem.load16(sums + sums_of(w, here, shape)))
 
 
 class Sums(NamedTuple):
@@ -324,8 +323,8 @@ def write(
             scale = arith.select(some, scale, Float32(0.0))
             dim = g * (shape.v_dim // COLUMNS) + quad // shape.column_blocks * 2
             pair = bf16.pack(sums[c] * scale, sums[2 + c] * scale, Target.SM90)
-            at = ring.address(result.out.iterator) + (Int64(row) * shape.v_dim + dim) * 2
-            attention_mma.store4_global_if(at, pair, Int32(1))
+            at = asm.address(result.out) + (Int64(row) * shape.v_dim + dim) * 2
+            gmem.store4_if(at, pair, Int32(1))
             if (quad < shape.column_blocks) & (g == 0):
                 lse = (tops[c] + attention_mma.log2(totals[c])) * Float32(_LN2)
                 result.lse[row] = arith.select(some, lse, Float32(-INFINITY))
@@ -343,11 +342,11 @@ def write_part(
     """Writes a group of four sums of a part, and with the first ones its largest scores and sums of weights."""
     g, _ = lanes()
     lane = warp.thread() % WARP
-    at = ring.address(result.parts.iterator) + Int64(part) * (shape.part_floats * 4)
-    bulk.store_global4(at + (quad * WARP + lane) * _QUAD_BYTES, sums)
+    at = asm.address(result.parts) + Int64(part) * (shape.part_floats * 4)
+    gmem.store16(at + (quad * WARP + lane) * _QUAD_BYTES, sums)
     if (quad < shape.column_blocks) & (g == 0):
-        at = ring.address(result.stats.iterator) + (Int64(part) * shape.columns + columns_of(quad, shape)) * 8
-        bulk.store_global4(at, stats)
+        at = asm.address(result.stats) + (Int64(part) * shape.columns + columns_of(quad, shape)) * 8
+        gmem.store16(at, stats)
 
 
 @cute.jit
@@ -360,14 +359,14 @@ def merge(base: Uint32, records: Constexpr[list[Int32]], result: Constexpr[Resul
         item = thread // WARP + i * shape.warps
         second = item >= shape.quads
         quad = item - arith.select(second, Int32(shape.quads), Int32(0))
-        flag = ring.load4(Int32(base) + shape.flags_at + arith.select(second, Int32(4), Int32(0)))
+        flag = smem.load4(Int32(base) + shape.flags_at + arith.select(second, Int32(4), Int32(0)))
         if (quad < shape.quads) & (flag != 0):
-            words = [Int32(word) for word in bulk.load4(base + arith.select(second, records[1], records[0]))]
+            words = [Int32(word) for word in smem.load16(base + arith.select(second, records[1], records[0]))]
             whole = Sums.empty()
-            stats = ring.address(result.stats.iterator) + columns_of(quad, shape) * 8
-            sums = ring.address(result.parts.iterator) + (quad * WARP + lane) * _QUAD_BYTES
+            stats = asm.address(result.stats) + columns_of(quad, shape) * 8
+            sums = asm.address(result.parts) + (quad * WARP + lane) * _QUAD_BYTES
             for cta in cutlass.range(words[2], words[3] + 1, unroll=8):
                 part = Int64(cta * 2 + arith.select(cta == words[2], Int32(1), Int32(0)))
-                values = attention_mma.load16_global(sums + part * (shape.part_floats * 4))
-                whole.add(attention_mma.load16_global(stats + part * (shape.columns * 8)), values)
+                values = gmem.load16(sums + part * (shape.part_floats * 4))
+                whole.add(gmem.load16(stats + part * (shape.columns * 8)), values)
             whole.write(quad, Place(words[0], words[1] // 2), result, shape)

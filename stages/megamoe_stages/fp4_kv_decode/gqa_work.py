@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, bulk, f16, warp
+from megamoe.cute import arith, copies, mbarrier, smem, warp
 from megamoe_stages.fp4_kv_decode.gqa_shape import STEP, TILE, WARP, Shape
 
 
@@ -172,7 +172,7 @@ def run_shift(cache: Cache) -> Int32:
 def put_sides(base: Uint32, cache: Constexpr[Cache], shape: Constexpr[Shape]) -> None:
     """Leaves the addresses of the cache in shared memory, one thread: in the loop they would cost registers."""
     for i, side in enumerate((cache.sides[0], cache.sides[2], cache.sides[1], cache.sides[3])):
-        f16.store_address(Int32(base) + shape.sides_at + 8 * i, side)
+        smem.store_address(Int32(base) + shape.sides_at + 8 * i, side)
 
 
 def copier(base: Uint32, cache: Cache, shape: Shape) -> Copier:
@@ -218,8 +218,8 @@ def copy_if(
     if wanted & (mine.tokens != 0):
         codes, scales = (shape.key_bytes, shape.value_bytes)[which]
         token_bytes = arith.select(mine.second != 0, Int32(scales), Int32(codes))
-        source = f16.load_address(Int32(mine.sides) + 8 * which) + Int64(row) * Int64(token_bytes)
+        source = smem.load_address(Int32(mine.sides) + 8 * which) + Int64(row) * Int64(token_bytes)
         size = mine.tokens * token_bytes
-        bulk.barrier_expect(barrier, size)
+        mbarrier.expect(barrier, size)
         place = place + mine.second * (TILE * codes) + mine.token * token_bytes
-        bulk.copy(place, source, size, barrier, bulk.evict_first())
+        copies.load_bulk(place, source, size, barrier, copies.evict_first())

@@ -14,7 +14,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, attention_mma, convert, f16, ring
+from megamoe.cute import arith, asm, convert, f16, gmem, mbarrier, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.fp4_kv_decode import attend, mqa, mqa_shape, produce
@@ -179,13 +179,13 @@ def kernel(
     """
     thread, _, _ = cute.arch.thread_idx()
     problem, part, split = cute.arch.block_idx()
-    base = ring.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
+    base = asm.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
     if thread == 0:
         if cutlass.const_expr(shape.shared):
             mqa.init_barriers(base, shape)
         else:
             init_barriers(base, shape)
-        ring.init_fence()
+        mbarrier.init_fence()
     if fresh == 0:
         cute.arch.griddepcontrol_wait()  # for what earlier launches write: so far this one has looked at nothing
 
@@ -267,8 +267,8 @@ def first_fresh(old: Int32, fresh: Int32, first: Int32, near: Int32, indexed: In
 def init_barriers(base: Int32, shape: Shape) -> None:
     """Makes the mbarriers of decoded tiles; a thread."""
     for buffer in range(shape.buffers):
-        ring.init(base + shape.barriers_at + buffer * 16, shape.producer_threads)
-        ring.init(base + shape.barriers_at + buffer * 16 + 8, GROUP // 32)
+        mbarrier.init(base + shape.barriers_at + buffer * 16, shape.producer_threads)
+        mbarrier.init(base + shape.barriers_at + buffer * 16 + 8, GROUP // 32)
 
 
 @cute.jit
@@ -333,14 +333,14 @@ def load_queries(thread: Int32, q: cute.Tensor, negative: Uint32, base: Int32, r
             row, chunk = (thread + i * threads) // chunks, (thread + i * threads) % chunks
             inside = rows.first + row < rows.count
             place = rows.place(arith.select(inside, rows.first + row, Int32(0)))
-            at = ring.address(q.iterator) + (Int64(place) * shape.head_dim + chunk * 8) * 2
-            loaded.append((inside, attention_mma.load16_global(at)))
+            at = asm.address(q) + (Int64(place) * shape.head_dim + chunk * 8) * 2
+            loaded.append((inside, gmem.load16(at)))
             places.append(base + chunk // 8 * BLOCK_BYTES + row * 128 + ((chunk ^ row) % 8) * 16)
         for place, (inside, words) in zip(places, loaded, strict=True):
             words = [arith.select(inside, word ^ negative, word ^ word) for word in produce.value_order(words)]
-            attention_mma.store16(place, words)
-    attention_mma.proxy_fence()
-    attention_mma.named_barrier(CONSUMERS_BARRIER, threads)
+            smem.store16(place, words)
+    smem.proxy_fence()
+    mbarrier.named_barrier(CONSUMERS_BARRIER, threads)
 
 
 def spec(shape: Shape | mqa_shape.Shape, target: Target = Target.SM90) -> KernelSpec:

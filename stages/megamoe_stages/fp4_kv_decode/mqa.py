@@ -8,7 +8,7 @@ from __future__ import annotations
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, bf16, f16, ring
+from megamoe.cute import arith, asm, bf16, f16, gmem, mbarrier, smem
 from megamoe.cute.arith import Target
 from megamoe_stages.fp4_kv_decode import mqa_attend, mqa_produce, mqa_shape
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows
@@ -40,13 +40,13 @@ _LEAST_RATIO = 2.0**-60  # of the decode scales of two caches
 def init_barriers(base: Int32, shape: Shape) -> None:
     """Makes the mbarriers; a thread."""
     for i in range(CONSUMERS * QUARTERS):
-        ring.init(base + shape.full_at + i * 8, GROUP + WARPS)  # copies of all threads, masks of all warps
+        mbarrier.init(base + shape.full_at + i * 8, GROUP + WARPS)  # copies of all threads, masks of all warps
     for i in range(PIECES):
-        ring.init(base + shape.empty_at + i * 8, GROUP)
+        mbarrier.init(base + shape.empty_at + i * 8, GROUP)
     for i in range(2):
-        ring.init(base + shape.ready_at + i * 8, GROUP)
-        ring.init(base + shape.free_at + i * 8, CONSUMERS * WARPS)
-    ring.init(base + shape.totals_at, CONSUMERS * GROUP)
+        mbarrier.init(base + shape.ready_at + i * 8, GROUP)
+        mbarrier.init(base + shape.free_at + i * 8, CONSUMERS * WARPS)
+    mbarrier.init(base + shape.totals_at, CONSUMERS * GROUP)
 
 
 @cute.jit
@@ -105,9 +105,9 @@ def note(base: Int32, first: Int32, ratio: Float32, rows: Rows, shape: Shape) ->
     late = arith.select(rows.window != 0, late - rows.window, Int32(-_NEVER))
     every = rows.near if shape.extra else Int32(_NEVER)
     every = arith.select(rows.indexed != 0, Int32(0), every)
-    attention_mma.store16(base + shape.facts_at, [Uint32(word) for word in (first, early, late, every)])
+    smem.store16(base + shape.facts_at, [Uint32(word) for word in (first, early, late, every)])
     words = [Uint32(word) for word in (rows.position, rows.window, rows.near)]
-    attention_mma.store16(base + shape.facts_at + 16, [*words, arith.bits(ratio)])
+    smem.store16(base + shape.facts_at + 16, [*words, arith.bits(ratio)])
 
 
 @cute.jit
@@ -128,18 +128,18 @@ def load_queries(
     unit = arith.magnitude(unit, Target.SM90)
     lane = thread % 16
     if thread < 2:
-        ring.store4(base + shape.flags_at + thread * 4, Int32(-2))
+        smem.store4(base + shape.flags_at + thread * 4, Int32(-2))
     zeros = [Uint32(0)] * 4
     for i in cutlass.range_constexpr(TILE_BYTES // 2 // 16 // (CONSUMERS * GROUP)):  # tile -1, of the first consumer
-        attention_mma.store16(base + shape.values_at + (i * CONSUMERS * GROUP + thread) * 16, zeros)
+        smem.store16(base + shape.values_at + (i * CONSUMERS * GROUP + thread) * 16, zeros)
     for i in cutlass.range_constexpr(BLOCK_BYTES // 16 // (CONSUMERS * GROUP)):
-        attention_mma.store16(base + shape.weights_at + (i * CONSUMERS * GROUP + thread) * 16, zeros)
+        smem.store16(base + shape.weights_at + (i * CONSUMERS * GROUP + thread) * 16, zeros)
     for step in cutlass.range_constexpr(ROWS * 16 // (CONSUMERS * GROUP)):
         local = step * (CONSUMERS * GROUP // 16) + thread // 16
         inside = rows.first + local < rows.count
         row = arith.select(inside, rows.first + local, Int32(0))
-        at = ring.address(q.iterator) + Int64(rows.place(row)) * (DIM * 2) + lane // 4 * 256 + lane % 4 * 16
-        words = [attention_mma.load16_global(at + t * 64) for t in range(4)]  # quarter lane / 4, lane t's word lane % 4
+        at = asm.address(q) + Int64(rows.place(row)) * (DIM * 2) + lane // 4 * 256 + lane % 4 * 16
+        words = [gmem.load16(at + t * 64) for t in range(4)]  # quarter lane / 4, lane t's word lane % 4
         largest = Uint32(0)
         for t in cutlass.range_constexpr(4):
             words[t] = [arith.select(inside, word ^ negative, word ^ word) for word in words[t]]
@@ -157,12 +157,12 @@ def load_queries(
                 chunk = lane % 2 * 4 + odd * 2 + h  # of a row of 64 values: of words of 8 two, each of two products
                 place = base + lane // 2 * BLOCK_BYTES + local * 128 + ((chunk ^ local) % 8) * 16
                 packed = [f16.pack(values[t][odd + 4 * h], values[t][odd + 4 * h + 2]) for t in range(4)]
-                attention_mma.store16(place, packed)
+                smem.store16(place, packed)
         if lane == 0:
             least = arith.maximum(unit * back, Float32(_LEAST_FACTOR), Target.SM90)
-            attention_mma.store8(base + shape.table_at + local * 8, [arith.bits(least), arith.bits(Float32(LOWEST))])
-            ring.store4(base + shape.queries_at + local * 4, (rows.first + local) // rows.group)
-    attention_mma.proxy_fence()
+            smem.store8(base + shape.table_at + local * 8, [arith.bits(least), arith.bits(Float32(LOWEST))])
+            smem.store4(base + shape.queries_at + local * 4, (rows.first + local) // rows.group)
+    smem.proxy_fence()
     if thread < GROUP:
-        ring.arrive_if(base + shape.ready_at + mqa_shape.buffer_of(-1) * 8, Int32(1))
-    attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
+        mbarrier.arrive_if(base + shape.ready_at + mqa_shape.buffer_of(-1) * 8, Int32(1))
+    mbarrier.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)

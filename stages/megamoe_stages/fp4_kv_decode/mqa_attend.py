@@ -13,7 +13,7 @@ import functools
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, f16, ring, staged, wgmma
+from megamoe.cute import arith, attention_mma, mbarrier, smem, staged, wgmma
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, lanes
 from megamoe_stages.fp4_kv_decode.mqa_scores import no_scores, publish, start_scores, take, weigh
 from megamoe_stages.fp4_kv_decode.mqa_shape import (
@@ -45,7 +45,7 @@ def start_sums(
 ) -> list[Float32]:
     """Starts to add the values of a tile by its weights to this consumer's columns, once both are there."""
     buffer = buffer_of(number)
-    ring.wait(base + shape.ready_at + buffer * 8, phase_of(number))
+    mbarrier.wait(base + shape.ready_at + buffer * 8, phase_of(number))
     follow(acc, totals, base, number, consumer, shape)
     sums = attention_mma.fence([acc[i] for i in range(cute.size(acc))])
     shared = base & 0x3FFFF
@@ -64,7 +64,7 @@ def keep(acc: cute.Tensor, sums: list[Float32], base: Int32, number: Int32, shap
     for i, value in enumerate(attention_mma.wait(sums)):
         acc[i] = value
     first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
-    ring.arrive_if(base + shape.free_at + buffer_of(number) * 8, first)
+    mbarrier.arrive_if(base + shape.free_at + buffer_of(number) * 8, first)
 
 
 @cute.jit
@@ -73,16 +73,16 @@ def follow(
 ) -> None:
     """Brings the sums to what is subtracted from the scores of a tile, and to the units of its cache."""
     g, t, wide = lanes()
-    if ring.load4(base + shape.flags_at + buffer_of(number) * 4) == number:
+    if smem.load4(base + shape.flags_at + buffer_of(number) * 4) == number:
         at = base + shape.shrink_at + buffer_of(number) * (ROWS * 4)
-        shares = [arith.number(Uint32(ring.load4(at + (wide * 16 + g + 8 * h) * 4))) for h in range(2)]
+        shares = [arith.number(Uint32(smem.load4(at + (wide * 16 + g + 8 * h) * 4))) for h in range(2)]
         for i in cutlass.range_constexpr(cute.size(acc)):
             acc[i] = acc[i] * shares[i // 2 % 2]
         if number % CONSUMERS != consumer:  # else done with the weights
-            for e, word in enumerate(f16.load_words(at + (8 * g + 2 * t) * 4, 2)):
+            for e, word in enumerate(smem.load_words(at + (8 * g + 2 * t) * 4, 2)):
                 totals[e] = totals[e] * arith.number(word)
     if cutlass.const_expr(shape.extra):
-        near, ratio = f16.load_words(base + shape.facts_at + 24, 2)
+        near, ratio = smem.load_words(base + shape.facts_at + 24, 2)
         if (number > 0) & (number == Int32(near)):
             rescale(acc, Float32(1.0) / arith.number(ratio))  # the sums are in units of the cache that they come from
 
@@ -111,7 +111,7 @@ def attend(
     tile = no_scores()
     if consumer == 1:  # the other one adds up a tile of zeros at the start
         first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
-        ring.arrive_if(base + shape.free_at + buffer_of(-1) * 8, first)
+        mbarrier.arrive_if(base + shape.free_at + buffer_of(-1) * 8, first)
     for number in cutlass.range(consumer, tiles, CONSUMERS, unroll=1):
         before = functools.partial(start_sums, acc, totals, base, number - 1, consumer, shape)
         scores, sums = start_scores(base, number, before, shape)
@@ -124,7 +124,7 @@ def attend(
     if (tiles > 0) & ((tiles - 1) % CONSUMERS != consumer):
         add_values(acc, totals, base, tiles - 1, consumer, shape)
     if cutlass.const_expr(shape.extra):
-        near, ratio_of = f16.load_words(base + shape.facts_at + 24, 2)
+        near, ratio_of = smem.load_words(base + shape.facts_at + 24, 2)
         if tiles > cutlass.max(Int32(near), 0):
             rescale(acc, arith.number(ratio_of))
     finish_totals(totals, stat, base, consumer, shape)
@@ -136,15 +136,15 @@ def finish_totals(
 ) -> None:
     """Adds up the sums of weights of all warps; all consumers, over the weights, which nobody needs any more."""
     g, t, wide = lanes()
-    attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
+    mbarrier.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
     own = base + shape.own_at + (consumer * WARPS + wide) * (ROWS * 4)
-    attention_mma.store8(own + (8 * g + 2 * t) * 4, [arith.bits(totals[e]) for e in range(2)])
-    ring.arrive_if(base + shape.totals_at, Int32(1))  # not the barrier above: racecheck takes it for none here
-    ring.wait(base + shape.totals_at, Int32(0))
+    smem.store8(own + (8 * g + 2 * t) * 4, [arith.bits(totals[e]) for e in range(2)])
+    mbarrier.arrive_if(base + shape.totals_at, Int32(1))  # not the barrier above: racecheck takes it for none here
+    mbarrier.wait(base + shape.totals_at, Int32(0))
     for half in cutlass.range_constexpr(2):
         row = wide * 16 + g + 8 * half
-        stat[half] = arith.number(Uint32(ring.load4(base + shape.table_at + row * 8 + 4)))
+        stat[half] = arith.number(Uint32(smem.load4(base + shape.table_at + row * 8 + 4)))
         total = Float32(0.0)
         for i in cutlass.range_constexpr(CONSUMERS * WARPS):
-            total = total + arith.number(Uint32(ring.load4(base + shape.own_at + (i * ROWS + row) * 4)))
+            total = total + arith.number(Uint32(smem.load4(base + shape.own_at + (i * ROWS + row) * 4)))
         stat[2 + half] = total

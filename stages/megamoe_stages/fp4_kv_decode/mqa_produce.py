@@ -8,8 +8,7 @@ from __future__ import annotations
 import cutlass
 from cutlass import Constexpr, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, ring
-from megamoe.cute.staged import arrive_when_copied
+from megamoe.cute import arith, copies, mbarrier
 from megamoe.cute.warp import WARP
 from megamoe_stages.fp4_kv_decode.mqa_shape import (
     CODE_BYTES,
@@ -41,9 +40,9 @@ def copy_part(
         there = arith.select(far, -2 - row, there)
     at = source + Int64(there) * size + column
     if cutlass.const_expr(scales):
-        attention_mma.copy4(to, at, arith.select(row != -1, Int32(4), Int32(0)))
+        copies.copy4(to, at, arith.select(row != -1, Int32(4), Int32(0)))
     else:
-        attention_mma.copy16(to, at, arith.select(row != -1, Int32(16), Int32(0)))
+        copies.copy16(to, at, arith.select(row != -1, Int32(16), Int32(0)))
 
 
 @cute.jit
@@ -66,7 +65,7 @@ def produce(base: Int32, work: Constexpr[Work], shape: Constexpr[Shape]) -> None
         if lane == 0:
             store_mask(base + shape.masks_at + tile % MASKS * 8, wide, Uint32(mask), shape)
         for quarter in cutlass.range_constexpr(QUARTERS):
-            ring.wait(base + shape.empty_at + place * 8, parity)
+            mbarrier.wait(base + shape.empty_at + place * 8, parity)
             at = base + shape.ring_at + place * PIECE_BYTES
             for i in cutlass.range_constexpr(2):
                 other = cute.arch.shuffle_sync(row, lane // 4 + 8 * i)
@@ -75,10 +74,10 @@ def produce(base: Int32, work: Constexpr[Work], shape: Constexpr[Shape]) -> None
             other = cute.arch.shuffle_sync(row, lane // 2)
             copy_part(other, quarter * PIECE_SCALES + lane % 2 * 4, at + scales_to, True, work, shape)
             full = base + shape.full_at + (tile % CONSUMERS * QUARTERS + quarter) * 8
-            arrive_when_copied(full)
-            ring.arrive_if(full, first)  # for the mask: copies show copies only
+            mbarrier.arrive_when_copied(full)
+            mbarrier.arrive_if(full, first)  # for the mask: copies show copies only
             last = place == PIECES - 1
             parity = arith.select(last, parity ^ 1, parity)
             place = arith.select(last, Int32(0), place + 1)
-    attention_mma.wait_copies(0)
+    copies.wait(0)
     cute.arch.griddepcontrol_wait()  # no kernel behind this one starts before the one in front has ended

@@ -9,9 +9,8 @@ from __future__ import annotations
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, cute
 
-from megamoe.cute import arith, attention_mma, bf16, ring
+from megamoe.cute import arith, asm, bf16, cluster, gmem, mbarrier, smem
 from megamoe.cute.arith import Target
-from megamoe.cute.placed import count_round
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows, lanes
 from megamoe_stages.fp4_kv_decode.mqa_shape import GROUP, ROWS, Shape
 from megamoe_stages.fp4_kv_decode.result import Result, add, finished, merge
@@ -30,10 +29,10 @@ def join_pair(
     cute.arch.cluster_arrive()
     cute.arch.cluster_wait()  # nobody needs queries and decoded tiles any more
     if consumer != rank:
-        there = attention_mma.peer_address(at, 1 - rank)
+        there = cluster.peer_address(at, 1 - rank)
         for i in cutlass.range_constexpr(count // 4):
-            attention_mma.store16_peer(there + i * GROUP * 16, [arith.bits(acc[4 * i + j]) for j in range(4)])
-        attention_mma.store16_peer(there + count // 4 * GROUP * 16, [arith.bits(stat[j]) for j in range(4)])
+            cluster.store16(there + i * GROUP * 16, [arith.bits(acc[4 * i + j]) for j in range(4)])
+        cluster.store16(there + count // 4 * GROUP * 16, [arith.bits(stat[j]) for j in range(4)])
     cute.arch.cluster_arrive()
     cute.arch.cluster_wait()
     if consumer == rank:
@@ -72,12 +71,12 @@ def store(
         place = rows.place(row)
         if inside & (t == 0) & (result.column == 0):
             result.lse[place] = lse
-        to = ring.address(result.out.iterator) + (Int64(place) * shape.v_dim + result.column) * 2
+        to = asm.address(result.out) + (Int64(place) * shape.v_dim + result.column) * 2
         for number in cutlass.range_constexpr(_EIGHTS):
             value = [one * scale for one in eight(acc, number, half)]
             words = [bf16.pack(value[2 * k], value[2 * k + 1], Target.SM90) for k in range(4)]
             there = to + Int64(column_of(number, t) * 2)
-            ring.store_global16_if(there, words, arith.select(inside, Int32(1), Int32(0)))
+            gmem.store16_if(there, words, arith.select(inside, Int32(1), Int32(0)))
 
 
 @cute.jit
@@ -93,12 +92,12 @@ def store_part(
             if t == 0:
                 result.stats[first + row, 0] = stat[half]
                 result.stats[first + row, 1] = stat[2 + half]
-            to = ring.address(result.parts.iterator) + Int64(first + row) * (shape.out_columns * 4)
+            to = asm.address(result.parts) + Int64(first + row) * (shape.out_columns * 4)
             for number in cutlass.range_constexpr(_EIGHTS):
                 value = [arith.bits(one) for one in eight(acc, number, half)]
                 there = to + Int64(column_of(number, t) * 4)
-                attention_mma.store16_global(there, [value[k] for k in (0, 4, 1, 5)])
-                attention_mma.store16_global(there + 16, [value[k] for k in (2, 6, 3, 7)])
+                gmem.store16(there, [value[k] for k in (0, 4, 1, 5)])
+                gmem.store16(there + 16, [value[k] for k in (2, 6, 3, 7)])
 
 
 @cute.jit
@@ -116,12 +115,12 @@ def finish(
     else:
         store_part(acc, stat, rows, result, shape)
         cute.arch.fence_acq_rel_gpu()
-        attention_mma.named_barrier(CONSUMERS_BARRIER, GROUP)
+        mbarrier.named_barrier(CONSUMERS_BARRIER, GROUP)
         thread = cute.arch.thread_idx()[0] % GROUP
         if thread == 0:
-            place = ring.address(result.arrived.iterator) + Int64(result.problem) * 4
-            ring.store4(base + shape.flag_at, count_round(place, Int32(result.splits - 1)))
-        attention_mma.named_barrier(CONSUMERS_BARRIER, GROUP)
-        if ring.load4(base + shape.flag_at) == result.splits - 1:
+            place = asm.address(result.arrived) + Int64(result.problem) * 4
+            smem.store4(base + shape.flag_at, gmem.count_round(place, Int32(result.splits - 1)))
+        mbarrier.named_barrier(CONSUMERS_BARRIER, GROUP)
+        if smem.load4(base + shape.flag_at) == result.splits - 1:
             cute.arch.fence_acq_rel_gpu()
             merge(thread, base, rows, result, shape)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Constexpr, Float32, Int32, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, f16, ring, wgmma
+from megamoe.cute import arith, attention_mma, f16, mbarrier, smem, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, lanes
@@ -67,10 +67,10 @@ def load_quarter(base: Int32, number: Int32, quarter: int, shape: Shape) -> tupl
     slot, token = base + shape.ring_at + place * PIECE_BYTES, wide * 16 + g
     scales_at = slot + TILE * PIECE_CODES + token * PIECE_SCALES + t * 2
     full = base + shape.full_at + (number % CONSUMERS * QUARTERS + quarter) * 8
-    ring.wait(full, number // CONSUMERS % 2)
-    codes = [ring.load16(slot + (token + 8 * h) * PIECE_CODES + t * 16) for h in range(2)]
-    pairs = [f16.scale_pair(f16.load_bytes(scales_at + 8 * h * PIECE_SCALES, 2)) for h in range(2)]
-    ring.arrive_if(base + shape.empty_at + place * 8, Int32(1))  # all lanes: racecheck lets none speak for others
+    mbarrier.wait(full, number // CONSUMERS % 2)
+    codes = [smem.load16(slot + (token + 8 * h) * PIECE_CODES + t * 16) for h in range(2)]
+    pairs = [f16.scale_pair(smem.load_bytes(scales_at + 8 * h * PIECE_SCALES, 2)) for h in range(2)]
+    mbarrier.arrive_if(base + shape.empty_at + place * 8, Int32(1))  # all lanes: racecheck lets none speak for others
     return codes, pairs
 
 
@@ -90,7 +90,7 @@ def start_scores(
     queries = wgmma.descriptor(base & 0x3FFFF)
     raw = load_quarter(base, number, 0, shape)
     to = base + shape.values_at + buffer * TILE_BYTES + (wide * 16 + lane % 16) * 128 + ((lane // 16) ^ (lane % 8)) * 16
-    ring.wait(base + shape.free_at + buffer * 8, phase_of(number) ^ 1)
+    mbarrier.wait(base + shape.free_at + buffer * 8, phase_of(number) ^ 1)
     scores = attention_mma.fence(wgmma.zeros(ROWS // 2))
     for quarter in range(QUARTERS):
         if quarter == _BEFORE:
@@ -103,7 +103,7 @@ def start_scores(
             operands = key_operands([now[h][word] for h in range(2)], factors)
             block = (2 * quarter + word // 2) * BLOCK_BYTES
             for odd, a in enumerate(operands):
-                attention_mma.store_matrices((to ^ ((word % 2 * 2 + odd) * 32)) + block, a)
+                smem.store_matrices((to ^ ((word % 2 * 2 + odd) * 32)) + block, a)
             for odd, a in enumerate(fenced(operands)):
                 scores = f16.mma_group(scores, a, queries + ((block + (word % 2 * 2 + odd) * 32) >> 4))
             wgmma.commit()
@@ -127,10 +127,10 @@ def hide(
     g, t, wide = lanes()
     local = wide * 16 + g  # and 8 more
     word = arith.select(wide < 2, exist[0], exist[1])
-    position, window = (Int32(one) for one in f16.load_words(base + shape.facts_at + 16, 2))
+    position, window = (Int32(one) for one in smem.load_words(base + shape.facts_at + 16, 2))
     for n in cutlass.range_constexpr(ROWS // 8):
         for e in cutlass.range_constexpr(2):
-            query = ring.load4(base + shape.queries_at + (8 * n + 2 * t + e) * 4)
+            query = smem.load4(base + shape.queries_at + (8 * n + 2 * t + e) * 4)
             last = position + query
             for h in cutlass.range_constexpr(2):
                 token = start + local + 8 * h
@@ -175,12 +175,12 @@ def take(
     for i in cutlass.range_constexpr(ROWS // 2):
         tile.x[i] = scores[i]
     tile.highest[0] = Int32(0)
-    exist = [Uint32(word) for word in f16.load_words(base + shape.masks_at + number % MASKS * 8, 2)]
-    start, early, late, all_from = (Int32(word) for word in ring.load16(base + shape.facts_at))
+    exist = [Uint32(word) for word in smem.load_words(base + shape.masks_at + number % MASKS * 8, 2)]
+    start, early, late, all_from = (Int32(word) for word in smem.load16(base + shape.facts_at))
     every, start = number >= all_from, start + number * TILE
     ratio = Float32(1.0)
     if cutlass.const_expr(shape.extra):
-        near, bits_of = f16.load_words(base + shape.facts_at + 24, 2)
+        near, bits_of = smem.load_words(base + shape.facts_at + 24, 2)
         ratio = arith.select(number < Int32(near), Float32(1.0), arith.number(bits_of))
     inner = (start + (TILE - 1) <= early) & (start > late)
     all_seen = arith.select(inner | every, exist[0] & exist[1], Uint32(0))
@@ -212,14 +212,14 @@ def weigh(
     """
     _, t, _ = lanes()
     for n in cutlass.range_constexpr(ROWS // 8):
-        row = [arith.number(word) for word in ring.load16(base + shape.table_at + n * 64 + t * 16)]
+        row = [arith.number(word) for word in smem.load16(base + shape.table_at + n * 64 + t * 16)]
         factors = [row[2 * e] * ratio if shape.extra else row[2 * e] for e in range(2)]
         add_sums(tile, n, [put_weights(tile, n, e, factors[e], row[2 * e + 1]) for e in range(2)])
     flag = base + shape.flags_at + buffer_of(number) * 4
     if arith.any_lane(tile.highest[0] > Float32(_SLACK).bitcast(Int32), Target.SM90):
-        ring.store4(flag, number)
+        smem.store4(flag, number)
     own_barrier(consumer)
-    if ring.load4(flag) == number:
+    if smem.load4(flag) == number:
         raise_rows(tile, totals, base, number, consumer, ratio, shape)
     for e, total in enumerate(fold(fold([tile.sums[i] for i in range(ROWS // 8)], 2), 1)):
         totals[e] = totals[e] + total
@@ -229,9 +229,9 @@ def weigh(
 def own_barrier(consumer: Int32) -> None:
     """A barrier of a consumer's warps."""
     if consumer == 0:
-        attention_mma.named_barrier(CONSUMERS_BARRIER + 1, GROUP)
+        mbarrier.named_barrier(CONSUMERS_BARRIER + 1, GROUP)
     else:
-        attention_mma.named_barrier(CONSUMERS_BARRIER + 2, GROUP)
+        mbarrier.named_barrier(CONSUMERS_BARRIER + 2, GROUP)
 
 
 def put_weights(tile: Scores, n: int, e: int, factor: Float32, less: Float32) -> Float32:
@@ -287,11 +287,11 @@ def raise_rows(
             most = arith.maximum(tile.x[4 * n + e], tile.x[4 * n + 2 + e], Target.SM90)
             for step in (4, 8, 16):
                 most = arith.maximum(most, cute.arch.shuffle_sync_bfly(most, offset=step), Target.SM90)
-            attention_mma.store4_if(base + shape.tops_at + (wide * ROWS + 8 * n + 2 * t + e) * 4, most, first)
+            smem.store4_if(base + shape.tops_at + (wide * ROWS + 8 * n + 2 * t + e) * 4, most, first)
     own_barrier(consumer)
     for n in cutlass.range_constexpr(ROWS // 8):
-        row = [arith.number(word) for word in ring.load16(base + shape.table_at + n * 64 + t * 16)]
-        tops = [f16.load_words(base + shape.tops_at + (i * ROWS + 8 * n + 2 * t) * 4, 2) for i in range(WARPS)]
+        row = [arith.number(word) for word in smem.load16(base + shape.table_at + n * 64 + t * 16)]
+        tops = [smem.load_words(base + shape.tops_at + (i * ROWS + 8 * n + 2 * t) * 4, 2) for i in range(WARPS)]
         sums = []
         for e in cutlass.range_constexpr(2):
             factor = row[2 * e] * ratio if shape.extra else row[2 * e]
@@ -301,7 +301,7 @@ def raise_rows(
             most = most * factor
             larger = arith.ptx(Float32, "cvt.rpi.f32.f32 $0, $1;", most) - Float32(_MARGIN)
             now = arith.select(most > row[2 * e + 1] + Float32(_SLACK - 1), larger, row[2 * e + 1])
-            attention_mma.store4_if(base + shape.next_at + (8 * n + 2 * t + e) * 4, now, first * (wide == 0))
+            smem.store4_if(base + shape.next_at + (8 * n + 2 * t + e) * 4, now, first * (wide == 0))
             totals[e] = totals[e] * arith.select(g == n, exp2(row[2 * e + 1] - now), Float32(1.0))
             sums.append(put_weights(tile, n, e, factor, now))
         add_sums(tile, n, sums)
@@ -309,9 +309,9 @@ def raise_rows(
     thread = cute.arch.thread_idx()[0] % GROUP
     if thread < ROWS:
         at = base + shape.table_at + thread * 8 + 4
-        before, now = (arith.number(Uint32(ring.load4(one))) for one in (at, base + shape.next_at + thread * 4))
-        ring.store4(at, now)
-        ring.store4(base + shape.shrink_at + (buffer_of(number) * ROWS + thread) * 4, exp2(before - now))
+        before, now = (arith.number(Uint32(smem.load4(one))) for one in (at, base + shape.next_at + thread * 4))
+        smem.store4(at, now)
+        smem.store4(base + shape.shrink_at + (buffer_of(number) * ROWS + thread) * 4, exp2(before - now))
 
 
 def publish(tile: Scores, base: Int32, number: Int32, shape: Shape) -> None:
@@ -321,6 +321,6 @@ def publish(tile: Scores, base: Int32, number: Int32, shape: Shape) -> None:
     at = base + shape.weights_at + buffer * BLOCK_BYTES + (wide * 16 + lane % 16) * 128
     for i in range(ROWS // 16):
         words = [tile.weights[4 * i + k] for k in range(4)]
-        attention_mma.store_matrices(at + (((2 * i + lane // 16) ^ lane) % 8) * 16, words)
-    attention_mma.proxy_fence()
-    ring.arrive_if(base + shape.ready_at + buffer * 8, Int32(1))
+        smem.store_matrices(at + (((2 * i + lane // 16) ^ lane) % 8) * 16, words)
+    smem.proxy_fence()
+    mbarrier.arrive_if(base + shape.ready_at + buffer * 8, Int32(1))

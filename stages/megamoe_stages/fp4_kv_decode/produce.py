@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import cutlass
 from cutlass import Constexpr, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, convert, ring
+from megamoe.cute import arith, convert, copies, mbarrier, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import WARP
 from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, Shape
@@ -62,10 +62,10 @@ def copy_unit(
         source = codes + Int64(there) * code_bytes + column * 32
         size = arith.select(row != -1, Int32(16), Int32(0))
         at = slot + codes_at(unit, shape) + thread * 16
-        attention_mma.copy16(at, source, size)
-        attention_mma.copy16(at + shape.producer_threads * 16, source + 16, size)
+        copies.copy16(at, source, size)
+        copies.copy16(at + shape.producer_threads * 16, source + 16, size)
         at = slot + codes_at(shape.units, shape) + (unit * shape.producer_threads + thread) * 4
-        attention_mma.copy4(at, scales + Int64(there) * scale_bytes + column * 4, size // 4)
+        copies.copy4(at, scales + Int64(there) * scale_bytes + column * 4, size // 4)
 
 
 def load_unit(unit: int, slot: Int32, shape: Shape) -> list[Uint32]:
@@ -77,8 +77,8 @@ def load_unit(unit: int, slot: Int32, shape: Shape) -> list[Uint32]:
         codes = arith.select(some, Int32(codes), Int32(codes_at(0, shape)))
         scales = arith.select(some, Int32(scales), Int32(codes_at(shape.units, shape)))
     at = slot + codes + thread * 16
-    words = ring.load16(at) + ring.load16(at + shape.producer_threads * 16)
-    return [*words, Uint32(ring.load4(slot + scales + thread * 4))]
+    words = smem.load16(at) + smem.load16(at + shape.producer_threads * 16)
+    return [*words, Uint32(smem.load4(slot + scales + thread * 4))]
 
 
 @cute.jit
@@ -91,7 +91,7 @@ def decode_unit(words: Constexpr[list[Uint32]], unit: Constexpr[int], tile: Int3
             factor = convert.bf16_factor(words[_CHUNKS] >> (8 * i) & 0xFF, Target.SM90)
             for chunk in (2 * i, 2 * i + 1):
                 there = row + ((token % _CHUNKS) ^ chunk) * 16
-                attention_mma.store16(there, decode_word(words[chunk], factor))
+                smem.store16(there, decode_word(words[chunk], factor))
 
 
 def decode_word(codes: Uint32, factor: Uint32) -> list[Uint32]:
@@ -130,7 +130,7 @@ def produce(
         wait_for_appended(Int32(tile), work)
         for unit in cutlass.range_constexpr(shape.units):
             copy_unit(row, unit, base + shape.ring_at + tile * shape.stage_bytes, work, shape)
-            attention_mma.commit_copies()
+            copies.commit()
         exist = exist << 1 | arith.select(row != -1, Uint32(1), Uint32(0))
     home, within = pages[stages]
     token = found[stages + 1]
@@ -142,25 +142,25 @@ def produce(
         wait_for_appended(tile + shape.stages, work)
         slot = base + shape.ring_at + stage * shape.stage_bytes
         full = base + shape.barriers_at + buffer * 16
-        ring.wait(full + 8, parity)
+        mbarrier.wait(full + 8, parity)
         mask = cute.arch.vote_ballot_sync((exist >> (shape.stages - 1) & 1) != 0)
         if lane == 0:
             store_mask(base + shape.masks_at + buffer * 8, wide, Uint32(mask), shape)
-        attention_mma.wait_copies(shape.stages * shape.units - 1)
+        copies.wait(shape.stages * shape.units - 1)
         words = load_unit(0, slot, shape)
         for unit in cutlass.range_constexpr(shape.units):
             now = words
             if cutlass.const_expr(unit + 1 < shape.units):  # they come while this one is decoded
-                attention_mma.wait_copies(shape.stages * shape.units - 2)
+                copies.wait(shape.stages * shape.units - 2)
                 words = load_unit(unit + 1, slot, shape)
             decode_unit(now, unit, base + shape.tiles_at + buffer * shape.tile_bytes, shape)
             copy_unit(row, unit, slot, work, shape)
-            attention_mma.commit_copies()
+            copies.commit()
         exist = exist << 1 | arith.select(row != -1, Uint32(1), Uint32(0))
-        attention_mma.proxy_fence()
-        ring.arrive_if(full, Int32(1))
+        smem.proxy_fence()
+        mbarrier.arrive_if(full, Int32(1))
         stage = arith.select(stage == shape.stages - 1, Int32(0), stage + 1)
         parity = arith.select(buffer == shape.buffers - 1, parity ^ 1, parity)
         buffer = arith.select(buffer == shape.buffers - 1, Int32(0), buffer + 1)
-    attention_mma.wait_copies(0)
+    copies.wait(0)
     cute.arch.griddepcontrol_wait()  # no kernel behind this one starts before the one in front has ended

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, bf16, ring
+from megamoe.cute import arith, asm, attention_mma, bf16, gmem, mbarrier, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
-from megamoe.cute.placed import count_round
 from megamoe.cute.warp import from_lane
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, NONE, Rows, finite, lanes
 from megamoe_stages.fp4_kv_decode.shape import GROUP, ROWS, Shape
@@ -63,12 +62,12 @@ def join_consumers(acc: cute.Tensor, stat: cute.Tensor, base: Int32, consumer: I
     thread = cute.arch.thread_idx()[0] % GROUP
     count = shape.out_columns // 2
     at = base + shape.tiles_at + thread * 16
-    attention_mma.named_barrier(CONSUMERS_BARRIER, 2 * GROUP)
+    mbarrier.named_barrier(CONSUMERS_BARRIER, 2 * GROUP)
     if consumer == 1:
         for i in cutlass.range_constexpr(count // 4):
-            attention_mma.store16(at + i * GROUP * 16, [arith.bits(acc[4 * i + j]) for j in range(4)])
-        attention_mma.store16(at + count // 4 * GROUP * 16, [arith.bits(stat[j]) for j in range(4)])
-    attention_mma.named_barrier(CONSUMERS_BARRIER, 2 * GROUP)
+            smem.store16(at + i * GROUP * 16, [arith.bits(acc[4 * i + j]) for j in range(4)])
+        smem.store16(at + count // 4 * GROUP * 16, [arith.bits(stat[j]) for j in range(4)])
+    mbarrier.named_barrier(CONSUMERS_BARRIER, 2 * GROUP)
     if consumer == 0:
         add(acc, stat, at, count)
 
@@ -76,7 +75,7 @@ def join_consumers(acc: cute.Tensor, stat: cute.Tensor, base: Int32, consumer: I
 @cute.jit
 def add(acc: cute.Tensor, stat: cute.Tensor, at: Int32, count: Constexpr[int]) -> None:
     """Adds sums of other tokens that somebody has left in shared memory for this thread."""
-    other = [arith.number(word) for word in ring.load16(at + count // 4 * GROUP * 16)]
+    other = [arith.number(word) for word in smem.load16(at + count // 4 * GROUP * 16)]
     mine, theirs = [], []
     for row in cutlass.range_constexpr(2):
         top = arith.maximum(stat[row], other[row], Target.SM90)
@@ -85,7 +84,7 @@ def add(acc: cute.Tensor, stat: cute.Tensor, at: Int32, count: Constexpr[int]) -
         theirs.append(exp2(other[row] - zero))
         stat[row], stat[2 + row] = top, stat[2 + row] * mine[row] + other[2 + row] * theirs[row]
     for i in cutlass.range_constexpr(count // 4):
-        words = ring.load16(at + i * GROUP * 16)
+        words = smem.load16(at + i * GROUP * 16)
         for j in cutlass.range_constexpr(4):
             acc[4 * i + j] = acc[4 * i + j] * mine[j // 2] + arith.number(words[j]) * theirs[j // 2]
 
@@ -120,13 +119,13 @@ def store(
         place = rows.place(row)
         if inside & (t == 0) & (result.column == 0):
             result.lse[place] = lse
-        at = ring.address(result.out.iterator) + (Int64(place) * shape.v_dim + result.column) * 2 + word * 4
+        at = asm.address(result.out) + (Int64(place) * shape.v_dim + result.column) * 2 + word * 4
         for block in cutlass.range_constexpr(shape.out_columns // 8):
             pair = [acc[4 * block + 2 * half + j] * scale for j in range(2)]  # values t and t + 4 of 8
             mine = bf16.pack(pair[0], pair[1], Target.SM90)
             other = from_lane(mine, 1)
             both = arith.ptx(Uint32, "prmt.b32 $0, $1, $2, $3;", mine, other, selector)
-            attention_mma.store4_global_if(at + block * 16, both, arith.select(inside, Int32(1), Int32(0)))
+            gmem.store4_if(at + block * 16, both, arith.select(inside, Int32(1), Int32(0)))
 
 
 @cute.jit
@@ -142,10 +141,10 @@ def store_part(
             if t == 0:
                 result.stats[first + row, 0] = stat[half]
                 result.stats[first + row, 1] = stat[2 + half]
-            at = ring.address(result.parts.iterator) + (Int64(first + row) * shape.out_columns + 2 * t) * 4
+            at = asm.address(result.parts) + (Int64(first + row) * shape.out_columns + 2 * t) * 4
             for block in cutlass.range_constexpr(shape.out_columns // 8):
                 pair = [arith.bits(acc[4 * block + 2 * half + j]) for j in range(2)]
-                attention_mma.store8_global(at + block * 32, pair)
+                gmem.store8(at + block * 32, pair)
 
 
 @cute.jit
@@ -163,7 +162,7 @@ def share_out(local: Int32, first: Int32, shares: Int32, rows: Constexpr[Rows], 
     scale, lse = finished(top, total, row, rows, result)
     for split in cutlass.range(result.splits, unroll=4):
         share = exp2(result.stats[first + split * ROWS + local, 0] - zero) * scale
-        ring.store4(shares + (split * ROWS + local) * 4, arith.bits(share))
+        smem.store4(shares + (split * ROWS + local) * 4, arith.bits(share))
     if result.column == 0:
         result.lse[rows.place(row)] = lse
 
@@ -181,7 +180,7 @@ def merge(
     shares = base + shape.tiles_at
     if thread < valid:
         share_out(thread, first, shares, rows, result)
-    attention_mma.named_barrier(CONSUMERS_BARRIER, GROUP)
+    mbarrier.named_barrier(CONSUMERS_BARRIER, GROUP)
     columns = shape.out_columns // 8
     items = valid * columns
     for item in cutlass.range(thread, items, GROUP * _AT_ONCE, unroll=1):
@@ -208,7 +207,7 @@ def merge_some(
     for split in cutlass.range(result.splits, unroll=2):
         words = [load_part(first + split * ROWS + local, column, result, shape) for local, column in places]
         for i in cutlass.range_constexpr(_AT_ONCE):
-            share = arith.number(Uint32(ring.load4(shares + (split * ROWS + places[i][0]) * 4)))
+            share = arith.number(Uint32(smem.load4(shares + (split * ROWS + places[i][0]) * 4)))
             for j in cutlass.range_constexpr(8):
                 sums[8 * i + j] = sums[8 * i + j] + arith.number(words[i][j]) * share
     for i in cutlass.range_constexpr(_AT_ONCE):
@@ -217,13 +216,13 @@ def merge_some(
         local, column = places[i]
         at = Int64(rows.place(rows.first + local)) * shape.v_dim + result.column + column
         inside = arith.select(item + i * GROUP < items, Int32(1), Int32(0))
-        ring.store_global16_if(ring.address(result.out.iterator) + at * 2, packed, inside)
+        gmem.store16_if(asm.address(result.out) + at * 2, packed, inside)
 
 
 def load_part(row: Int32, column: Int32, result: Result, shape: Shape) -> list[Uint32]:
     """Eight columns of a row of a part."""
-    at = ring.address(result.parts.iterator) + (Int64(row) * shape.out_columns + column) * 4
-    return attention_mma.load16_global(at) + attention_mma.load16_global(at + 16)
+    at = asm.address(result.parts) + (Int64(row) * shape.out_columns + column) * 4
+    return gmem.load16(at) + gmem.load16(at + 16)
 
 
 @cute.jit
@@ -241,12 +240,12 @@ def finish(
     else:
         store_part(acc, stat, rows, result, shape)
         cute.arch.fence_acq_rel_gpu()
-        attention_mma.named_barrier(CONSUMERS_BARRIER, GROUP)
+        mbarrier.named_barrier(CONSUMERS_BARRIER, GROUP)
         thread = cute.arch.thread_idx()[0] % GROUP
         if thread == 0:
-            place = ring.address(result.arrived.iterator) + Int64(result.problem) * 4
-            ring.store4(base + shape.flag_at, count_round(place, Int32(result.splits - 1)))
-        attention_mma.named_barrier(CONSUMERS_BARRIER, GROUP)
-        if ring.load4(base + shape.flag_at) == result.splits - 1:
+            place = asm.address(result.arrived) + Int64(result.problem) * 4
+            smem.store4(base + shape.flag_at, gmem.count_round(place, Int32(result.splits - 1)))
+        mbarrier.named_barrier(CONSUMERS_BARRIER, GROUP)
+        if smem.load4(base + shape.flag_at) == result.splits - 1:
             cute.arch.fence_acq_rel_gpu()
             merge(thread, base, rows, result, shape)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import cutlass
 from cutlass import Constexpr, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, ring
+from megamoe.cute import arith, asm, smem
 from megamoe.cute.warp import WARP
 from megamoe_stages.fp4_kv_decode.shape import TILE
 
@@ -59,7 +59,7 @@ class Tokens(NamedTuple):
 
     def store(self, codes: cute.Tensor, scales: cute.Tensor, dim: int) -> Store:
         """A side of the cache by its addresses."""
-        return Store(ring.address(codes.iterator), ring.address(scales.iterator), dim // 2, dim // 16)
+        return Store(asm.address(codes), asm.address(scales), dim // 2, dim // 16)
 
 
 class Work(NamedTuple):
@@ -102,7 +102,7 @@ def own_token(shape: Any) -> Int32:
 def store_mask(at: Int32, wide: Int32, mask: Uint32, shape: Any) -> None:
     """Writes which tokens of a warp exist, by the vote of the lanes of their first blocks; a thread."""
     size = shape.tokens_a_warp // 8
-    attention_mma.store_low(at + wide * size, mask, size)
+    smem.store_low(at + wide * size, mask, size)
 
 
 @cute.jit

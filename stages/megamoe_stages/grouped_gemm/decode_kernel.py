@@ -7,7 +7,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from megamoe.cute import arith, bf16, bulk, convert, decode_limits, gemm_decode
+from megamoe.cute import arith, asm, bf16, convert, decode_limits, gemm_decode, gmem
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.gemm_decode import Epilogue, Problem, Shape, Sums
@@ -129,7 +129,7 @@ def _store(
         at = Int64(sums.where.row + sums.column) * n + col
         if n % _PART == 0:
             words = [bf16.pack(values[i], values[i + 1], target) for i in range(0, _PART, 2)]
-            bulk.store_global4(bulk.global_address(out) + at * 2, words)
+            gmem.store16(asm.address(out) + at * 2, words)
         else:
             flat = cute.make_tensor(out.iterator, cute.make_layout(cute.size(out)))
             for i in cutlass.range_constexpr(_PART):

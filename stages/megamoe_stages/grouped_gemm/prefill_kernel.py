@@ -7,7 +7,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, bf16, multicast, ring, weight_gemm
+from megamoe.cute import arith, asm, bf16, gmem, multicast, smem, weight_gemm
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.multicast import Boxes
@@ -138,7 +138,7 @@ def store(
     token, chunk = (place * WARP + lane) // chunks, (place * WARP + lane) % chunks
     read_at = area + _turned(token, chunk, chunks)
     left = piece.row_piece * shape.rows + warp // team * (chunks * 8) + chunk * 8
-    to = ring.address(out.iterator) + (Int64(piece.start + piece.first + token) * n + left) * 2
+    to = asm.address(out) + (Int64(piece.start + piece.first + token) * n + left) * 2
     _meet(team)  # the piece before has been read
     for first in cutlass.range_constexpr(0, width, tokens):
         if first < piece.valid:
@@ -150,16 +150,16 @@ def store(
             turn = first // tokens % buffers * (team * _TURNED)
             if cutlass.const_expr(buffers == 1):
                 _meet(team)
-            ring.store_transposed(write_at + turn, words)
+            smem.store_transposed(write_at + turn, words)
             _meet(team)
-            turned = ring.load16(read_at + turn)
+            turned = smem.load16(read_at + turn)
             inside = first + token < piece.valid
             if cutlass.const_expr(aligned):
-                ring.store_global16_if(to, turned, arith.select(inside & (left < n), Int32(1), Int32(0)))
+                gmem.store16_if(to, turned, arith.select(inside & (left < n), Int32(1), Int32(0)))
             else:
                 for i in cutlass.range_constexpr(8):
                     half = turned[i // 2] >> (16 * (i % 2))
-                    ring.store_global2_if(to + i * 2, half, arith.select(inside & (left + i < n), Int32(1), Int32(0)))
+                    gmem.store2_if(to + i * 2, half, arith.select(inside & (left + i < n), Int32(1), Int32(0)))
         to = to + Int64(tokens * 2) * n
 
 

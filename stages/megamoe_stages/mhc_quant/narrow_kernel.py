@@ -17,7 +17,7 @@ import cutlass
 from cuda.bindings.driver import CUstream
 from cutlass import Constexpr, Float32, Int32, Uint32, cute
 
-from megamoe.cute import arith, cluster, exchange, mhc, recipe, strips, warp
+from megamoe.cute import arith, asm, cluster, copies, gmem, mbarrier, mhc, recipe, smem, strips, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mhc import LOGITS, STREAMS
@@ -132,7 +132,7 @@ def mhc_quant(
     zero_padding(out, tokens, tiled, cta * (shape.all_warps * WARP) + thread, ctas * (shape.all_warps * WARP))
     if cta + thread == 0:
         dec[()] = recipe.global_scale(enc[()], target).dec
-    cluster.wait_copies()
+    copies.wait_all()
     cute.arch.barrier(barrier_id=1 + place.team, number_of_threads=shape.team)  # the factors have come
     cute.arch.cluster_wait()
     ahead = _load_ahead(place.turn, floats, given, shape)
@@ -153,12 +153,20 @@ def _fetch_factors(
         token, part = place.seat // STREAMS, place.seat % STREAMS
         valid = first + token < tokens
         source = given.comb.iterator + (arith.select(valid, first + token, Int32(0)) * MATRIX + part * STREAMS)
-        cluster.copy16(source, places.pointer_to(area.factors, token, STREAMS + part * STREAMS), valid)
+        copies.copy16(
+            asm.address(places.pointer_to(area.factors, token, STREAMS + part * STREAMS)),
+            asm.address(source),
+            arith.select(valid, Int32(16), Int32(0)),
+        )
     elif place.seat < GROUP * (STREAMS + 1):
         token = place.seat - GROUP * STREAMS
         valid = first + token < tokens
         source = given.post.iterator + arith.select(valid, first + token, Int32(0)) * STREAMS
-        cluster.copy16(source, places.pointer_to(area.factors, token, 0), valid)
+        copies.copy16(
+            asm.address(places.pointer_to(area.factors, token, 0)),
+            asm.address(source),
+            arith.select(valid, Int32(16), Int32(0)),
+        )
 
 
 def _prefetch(place: Place, given: Inputs, shape: Shape) -> None:
@@ -168,10 +176,10 @@ def _prefetch(place: Place, given: Inputs, shape: Shape) -> None:
     for step in range(0, GROUP * STREAMS, WARP):
         token, stream = (place.turn >> 1) * GROUP + (place.lane + step) // STREAMS, place.lane % STREAMS
         x = given.x.iterator + (cutlass.Int64(token * STREAMS + stream) * hidden + start)
-        cluster.prefetch(x, (token < tokens) & (start < hidden))
+        gmem.prefetch(asm.address(x), (token < tokens) & (start < hidden))
     token = (place.turn >> 1) * GROUP + place.lane % GROUP
     f = given.f.iterator + (cutlass.Int64(token) * hidden + start)
-    cluster.prefetch(f, (token < tokens) & (start < hidden) & (place.lane < GROUP))
+    gmem.prefetch(asm.address(f), (token < tokens) & (start < hidden) & (place.lane < GROUP))
 
 
 def _group(ahead: Words, floats: cute.Pointer, given: Inputs, out: Outputs, target: Target, shape: Shape) -> Words:
@@ -184,8 +192,8 @@ def _group(ahead: Words, floats: cute.Pointer, given: Inputs, out: Outputs, targ
     area = places.area_of(floats, place.team, shape)
     sums = GROUP * (STREAMS + 1) + shape.owned * OWN_SUMS
     travels = 4 if shape.ctas > 1 else 0  # bytes of a number: in a cluster of one CTA each send is an arrival
-    cluster.expect(area.sums_here, shape.ctas * sums * travels, place.seat == 0)
-    cluster.expect(area.squares_here, shape.ctas * GROUP * travels, place.seat == 0)
+    mbarrier.expect_if(asm.address(area.sums_here), shape.ctas * sums * travels, place.seat == 0)
+    mbarrier.expect_if(asm.address(area.squares_here), shape.ctas * GROUP * travels, place.seat == 0)
     streams = _new_streams(ahead, floats, given, out, target, shape)
     place = places.place_of(floats, given, shape)
     _prefetch(place._replace(turn=places.next_turn(place.turn, shape)), given, shape)
@@ -198,7 +206,7 @@ def _group(ahead: Words, floats: cute.Pointer, given: Inputs, out: Outputs, targ
     y = [[mhc.collapse([streams[t][s][w] for s in range(STREAMS)], pre[t], target) for w in range(8)] for t in range(2)]
     place = places.place_of(floats, given, shape)
     ahead = _load_ahead(places.next_turn(place.turn, shape), floats, given, shape)
-    cluster.wait_copies()  # of the factors; the barrier in here shows them to the team
+    copies.wait_all()  # of the factors; the barrier in here shows them to the team
     _send_squares(y, floats, given, target, shape)
     _write_logits(floats, given, out, target, shape)
     place = places.place_of(floats, given, shape)
@@ -333,9 +341,9 @@ def _send_to_all(
 def _send(values: list[Float32], slot: cute.Pointer, arrived: cute.Pointer, rank: Int32, shape: Shape) -> None:
     """Sends four numbers to a CTA; a CTA alone keeps them by a plain store: memcheck takes `st.async` there amiss."""
     if shape.ctas > 1:
-        cluster.send(values, slot, arrived, rank)
+        cluster.send(values, asm.address(slot), asm.address(arrived), rank)
     else:
-        exchange.store_floats(exchange.address(slot), values)
+        smem.store16(asm.address(slot), values)
         cute.arch.mbarrier_arrive(arrived)
 
 

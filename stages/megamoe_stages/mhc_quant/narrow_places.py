@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Constexpr, Int32, Uint32, cute
 
-from megamoe.cute import arith, cluster, strips, warp
+from megamoe.cute import arith, asm, gmem, strips, warp
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.warp import WARP
 from megamoe_stages.mhc_quant import limits
@@ -316,7 +316,7 @@ def store_chunk(
     here = (token < cute.size(given.f, mode=[0])) & place.valid[chunk]
     rows = chunks_of(tensor, token, place, given, shape)[chunk]
     for stream, four in enumerate(words):
-        cluster.store16(rows[stream, None].iterator, four, here)
+        gmem.store16_if(asm.address(rows[stream, None].iterator), four, here)
 
 
 def rows_of_words(floats: cute.Pointer, rows: int) -> cute.Tensor:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from cutlass import Float32, Int32, Int64, cute
 
-from megamoe.cute import cluster, warp
+from megamoe.cute import asm, cluster, warp
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.warp import WARP
 from megamoe_stages.mhc_quant.tensors import FACTORS, MATRIX, Inputs
@@ -375,4 +375,4 @@ def send(values: Sequence[Float32], to: Int32, barrier: Int32, rank: Int32) -> N
     """Sends four numbers to an address of another CTA's shared memory, counted at its mbarrier."""
     slot = cute.make_ptr(Float32, to, cute.AddressSpace.smem, assumed_align=LINE)
     arrived = cute.make_ptr(Int64, barrier, cute.AddressSpace.smem, assumed_align=BARRIER)
-    cluster.send(values, slot, arrived, rank)
+    cluster.send(values, asm.address(slot), asm.address(arrived), rank)

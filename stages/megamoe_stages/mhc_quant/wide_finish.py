@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, exchange, mhc, multicast, recipe, ring, warp
+from megamoe.cute import arith, asm, copies, gmem, mbarrier, mhc, multicast, recipe, smem, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.multicast import Boxes
@@ -78,7 +78,7 @@ def finish_all(
             _collapse(y, turn, here, base, target, cut)
             cute.arch.barrier(barrier_id=FINISHING, number_of_threads=cut.busy * WARP)
             if cutlass.const_expr(cut.clerks):
-                ring.arrive_if(bars(base, turn % cut.stages, cut).collapsed, _first_thread(here))
+                mbarrier.arrive_if(bars(base, turn % cut.stages, cut).collapsed, _first_thread(here))
             _send_squares(turn, here, base, target, cut)
             if cutlass.const_expr(not cut.clerks):
                 _refill(turn, turns, here, base, x, given, cut)
@@ -111,7 +111,7 @@ def clerk(
     for turn in cutlass.range(turns, unroll=1):
         for own in cutlass.range_constexpr(cut.owned):
             _weigh(turn + 1, turns, Int32(own), site, here, base, given, out, target, cut)
-        ring.wait(bars(base, turn % cut.stages, cut).collapsed, turn // cut.stages & 1)
+        mbarrier.wait(bars(base, turn % cut.stages, cut).collapsed, turn // cut.stages & 1)
         _refill(turn, turns, here, base, x, given, cut)
 
 
@@ -138,8 +138,8 @@ def _load_norm(here: Constexpr[Spot], base: Int32, given: Constexpr[Inputs], cut
     width = int(given.norm_weight.element_type.width) // 8
     thread = here.warp * WARP + here.lane
     if thread < cut.dims * width // LINE:
-        start = exchange.global_address(given.norm_weight) + Int64(here.rank * (cut.dims * width) + thread * LINE)
-        exchange.store16(base + (cut.norm_at + thread * LINE), exchange.load16(start))
+        start = asm.address(given.norm_weight) + Int64(here.rank * (cut.dims * width) + thread * LINE)
+        smem.store16(base + (cut.norm_at + thread * LINE), gmem.load16(start))
 
 
 @cute.jit
@@ -191,10 +191,10 @@ def _load(
             multicast.load_box(x, first, here.warp, block, slot + here.warp * cut.stream_bytes, full)
         if (here.warp == clerk_or(STREAMS, cut)) & (here.lane == 0):
             there = cutlass.min(tokens_of(given) - first, cut.group)
-            ring.expect(full, cut.stage_bytes + cut.stream_bytes + there * (cut.factor_bytes // cut.group))
+            mbarrier.expect(full, cut.stage_bytes + cut.stream_bytes + there * (cut.factor_bytes // cut.group))
             for row, tensor, size in ((1, given.comb, MATRIX), (0, given.post, STREAMS)):
-                source = exchange.global_address(tensor) + Int64(first) * (size * WORD)
-                ring.copy(source, factors_of(base, stage, Int32(0), row, cut), there * (size * WORD), full)
+                source = asm.address(tensor) + Int64(first) * (size * WORD)
+                copies.load_bulk(factors_of(base, stage, Int32(0), row, cut), source, there * (size * WORD), full)
 
 
 @cute.jit
@@ -211,21 +211,21 @@ def _refill(
     if turn + cut.stages < turns:
         bar = bars(base, turn % cut.stages, cut)
         if (here.warp == clerk_or(0, cut)) & (here.lane == 0):
-            ring.expect(bar.pre, Int32(cut.pre_bytes))
-        ring.wait(bar.stored, turn // cut.stages & 1)
+            mbarrier.expect(bar.pre, Int32(cut.pre_bytes))
+        mbarrier.wait(bar.stored, turn // cut.stages & 1)
         _load(turn + cut.stages, turns, here, base, x, given, cut)
 
 
 def _collapse(y: cute.Tensor, turn: Int32, here: Spot, base: Int32, target: Target, cut: Cut) -> None:
     """y of this thread's block, rounded, and the tile's squares of it."""
     stage, phase = turn % cut.stages, turn // cut.stages & 1
-    ring.wait(bars(base, stage, cut).made, phase)
-    ring.wait(bars(base, stage, cut).pre, phase)
-    pre = exchange.load_floats(base + (cut.pre_at + stage * cut.pre_bytes + here.token * LINE), 4)
+    mbarrier.wait(bars(base, stage, cut).made, phase)
+    mbarrier.wait(bars(base, stage, cut).pre, phase)
+    pre = smem.load_floats(base + (cut.pre_at + stage * cut.pre_bytes + here.token * LINE), 4)
     total = Float32(0.0)
     for j in range(2):
         at = in_stage(base, stage, here.tile, here.token, 2 * here.quad + j, cut)
-        lines = [ring.load16(at + s * cut.stream_bytes) for s in range(STREAMS)]
+        lines = [smem.load16(at + s * cut.stream_bytes) for s in range(STREAMS)]
         for w in range(4):
             word = mhc.collapse([line[w] for line in lines], pre, target)
             total = mhc.add_squares(word, total, target)
@@ -238,7 +238,7 @@ def _keep_squares(total: Float32, turn: Int32, here: Constexpr[Spot], base: Int3
     """Writes a token's squares of a tile to shared memory."""
     if here.quad == 0:
         place = ((turn & 1) * cut.tiles + here.tile) * cut.group + here.token
-        exchange.store_floats(base + (cut.tile_squares_at + place * WORD), [total])
+        smem.store4(base + (cut.tile_squares_at + place * WORD), total)
 
 
 @cute.jit
@@ -250,9 +250,9 @@ def _send_squares(
     if thread < cut.ctas * (cut.group // 4):
         part = thread % (cut.group // 4)
         at = base + (cut.tile_squares_at + (turn & 1) * (cut.tiles * cut.group * WORD) + part * LINE)
-        total = exchange.load_floats(at, 4)
+        total = smem.load_floats(at, 4)
         for i in cutlass.range_constexpr(1, cut.tiles):
-            more = exchange.load_floats(at + i * (cut.group * WORD), 4)
+            more = smem.load_floats(at + i * (cut.group * WORD), 4)
             total = [arith.add(a, b, target) for a, b in zip(total, more, strict=True)]
         to = base + (cut.squares_at + turn % SQUARES * cut.squares_bytes + here.rank * (cut.group * WORD) + part * LINE)
         send(total, to, squares_bar(base, turn, cut), thread // (cut.group // 4))
@@ -275,14 +275,14 @@ def _weigh(
     token = here.rank * cut.owned + own
     if (turn < turns) & (own < cut.owned) & (token < cut.group):
         stage = turn % cut.stages
-        ring.wait(bars(base, stage, cut).sums, turn // cut.stages & 1)
+        mbarrier.wait(bars(base, stage, cut).sums, turn // cut.stages & 1)
         r = cutlass.min(here.lane, LOGITS)  # the last one has the squares
         first = arrived_of(base, stage, own, 0, cut) + r * WORD
-        parts = [exchange.load_floats(first + i * (MESSAGE * WORD), 1)[0] for i in range(cut.ctas)]
+        parts = [smem.load_floats(first + i * (MESSAGE * WORD), 1)[0] for i in range(cut.ctas)]
         total = functools.reduce(lambda a, b: arith.add(a, b, target), parts)
         squares = cute.arch.shuffle_sync(total, LOGITS)
         if (own == 0) & (here.lane == 0) & (turn + cut.stages < turns):
-            ring.expect(bars(base, stage, cut).sums, Int32(cut.arrived_bytes))
+            mbarrier.expect(bars(base, stage, cut).sums, Int32(cut.arrived_bytes))
         rms = mhc.inverse_rms(squares, cut.hidden * STREAMS, given.norm_eps, target)
         value = mhc.logit(total, rms, site.scale, site.base, target)
         weight = mhc.sigmoid(value, target)
@@ -293,7 +293,7 @@ def _weigh(
             send(pre, to, bars(base, stage, cut).pre, here.lane)
         row = first_of(turn, cut) + token
         _write_logits(row, value, weight, row < tokens_of(given), here, out, target)
-        ring.arrive_if(logits_bar(base, cut), arith.select(turn == turns - 1, Int32(1), Int32(0)))
+        mbarrier.arrive_if(logits_bar(base, cut), arith.select(turn == turns - 1, Int32(1), Int32(0)))
 
 
 @cute.jit
@@ -311,11 +311,11 @@ def _write_logits(
     post = arith.mul(weight, Float32(mhc.POST_MULTIPLIER), target)
     at = arith.select(
         is_post,
-        exchange.global_address(out.post) + Int64((row * STREAMS + here.lane - STREAMS) * WORD),
-        exchange.global_address(out.comb) + Int64((row * MATRIX + here.lane - 2 * STREAMS) * WORD),
+        asm.address(out.post) + Int64((row * STREAMS + here.lane - STREAMS) * WORD),
+        asm.address(out.comb) + Int64((row * MATRIX + here.lane - 2 * STREAMS) * WORD),
     )
     if there & (here.lane >= STREAMS) & (here.lane < LOGITS):
-        exchange.store_global(at, arith.select(is_post, post, value))
+        gmem.store4(at, arith.select(is_post, post, value))
 
 
 @cute.jit
@@ -335,10 +335,10 @@ def _norm(
     width = int(given.norm_weight.element_type.width) // 8
     dims = here.rank * cut.dims + here.tile * TILE + here.quad * BLOCK
     at = base + (cut.norm_at + (here.tile * TILE + here.quad * BLOCK) * width)
-    loaded = [word for k in range(width) for word in ring.load16(at + k * LINE)]
-    ring.wait(squares_bar(base, turn, cut), turn // SQUARES & 1)
+    loaded = [word for k in range(width) for word in smem.load16(at + k * LINE)]
+    mbarrier.wait(squares_bar(base, turn, cut), turn // SQUARES & 1)
     first = base + (cut.squares_at + turn % SQUARES * cut.squares_bytes + here.token * WORD)
-    parts = [exchange.load_floats(first + i * (cut.group * WORD), 1)[0] for i in range(cut.ctas)]
+    parts = [smem.load_floats(first + i * (cut.group * WORD), 1)[0] for i in range(cut.ctas)]
     squares = functools.reduce(lambda a, b: arith.add(a, b, target), parts)
     factor = mhc.inverse_rms(squares, cut.hidden, given.norm_eps, target)
     weights = recipe.values(loaded, given.norm_weight.element_type)
@@ -348,7 +348,7 @@ def _norm(
     _write_normed(words, row, dims, there, here, out, cut)
     blocks.quantize(words, row, dims // BLOCK, cut.hidden // BLOCK, there, enc, given, out, target)
     if (here.warp == 0) & (here.lane == 0) & (turn + SQUARES < turns):
-        ring.expect(squares_bar(base, turn, cut), Int32(cut.squares_bytes))
+        mbarrier.expect(squares_bar(base, turn, cut), Int32(cut.squares_bytes))
 
 
 def _write_normed(words: Words, row: Int32, dims: Int32, there: Boolean, here: Spot, out: Outputs, cut: Cut) -> None:
@@ -356,9 +356,9 @@ def _write_normed(words: Words, row: Int32, dims: Int32, there: Boolean, here: S
     even = here.quad % 2 == 0
     got = [warp.from_lane(arith.select(even, words[4 + w], words[w]), 1) for w in range(4)]
     start = (dims // (2 * BLOCK) * (2 * BLOCK) + here.quad % 2 * 8) * 2
-    to = exchange.global_address(out.normed) + (Int64(row) * (cut.hidden * 2) + Int64(start))
+    to = asm.address(out.normed) + (Int64(row) * (cut.hidden * 2) + Int64(start))
     condition = arith.select(there, Int32(1), Int32(0))
     own, other = words[:4], words[4:]
-    ring.store_global16_if(to, [arith.select(even, a, b) for a, b in zip(own, got, strict=True)], condition)
+    gmem.store16_if(to, [arith.select(even, a, b) for a, b in zip(own, got, strict=True)], condition)
     second = [arith.select(even, a, b) for a, b in zip(got, other, strict=True)]
-    ring.store_global16_if(to + 2 * BLOCK, second, condition)
+    gmem.store16_if(to + 2 * BLOCK, second, condition)

@@ -22,7 +22,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import Constexpr, Float32, Int32, Uint8, cute
 from cutlass.cute.nvgpu import cpasync
 
-from megamoe.cute import exchange, multicast, ring, strips, warp
+from megamoe.cute import asm, mbarrier, multicast, smem, strips, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.mhc import STREAMS
@@ -112,7 +112,7 @@ def mhc_quant_wide(
     thread, _, _ = cute.arch.thread_idx()
     cta, _, _ = cute.arch.block_idx()
     ctas, _, _ = cute.arch.grid_dim()
-    base = exchange.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
+    base = asm.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
     sets = ctas // cut.ctas
     turns = ((tokens_of(given) + cut.group - 1) // cut.group - cta // cut.ctas + sets - 1) // sets
     maker = thread < WARPS * WARP
@@ -135,7 +135,7 @@ def mhc_quant_wide(
             _init(base, cut)
         if finisher < cut.group:
             for i in cutlass.range_constexpr(SUMS, MESSAGE):  # padding that is sent along
-                exchange.store_floats(base + (cut.sums_at + (finisher * MESSAGE + i) * WORD), [Float32(0.0)])
+                smem.store4(base + (cut.sums_at + (finisher * MESSAGE + i) * WORD), Float32(0.0))
         cute.arch.barrier(barrier_id=STARTED, number_of_threads=WARPS * WARP)  # those that make wait for the cluster
         cute.arch.cluster_arrive()
         if warp.warp_number() < WARPS + cut.busy:
@@ -149,17 +149,17 @@ def _init(base: Int32, cut: Cut) -> None:
     for stage in range(cut.stages):
         bar = bars(base, stage, cut)
         for barrier, arrivals in zip(bar, (1, cut.busy * WARP, 1, 1, 1, 1), strict=True):
-            ring.init(barrier, arrivals)
+            mbarrier.init(barrier, arrivals)
     for turn in range(SQUARES):
-        ring.init(squares_bar(base, turn, cut), 1)
-    ring.init(logits_bar(base, cut), cut.owned * WARP)
-    ring.init_fence()
+        mbarrier.init(squares_bar(base, turn, cut), 1)
+    mbarrier.init(logits_bar(base, cut), cut.owned * WARP)
+    mbarrier.init_fence()
     for stage in range(cut.stages):
         bar = bars(base, stage, cut)
-        ring.expect(bar.sums, Int32(cut.arrived_bytes))
-        ring.expect(bar.pre, Int32(cut.pre_bytes))
+        mbarrier.expect(bar.sums, Int32(cut.arrived_bytes))
+        mbarrier.expect(bar.pre, Int32(cut.pre_bytes))
     for turn in range(SQUARES):
-        ring.expect(squares_bar(base, turn, cut), Int32(cut.squares_bytes))
+        mbarrier.expect(squares_bar(base, turn, cut), Int32(cut.squares_bytes))
 
 
 def spec(cut: Cut, norm_dtype: str, target: Target) -> KernelSpec:

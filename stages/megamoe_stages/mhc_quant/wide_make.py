@@ -13,7 +13,7 @@ import functools
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, cute
 
-from megamoe.cute import arith, attention_mma, exchange, mhc, multicast, ring, tma
+from megamoe.cute import arith, asm, copies, gmem, mbarrier, mhc, multicast, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.fragments import mma
 from megamoe.cute.mhc import LOGITS, STREAMS
@@ -68,10 +68,10 @@ def make_all(
     cute.arch.cluster_wait()  # all CTAs run: their shared memory may be written to
     for turn in cutlass.range(turns, unroll=1):
         stage = turn % cut.stages
-        ring.wait(bars(base, stage, cut).full, turn // cut.stages & 1)
+        mbarrier.wait(bars(base, stage, cut).full, turn // cut.stages & 1)
         _make(fn, turn, stage, here, base, given, target, cut)
-        attention_mma.proxy_fence()
-        ring.arrive_if(bars(base, stage, cut).made, Int32(1))
+        smem.proxy_fence()
+        mbarrier.arrive_if(bars(base, stage, cut).made, Int32(1))
         cute.arch.barrier(barrier_id=MAKING, number_of_threads=cut.busy * WARP)
         if cutlass.const_expr(not cut.clerks):
             _store(turn, stage, here, base, residual, cut)
@@ -82,7 +82,7 @@ def make_all(
         if cutlass.const_expr(not cut.clerks):
             _stored(stage, here, base, cut)
     if here.rank * cut.owned < cut.group:
-        ring.wait(logits_bar(base, cut), Int32(0))
+        mbarrier.wait(logits_bar(base, cut), Int32(0))
         _sinkhorn(turns, here, given, out, target, cut)
 
 
@@ -93,7 +93,7 @@ def clerk(turns: Int32, base: Int32, residual: Boxes, f: Boxes, cut: Constexpr[C
     cute.arch.cluster_wait()
     for turn in cutlass.range(turns, unroll=1):
         stage = turn % cut.stages
-        ring.wait(bars(base, stage, cut).made, turn // cut.stages & 1)
+        mbarrier.wait(bars(base, stage, cut).made, turn // cut.stages & 1)
         _store(turn, stage, here, base, residual, cut)
         load_f(turn + F_AHEAD, turns, cut.busy, here, base, f, cut)
         _stored(stage, here, base, cut)
@@ -116,14 +116,14 @@ def _load_fn(here: Spot, base: Int32, given: Inputs, target: Target, cut: Cut) -
                 held, mine = cut.held(number), parts[half * PARTS : (half + 1) * PARTS]
                 kept += mine[:held]
                 for part in mine[held:]:
-                    exchange.store16(_fn_slot(slot, here, base, cut), part)
+                    smem.store16(_fn_slot(slot, here, base, cut), part)
                     slot += 1
     return kept
 
 
 def _eight_of_fn(group: int, stream: int, eight: Int32, here: Spot, given: Inputs, cut: Cut) -> Words:
-    start = exchange.global_address(given.fn) + Int64(source_of(group, stream, eight, here, cut)) * WORD
-    return [*exchange.load16(start), *exchange.load16(start + LINE)]
+    start = asm.address(given.fn) + Int64(source_of(group, stream, eight, here, cut)) * WORD
+    return [*gmem.load16(start), *gmem.load16(start + LINE)]
 
 
 def source_of(group: int, stream: int, eight: Int32, here: Spot, cut: Cut) -> Int32:
@@ -150,12 +150,12 @@ def _make(
         half_of_group = number // cut.sides
         token, eight = here.made(number, cut)
         at = in_stage(base, stage, here.tile, token, eight, cut)
-        lines = [ring.load16(in_f(base, turn, here.tile, token, eight, cut))]
-        lines += [ring.load16(at + s * cut.stream_bytes) for s in range(STREAMS)]
+        lines = [smem.load16(in_f(base, turn, here.tile, token, eight, cut))]
+        lines += [smem.load16(at + s * cut.stream_bytes) for s in range(STREAMS)]
         known = cutlass.min(token, last)  # there are no factors of tokens that are not
         new = mhc.post_mix(lines, functools.partial(_factors, base, stage, known, cut), target)
         for s, words in enumerate(new):
-            exchange.store16(at + s * cut.stream_bytes, words)
+            smem.store16(at + s * cut.stream_bytes, words)
         found = wide_mix.squares(new, here.row, target)
         squares[half_of_group] = arith.add(squares[half_of_group], found, target) if number % cut.sides else found
         quads = sums[half_of_group]
@@ -164,7 +164,7 @@ def _make(
                 held = cut.held((number % cut.sides * STREAMS + s) * 2 + half)
                 left = [next(kept) for _ in range(held)]
                 while len(left) < PARTS:
-                    left.append(ring.load16(_fn_slot(slot, here, base, cut)))
+                    left.append(smem.load16(_fn_slot(slot, here, base, cut)))
                     slot += 1
                 right = words[half * 2 : half * 2 + 2]
                 quads = [mma(a, right, quad) for a, quad in zip(left, quads, strict=True)]
@@ -173,7 +173,7 @@ def _make(
 
 
 def _factors(base: Int32, stage: Int32, token: Int32, cut: Cut, row: int) -> list[Float32]:
-    return exchange.load_floats(factors_of(base, stage, token, row, cut), 4)
+    return smem.load_floats(factors_of(base, stage, token, row, cut), 4)
 
 
 @cute.jit
@@ -190,14 +190,14 @@ def _keep_partial(
         values = [pair for rows in dots for pair in rows[2 * part : 2 * part + 2]]
         to = at + ((part * ROWS + here.row) * cut.group + here.quad * len(values)) * WORD
         if cutlass.const_expr(len(values) == 4):
-            exchange.store_floats(to, values)
+            smem.store16(to, values)
         else:
             for i in cutlass.range_constexpr(2):
-                exchange.store_floats(to + i * WORD, [values[i]])
+                smem.store4(to + i * WORD, values[i])
     if here.quad == here.row // 2:
         for t in cutlass.range_constexpr(cut.halves):
             place = LOGITS * cut.group + place_of(here.row, t, cut)
-            exchange.store_floats(at + place * WORD, [squares[t]])
+            smem.store4(at + place * WORD, squares[t])
 
 
 @cute.jit
@@ -207,13 +207,13 @@ def _add_partial(here: Constexpr[Spot], base: Int32, target: Constexpr[Target], 
     if thread < SUMS * (cut.group // 4):
         row, quarter = thread // (cut.group // 4), thread % (cut.group // 4)
         at = base + (cut.partial_at + thread * LINE)
-        total = exchange.load_floats(at, 4)
+        total = smem.load_floats(at, 4)
         for w in cutlass.range_constexpr(1, cut.busy):
-            more = exchange.load_floats(at + w * cut.partial_bytes, 4)
+            more = smem.load_floats(at + w * cut.partial_bytes, 4)
             total = [arith.add(a, b, target) for a, b in zip(total, more, strict=True)]
         for i in cutlass.range_constexpr(4):
             place = token_at(quarter, i, cut) * MESSAGE + row
-            exchange.store_floats(base + (cut.sums_at + place * WORD), [total[i]])
+            smem.store4(base + (cut.sums_at + place * WORD), total[i])
 
 
 @cute.jit
@@ -222,7 +222,7 @@ def _send_sums(stage: Int32, here: Constexpr[Spot], base: Int32, cut: Constexpr[
     thread = here.warp * WARP + here.lane
     if thread < cut.group * (MESSAGE // 4):
         token, part = thread // (MESSAGE // 4), thread % (MESSAGE // 4)
-        values = exchange.load_floats(base + (cut.sums_at + thread * LINE), 4)
+        values = smem.load_floats(base + (cut.sums_at + thread * LINE), 4)
         to = arrived_of(base, stage, token % cut.owned, here.rank, cut) + part * LINE
         send(values, to, bars(base, stage, cut).sums, token // cut.owned)
 
@@ -244,15 +244,15 @@ def _store(turn: Int32, stage: Int32, here: Constexpr[Spot], base: Int32, residu
         for s in cutlass.range_constexpr(STREAMS):
             slot = base + stage * cut.stage_bytes + s * cut.stream_bytes
             multicast.store_box(residual, first_of(turn, cut), s, here.rank * cut.tiles, slot)
-        tma.commit_stores()
+        copies.commit_stores()
 
 
 @cute.jit
 def _stored(stage: Int32, here: Constexpr[Spot], base: Int32, cut: Constexpr[Cut]) -> None:
     """Waits until the copy engine has read the stage, and says so; who had it written."""
     if here.warp == clerk_or(0, cut):
-        tma.wait_stores()
-        ring.arrive_if(bars(base, stage, cut).stored, arith.select(here.lane == 0, Int32(1), Int32(0)))
+        copies.wait_stores()
+        mbarrier.arrive_if(bars(base, stage, cut).stored, arith.select(here.lane == 0, Int32(1), Int32(0)))
 
 
 @cute.jit

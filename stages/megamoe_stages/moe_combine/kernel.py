@@ -15,7 +15,7 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from cutlass.cutlass_dsl import T
 
-from megamoe.cute import arith, bf16, cluster, recipe
+from megamoe.cute import arith, asm, bf16, gmem, recipe
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe_stages.moe_combine.limits import PIECE
@@ -129,7 +129,7 @@ def _store(values: list[Float32], valid: Boolean, out: cute.Tensor, at: Int64, t
         pairs = zip(values[::2], values[1::2], strict=True)
         words = [_pack(low, high, dtype, target) for low, high in pairs]
     for i in range(0, len(words), 4):
-        cluster.store16(out.iterator + (at + i * 32 // dtype.width), words[i : i + 4], valid)
+        gmem.store16_if(asm.address(out.iterator + (at + i * 32 // dtype.width)), words[i : i + 4], valid)
 
 
 def _pack(low: Float32, high: Float32, dtype: type[Numeric], target: Target) -> Uint32:

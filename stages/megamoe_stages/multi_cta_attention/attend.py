@@ -13,7 +13,7 @@ import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 from cutlass._mlir.dialects import llvm
 
-from megamoe.cute import arith, attention_mma, ring, softmax, tma, varlen, wgmma
+from megamoe.cute import arith, asm, attention_mma, copies, gmem, mbarrier, smem, softmax, varlen, wgmma
 from megamoe.cute.varlen import Sequences, Tile, TileRing
 from megamoe.cute.warp import WARP
 from megamoe_stages.multi_cta_attention.shape import GROUP, QUERY_WARPS, ROWS, Shape
@@ -135,13 +135,13 @@ def attend(base: Int32, sequences: Constexpr[Sequences], result: Constexpr[Resul
         go_on(acc, weights, stat, tile, steps, turn, loads, place, sequences, result, shape)
         end(acc, weights, stat, tile, turn + steps - 1, loads, place, sequences, result, shape)
         if cutlass.const_expr(shape.query_stages == 1):
-            tma.wait_stores()
+            copies.wait_stores()
             release_queries(loads, place, shape)
         turn, loads = turn + steps, loads + 1
         number = next_tile(current, number, place, sequences, result, shape)
     if consumer == 0:
         wait_turn(consumer)  # the last one, which nobody needs
-    tma.wait_stores()
+    copies.wait_stores()
 
 
 def tile_of(words: cute.Tensor) -> Tile:
@@ -181,7 +181,7 @@ def queries_of(loads: Int32, place: Place, shape: Shape) -> Int32:
 def wait_queries(loads: Int32, place: Place, shape: Shape) -> None:
     """Until queries number `loads` are there."""
     stage, parity = stage_of(loads, shape.query_stages)
-    ring.wait(queries_barrier(place.base, stage, shape), parity)
+    mbarrier.wait(queries_barrier(place.base, stage, shape), parity)
 
 
 @cute.jit
@@ -289,7 +289,7 @@ def end(
 def release_output(loads: Int32, place: Constexpr[Place], shape: Constexpr[Shape]) -> None:
     """Gives the place of the output before queries number `loads` back, which has left by now."""
     if loads > 0:
-        tma.wait_stores()
+        copies.wait_stores()
         release_queries(loads - 1, place, shape)
 
 
@@ -337,14 +337,14 @@ def view_of(tile: Tile, place: Place, sequences: Sequences, result: Result, shap
     if shape.masked:
         inside = [cutlass.min(tile.first + place.row(half), tile.rows - 1) // sequences.group for half in range(2)]
         width = cute.size(result.mask, mode=[1])
-        masks = [ring.address(result.mask.iterator) + Int64(tile.query + query) * width for query in inside]
+        masks = [asm.address(result.mask) + Int64(tile.query + query) * width for query in inside]
     return View(rows, begin, end, masks)
 
 
 def start_scores(queries: Int32, turn: Int32, place: Place, shape: Shape) -> list[Float32]:
     """Starts the products of the queries and a tile of keys, once it is there; a group of its own."""
     stage, parity = stage_of(turn, shape.stages)
-    ring.wait(keys_barrier(place.base, stage, shape), parity)
+    mbarrier.wait(keys_barrier(place.base, stage, shape), parity)
     rows = wgmma.descriptor(queries)
     keys = wgmma.descriptor(place.base + shape.keys_at + stage * shape.keys_bytes)
     wgmma.fence()
@@ -364,7 +364,7 @@ def start_scores(queries: Int32, turn: Int32, place: Place, shape: Shape) -> lis
 def start_sums(sums: list[Float32], weights: list[Uint32], turn: Int32, place: Place, shape: Shape) -> list[Float32]:
     """Starts adding a tile of values by their weights, once it is there; a group of its own."""
     stage, parity = stage_of(turn, shape.stages)
-    ring.wait(keys_barrier(place.base, stage, shape) + 16, parity)
+    mbarrier.wait(keys_barrier(place.base, stage, shape) + 16, parity)
     values = attention_mma.transposed(place.base + shape.values_at + stage * shape.values_bytes, shape.block_bytes)
     for k in range(shape.keys // wgmma.K_STEP):
         sums = attention_mma.mma_transposed(sums, weights[4 * k : 4 * k + 4], values + k * _STEP_ROWS, shape.kind)
@@ -375,14 +375,14 @@ def start_sums(sums: list[Float32], weights: list[Uint32], turn: Int32, place: P
 def release(turn: Int32, which: int, place: Place, shape: Shape) -> None:
     """Gives the place of a tile of keys (8) or values (24) back, an arrival a warp."""
     stage, _ = stage_of(turn, shape.stages)
-    ring.arrive_if(keys_barrier(place.base, stage, shape) + which, place.one_lane())
+    mbarrier.arrive_if(keys_barrier(place.base, stage, shape) + which, place.one_lane())
 
 
 def release_queries(loads: Int32, place: Place, shape: Shape) -> None:
     """Gives the place of the queries number `loads`, and of the output after them, back, an arrival a warp."""
     stage, _ = stage_of(loads, shape.query_stages)
     cute.arch.sync_warp()
-    ring.arrive_if(queries_barrier(place.base, stage, shape) + 8, place.one_lane())
+    mbarrier.arrive_if(queries_barrier(place.base, stage, shape) + 8, place.one_lane())
 
 
 def weigh(scores: list[Float32], stat: cute.Tensor, start: Int32, view: View, factor: Float32) -> list[Float32]:
@@ -446,14 +446,14 @@ def finish(
     to = own + lane % 16 * shape.out_row_bytes + lane // 16 * 16
     for block in cutlass.range_constexpr(shape.v_dim // 16):
         values = [acc[8 * block + i] * scales[i // 2 % 2] for i in range(8)]
-        tma.store_matrix(to + block * 32, softmax.left_operands(values, shape.kind))
-    attention_mma.proxy_fence()
+        smem.store_matrices(to + block * 32, softmax.left_operands(values, shape.kind))
+    smem.proxy_fence()
     cute.arch.sync_warp()
     row = place.consumer * ROWS + place.wide * 16 + lane
     if (lane < 16) & (tile.first + row < tile.rows):
-        target = ring.address(result.out.iterator) + Int64(tile.place(row, sequences)) * (shape.v_dim * 2)
-        tma.store_bulk(target, own + lane * shape.out_row_bytes, shape.v_dim * 2)
-        tma.commit_stores()
+        target = asm.address(result.out) + Int64(tile.place(row, sequences)) * (shape.v_dim * 2)
+        copies.store_bulk(target, own + lane * shape.out_row_bytes, shape.v_dim * 2)
+        copies.commit_stores()
 
 
 @cute.jit
@@ -470,8 +470,8 @@ def nothing(
         row = place.consumer * ROWS + place.wide * 16 + local
         if tile.first + row < tile.rows:
             spot = tile.place(row, sequences)
-            at = ring.address(result.out.iterator) + Int64(spot) * (shape.v_dim * 2)
+            at = asm.address(result.out) + Int64(spot) * (shape.v_dim * 2)
             for chunk in cutlass.range(lane, shape.v_dim // 8, WARP, unroll=1):
-                attention_mma.store16_global(at + chunk * 16, [Uint32(0)] * 4)
+                gmem.store16(at + chunk * 16, [Uint32(0)] * 4)
             if lane == 0:
                 result.lse[spot] = Float32(softmax.HIDDEN)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, mask_bits, multicast, ring, wgmma
+from megamoe.cute import arith, attention_mma, cluster, mask_bits, mbarrier, smem, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe.cute.mask_bits import MaskBits
@@ -105,7 +105,7 @@ def attend(
     own = (work.tiles - me.number + 1) // 2
     for turn in cutlass.range(own - 1, unroll=1):
         take_turn(me, me.number + 2 + 2 * turn, rows, work, True, True, shape)
-    ring.arrive_if(me.base + shape.queries_read_at, Int32(1))
+    mbarrier.arrive_if(me.base + shape.queries_read_at, Int32(1))
 
 
 @cute.jit
@@ -226,7 +226,7 @@ def next_chunk(me: Consumer, shape: Shape) -> tuple[Int32, list[Int32]]:
     """Waits for the next chunk of keys or values; its address, and what to give back when it was read."""
     slot = me.cursor[0]
     full = me.base + shape.barriers_at + (me.number * shape.slots + slot) * 16
-    ring.wait(full, me.cursor[1])
+    mbarrier.wait(full, me.cursor[1])
     advance(me.cursor, shape)
     return me.base + shape.ring_at + me.number * shape.ring_bytes + slot * shape.chunk_bytes, [full + 8]
 
@@ -304,8 +304,8 @@ def clear_behind(me: Constexpr[Consumer], at: Int32, count: Int32, shape: Conste
         for i in cutlass.range_constexpr(shape.chunk_bytes // (GROUP * 16)):
             piece = thread + i * GROUP
             if piece // (ROW_BYTES // 16) % shape.value_rows >= count:
-                attention_mma.store16(at + piece * 16, [Uint32(0)] * 4)
-        attention_mma.proxy_fence()
+                smem.store16(at + piece * 16, [Uint32(0)] * 4)
+        smem.proxy_fence()
         cute.arch.barrier(barrier_id=_CLEAR_BARRIER + me.number, number_of_threads=GROUP)
 
 
@@ -313,7 +313,7 @@ def clear_behind(me: Constexpr[Consumer], at: Int32, count: Int32, shape: Conste
 def release(empty: Constexpr[list[Int32]], shape: Constexpr[Shape]) -> None:
     """Gives slots back, an arrival a warp at each CTA of the cluster."""
     for barrier in empty:
-        multicast.arrive_everywhere(barrier, shape.ctas)
+        cluster.arrive_everywhere(barrier, shape.ctas)
 
 
 @cute.jit
@@ -376,34 +376,34 @@ def publish(me: Constexpr[Consumer], tile: Int32, shape: Constexpr[Shape]) -> No
     """Shows the weights of an own tile and the largest scores so far to the other consumer."""
     g, t, wide = lanes()
     ready = me.base + shape.ready_at + me.number * 16
-    ring.wait(ready + 8, me.parity(tile, me.number) ^ 1)
+    mbarrier.wait(ready + 8, me.parity(tile, me.number) ^ 1)
     for half in cutlass.range_constexpr(2):
         row = wide * 16 + g + 8 * half
         at = me.base + shape.weights_at + me.number * BLOCK_BYTES + row * ROW_BYTES + t * 4
         for i in cutlass.range_constexpr(TILE // 8):
-            ring.store4(at + ((g ^ i) * 16), me.weights[2 * i + half])
+            smem.store4(at + ((g ^ i) * 16), me.weights[2 * i + half])
         one = arith.select(t == 0, Int32(1), Int32(0))
-        attention_mma.store4_if(me.base + shape.tops_at + (me.number * ROWS + row) * 4, me.stat[half], one)
-    attention_mma.proxy_fence()
-    ring.arrive_if(ready, Int32(1))
+        smem.store4_if(me.base + shape.tops_at + (me.number * ROWS + row) * 4, me.stat[half], one)
+    smem.proxy_fence()
+    mbarrier.arrive_if(ready, Int32(1))
 
 
 @cute.jit
 def acknowledge(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
     """Says that the other consumer's weights were read."""
     at = me.base + shape.ready_at + (1 - me.number) * 16 + 8
-    ring.arrive_if(at, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
+    mbarrier.arrive_if(at, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
 
 
 def follow(me: Consumer, tile: Int32, shape: Shape) -> list[Float32]:
     """Waits for the weights of the other consumer's tile and follows its largest scores; by what the sums shrink."""
     g, _, wide = lanes()
     other = 1 - me.number
-    ring.wait(me.base + shape.ready_at + other * 16, me.parity(tile, other))
+    mbarrier.wait(me.base + shape.ready_at + other * 16, me.parity(tile, other))
     shrink = []
     for half in range(2):
         at = me.base + shape.tops_at + (other * ROWS + wide * 16 + g + 8 * half) * 4
-        top = arith.number(Uint32(ring.load4(at)))
+        top = arith.number(Uint32(smem.load4(at)))
         minus = arith.mul(finite(top), -me.factor, Target.SM90)
         shrink.append(shrinks(me, half, minus))
         me.stat[half], me.stat[2 + half] = top, me.stat[2 + half] * shrink[half]
@@ -417,10 +417,10 @@ def join_totals(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
     at = me.base + shape.totals_at + me.before[0] // 4 * TOTALS_BYTES + (wide * 16 + g) * 4
     one = arith.select(t == 0, Int32(1), Int32(0))
     for half in cutlass.range_constexpr(2):
-        attention_mma.store4_if(at + (me.number * ROWS + 8 * half) * 4, me.stat[2 + half], one)
-    attention_mma.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
+        smem.store4_if(at + (me.number * ROWS + 8 * half) * 4, me.stat[2 + half], one)
+    mbarrier.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)
     for half in cutlass.range_constexpr(2):
-        other = arith.number(Uint32(ring.load4(at + ((1 - me.number) * ROWS + 8 * half) * 4)))
+        other = arith.number(Uint32(smem.load4(at + ((1 - me.number) * ROWS + 8 * half) * 4)))
         me.stat[2 + half] = me.stat[2 + half] + other
 
 

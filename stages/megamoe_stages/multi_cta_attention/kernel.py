@@ -11,7 +11,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from megamoe.cute import attention_mma, ring, softmax, tma, varlen
+from megamoe.cute import asm, copies, mbarrier, smem, softmax, tma, varlen
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.tma import RowBoxes
@@ -97,7 +97,7 @@ def kernel(
 ) -> None:
     """The kernel; see the module."""
     thread, _, _ = cute.arch.thread_idx()
-    base = ring.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
+    base = asm.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
     columns = cute.size(mask, mode=[1]) if cutlass.const_expr(shape.masked) else None
     sequences = Sequences(cu_q, cu_k, heads, kv_heads, causal, window, columns)
     tiles = attend.tile_ring(base, shape)
@@ -106,14 +106,14 @@ def kernel(
         tiles.init()
         for stage in cutlass.range_constexpr(shape.query_stages):
             barrier = attend.queries_barrier(base, Int32(stage), shape)
-            ring.init(barrier, QUERY_WARPS * WARP)
-            ring.init(barrier + 8, warps)
+            mbarrier.init(barrier, QUERY_WARPS * WARP)
+            mbarrier.init(barrier + 8, warps)
         for stage in cutlass.range_constexpr(shape.stages):
             barrier = attend.keys_barrier(base, Int32(stage), shape)
             for i in cutlass.range_constexpr(2):
-                ring.init(barrier + 16 * i, 1)
-                ring.init(barrier + 16 * i + 8, warps)
-        ring.init_fence()
+                mbarrier.init(barrier + 16 * i, 1)
+                mbarrier.init(barrier + 16 * i + 8, warps)
+        mbarrier.init_fence()
     cute.arch.sync_threads()
     producer, consumer = shape.registers
     if thread < GROUP:
@@ -167,9 +167,9 @@ def load_tile(
     full = attend.keys_barrier(base, stage, shape) + (0 if of_keys else 16)
     size = shape.keys_bytes if of_keys else shape.values_bytes
     slot = base + (shape.keys_at if of_keys else shape.values_at) + stage * size
-    ring.wait(full + 8, parity ^ 1)
+    mbarrier.wait(full + 8, parity ^ 1)
     if cute.arch.lane_idx() == 0:
-        ring.expect(full, Int32(size))
+        mbarrier.expect(full, Int32(size))
     cute.arch.sync_warp()
     first = tile.begin + step * shape.keys
     for block in cutlass.range_constexpr(size // shape.block_bytes):
@@ -190,14 +190,14 @@ def load_queries(q: cute.Tensor, base: Int32, sequences: Constexpr[Sequences], s
         elif tile.steps(shape.keys) > 0:
             stage, parity = attend.stage_of(loads, shape.query_stages)
             full = attend.queries_barrier(base, stage, shape)
-            ring.wait(full + 8, parity ^ 1)
+            mbarrier.wait(full + 8, parity ^ 1)
             for part in cutlass.range_constexpr(shape.consumers):
                 at = base + stage * shape.queries_bytes + part * shape.part_bytes
                 varlen.load_rows(q, at, tile, part * ROWS, ROWS, sequences, thread - WARP, QUERY_WARPS * WARP)
-            attention_mma.commit_copies()
-            attention_mma.wait_copies(0)
-            attention_mma.proxy_fence()
-            ring.arrive_if(full, Int32(1))
+            copies.commit()
+            copies.wait(0)
+            smem.proxy_fence()
+            mbarrier.arrive_if(full, Int32(1))
             loads = loads + 1
         number = number + 1
 

@@ -16,7 +16,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from megamoe.cute import arith, attention_mma, mask_bits, multicast, ring
+from megamoe.cute import arith, asm, copies, mask_bits, mbarrier, multicast, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import CHUNK
 from megamoe.cute.compiler import KernelSpec
@@ -224,7 +224,7 @@ def work_on_rows(
             `finish` waits for at `shape.fetched_at` and gives back at `shape.turned_at`.
     """
     thread, _, _ = cute.arch.thread_idx()
-    base = ring.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
+    base = asm.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
     if thread == 0:
         make_barriers(base, shape)
     meet(shape)
@@ -246,16 +246,16 @@ def work_on_rows(
 def make_barriers(base: Int32, shape: Shape) -> None:
     """The mbarriers of a CTA."""
     for i in range(CONSUMERS * shape.slots):
-        ring.init(base + shape.barriers_at + i * 16, 1)
-        ring.init(base + shape.barriers_at + i * 16 + 8, shape.ctas * GROUP // WARP)
+        mbarrier.init(base + shape.barriers_at + i * 16, 1)
+        mbarrier.init(base + shape.barriers_at + i * 16 + 8, shape.ctas * GROUP // WARP)
     for i in range(CONSUMERS):
-        ring.init(base + shape.ready_at + i * 16, GROUP)
-        ring.init(base + shape.ready_at + i * 16 + 8, GROUP // WARP)
-    ring.init(base + shape.queries_read_at, CONSUMERS * GROUP)
-    ring.init(base + shape.queries_there_at, GROUP - CONSUMERS * WARP)
-    ring.init(base + shape.fetched_at, WARP)
-    ring.init(base + shape.turned_at, CONSUMERS * GROUP)
-    ring.init_fence()
+        mbarrier.init(base + shape.ready_at + i * 16, GROUP)
+        mbarrier.init(base + shape.ready_at + i * 16 + 8, GROUP // WARP)
+    mbarrier.init(base + shape.queries_read_at, CONSUMERS * GROUP)
+    mbarrier.init(base + shape.queries_there_at, GROUP - CONSUMERS * WARP)
+    mbarrier.init(base + shape.fetched_at, WARP)
+    mbarrier.init(base + shape.turned_at, CONSUMERS * GROUP)
+    mbarrier.init_fence()
 
 
 @cute.jit
@@ -290,19 +290,19 @@ def prepare_turns(
     for turn in cutlass.range(turns_of(given, shape), unroll=1):
         piece = piece_of(given, turn, mask, shape)
         if piece.exists:
-            ring.wait(base + shape.queries_read_at, done % 2 ^ 1)
+            mbarrier.wait(base + shape.queries_read_at, done % 2 ^ 1)
             load_queries(given.q, base, piece.rows, warp - CONSUMERS, GROUP // WARP - CONSUMERS)
             if warp == CONSUMERS:
                 tell(base, piece, shape)
             show_queries()
-            ring.arrive_if(base + shape.queries_there_at, Int32(1))
+            mbarrier.arrive_if(base + shape.queries_there_at, Int32(1))
             if cutlass.const_expr(fetch is not None):
                 fetch_next(base, warp, fetch, piece.rows, done, shape)
             done = done + 1
-    ring.wait(base + shape.queries_read_at, done % 2 ^ 1)
+    mbarrier.wait(base + shape.queries_read_at, done % 2 ^ 1)
     if warp == CONSUMERS:
         tell_end(base, shape)
-    ring.arrive_if(base + shape.queries_there_at, Int32(1))
+    mbarrier.arrive_if(base + shape.queries_there_at, Int32(1))
 
 
 @cute.jit
@@ -316,7 +316,7 @@ def fetch_next(
 ) -> None:
     """Brings what the epilogue needs as soon as that before was read; one of the two warps."""
     if warp == CONSUMERS:
-        ring.wait(base + shape.turned_at, done % 2 ^ 1)
+        mbarrier.wait(base + shape.turned_at, done % 2 ^ 1)
         fetch(base, rows)
 
 
@@ -331,7 +331,7 @@ def take_pieces(
     """The CTA's pieces of rows, for a consumer."""
     going = Int32(1)
     while going != 0:
-        ring.wait(me.base + shape.queries_there_at, me.before[0] // 4)
+        mbarrier.wait(me.base + shape.queries_there_at, me.before[0] // 4)
         going, first, count, query, head, position, keys, entries = told(me.base, shape)
         rows = Rows(
             first=first + cute.arch.block_idx()[0] % shape.ctas * ROWS,
@@ -385,17 +385,17 @@ def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows], warp: Int32
         inside = rows.first + row < rows.count
         place = rows.place(arith.select(inside, rows.first + row, Int32(0)))
         size = arith.select(inside, Int32(CHUNK), Int32(0))
-        source = ring.address(q.iterator) + (place * (2 * DIM) + chunk * CHUNK)
+        source = asm.address(q) + (place * (2 * DIM) + chunk * CHUNK)
         target = base + row * ROW_BYTES + ((chunk ^ row) & (_CHUNKS - 1)) * CHUNK
         for block in cutlass.range_constexpr(BLOCKS):
-            attention_mma.copy16(target + block * BLOCK_BYTES, source + block * ROW_BYTES, size)
-    attention_mma.commit_copies()
+            copies.copy16(target + block * BLOCK_BYTES, source + block * ROW_BYTES, size)
+    copies.commit()
 
 
 def show_queries() -> None:
     """Waits for what this thread has loaded of the queries, for the tensor cores."""
-    attention_mma.wait_copies(0)
-    attention_mma.proxy_fence()
+    copies.wait(0)
+    smem.proxy_fence()
 
 
 def tensors(dtype: str = DTYPES[0]) -> list[object]:

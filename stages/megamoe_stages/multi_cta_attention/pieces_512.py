@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Constexpr, Float32, Int32, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, ring
+from megamoe.cute import arith, smem
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, Work, work_of
@@ -183,17 +183,17 @@ def tell(base: Int32, piece: Constexpr[Piece], shape: Constexpr[Shape]) -> None:
     words += [Uint32(rows.keys), Uint32(rows.entries)]
     if cute.arch.lane_idx() == 0:
         for i in cutlass.range_constexpr(2):
-            attention_mma.store16(base + shape.record_at + 16 * i, words[4 * i : 4 * i + 4])
+            smem.store16(base + shape.record_at + 16 * i, words[4 * i : 4 * i + 4])
 
 
 @cute.jit
 def tell_end(base: Int32, shape: Constexpr[Shape]) -> None:
     """Writes that there are no more; a warp."""
     if cute.arch.lane_idx() == 0:
-        attention_mma.store16(base + shape.record_at, [Uint32(0)] * 4)
+        smem.store16(base + shape.record_at, [Uint32(0)] * 4)
 
 
 def told(base: Int32, shape: Shape) -> list[Int32]:
     """What `tell` wrote."""
     at = base + shape.record_at
-    return [cute.arch.make_warp_uniform(Int32(word)) for i in range(2) for word in ring.load16(at + 16 * i)]
+    return [cute.arch.make_warp_uniform(Int32(word)) for i in range(2) for word in smem.load16(at + 16 * i)]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Int32, cute
 
-from megamoe.cute import arith, multicast, ring
+from megamoe.cute import arith, mbarrier, multicast
 from megamoe.cute.multicast import Boxes
 from megamoe_stages.multi_cta_attention.rows_512 import Work
 from megamoe_stages.multi_cta_attention.shape_512 import (
@@ -50,8 +50,8 @@ def claim(base: Int32, which: Int32, cursor: cute.Tensor, shape: Constexpr[Shape
     """Waits for the next slot of a ring and promises it a chunk; its address and its mbarrier."""
     slot = cursor[0]
     full = base + shape.barriers_at + (which * shape.slots + slot) * 16
-    ring.wait(full + 8, cursor[1] ^ 1)
-    multicast.expect_if(full, shape.chunk_bytes, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
+    mbarrier.wait(full + 8, cursor[1] ^ 1)
+    mbarrier.expect_if(full, shape.chunk_bytes, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
     advance(cursor, shape)
     return base + shape.ring_at + which * shape.ring_bytes + slot * shape.chunk_bytes, full
 

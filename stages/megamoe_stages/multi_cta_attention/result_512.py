@@ -7,7 +7,7 @@ import math
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, cute
 
-from megamoe.cute import arith, attention_mma, multicast, ring
+from megamoe.cute import arith, asm, attention_mma, gmem, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import CHUNK, exp2
 from megamoe.cute.softmax import fma, left_operands
@@ -67,17 +67,17 @@ def store(me: Constexpr[Consumer], rows: Constexpr[Rows], out: cute.Tensor, shap
         number = rows.first + wide * _WARP_ROWS + i * _ROWS_AT_ONCE + row
         exists = number < rows.count
         place = rows.place(arith.select(exists, number, Int32(0)))
-        there.append(ring.address(out.iterator) + ((place * DIM + me.number * HALF) * 2 + chunk * CHUNK))
+        there.append(asm.address(out) + ((place * DIM + me.number * HALF) * 2 + chunk * CHUNK))
         inside.append(arith.select(exists, Int32(1), Int32(0)))
     for part in cutlass.range_constexpr(2 * HALF // ROW_BYTES):
         for pair in cutlass.range_constexpr(ROW_BYTES // 32):
             first = 8 * (part * (ROW_BYTES // 32) + pair)
             words = left_operands([me.acc[first + i] for i in range(8)], shape.kind)  # rows 0, 8 of columns 0, then 8
-            multicast.store_matrices(chunk_at(area, lane % _WARP_ROWS, 2 * pair + lane // _WARP_ROWS), words)
+            smem.store_matrices(chunk_at(area, lane % _WARP_ROWS, 2 * pair + lane // _WARP_ROWS), words)
         cute.arch.sync_warp()
         for i in cutlass.range_constexpr(_WARP_ROWS // _ROWS_AT_ONCE):
-            words = ring.load16(chunk_at(area, i * _ROWS_AT_ONCE + row, chunk))
-            ring.store_global16_if(there[i] + part * ROW_BYTES, words, inside[i])
+            words = smem.load16(chunk_at(area, i * _ROWS_AT_ONCE + row, chunk))
+            gmem.store16_if(there[i] + part * ROW_BYTES, words, inside[i])
         cute.arch.sync_warp()
 
 

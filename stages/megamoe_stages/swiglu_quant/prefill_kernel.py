@@ -11,7 +11,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, convert, placed, recipe, ring, weight_gemm
+from megamoe.cute import arith, asm, convert, gmem, recipe, smem, weight_gemm
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.layout import offset_128x4, offset_linear
@@ -94,8 +94,8 @@ def kernel(
 
     def fetch(piece: Piece) -> list[Float32]:
         first = piece.expert * parts  # multiplied only when the sums are there: the loads are not waited for before
-        alphas = [placed.ask(alpha, first + i * (parts // 2)) for i in range(2)]  # of gate and up
-        return [*alphas, placed.ask(dec, Int32(0))] if quantized else alphas
+        alphas = [gmem.ask(alpha, first + i * (parts // 2)) for i in range(2)]  # of gate and up
+        return [*alphas, gmem.ask(dec, Int32(0))] if quantized else alphas
 
     def finish(acc: cute.Tensor, piece: Piece, width: int, staging: Int32, asked: list[Float32]) -> None:
         factors = [decoded_factor(alpha, asked[2] if quantized else None) for alpha in asked[:2]]
@@ -137,7 +137,7 @@ def encode(
                     gate, up = (arith.mul(acc[t, c * 4 + i * 2 + j], factors[i], target) for i in range(2))
                     up = maximum_or_nan(minimum_or_nan(up, limit, target), -limit, target)
                     y = swiglu(minimum_or_nan(gate, limit, target), up, target)
-                    ring.store4(to + ((c * 8 - first + j) * _STRIDE + t * 8) * 4, y)
+                    smem.store4(to + ((c * 8 - first + j) * _STRIDE + t * 8) * 4, y)
             cute.arch.sync_warp()
             row, left = piece.start + piece.first + first, piece.valid - first
             given = (row_weight, enc, weighted, out_codes, out_scales, tiled)
@@ -145,7 +145,7 @@ def encode(
                 _quantize_by_halves(area, row, left, block, *given)
             else:
                 mine = cutlass.min(lane, min(WARP, width - first) - 1)  # a token that was written
-                words = [word for i in range(4) for word in ring.load16(area + (mine * _STRIDE + i * 4) * 4)]
+                words = [word for i in range(4) for word in smem.load16(area + (mine * _STRIDE + i * 4) * 4)]
                 cute.arch.sync_warp()
                 if lane < left:
                     _quantize(words, row + lane, block, scale, *given)
@@ -169,7 +169,7 @@ def _quantize_by_halves(
     lane = cute.arch.lane_idx()
     token, half = cutlass.min(lane % (WARP // 2), tokens - 1), lane // (WARP // 2)
     at = area + (token * _STRIDE + half * (BLOCK // 2)) * 4
-    values = [arith.number(word) for i in range(2) for word in ring.load16(at + i * 16)]
+    values = [arith.number(word) for i in range(2) for word in smem.load16(at + i * 16)]
     cute.arch.sync_warp()
     if cutlass.const_expr(weighted):
         values = [arith.mul(value, row_weight[row + token], target) for value in values]
@@ -220,8 +220,8 @@ def _quantize(
 
 def _store(encoded: Block, row: Int32, block: Int32, codes: cute.Tensor, scales: cute.Tensor, tiled: bool) -> None:
     blocks = cute.size(codes, mode=[1]) // (BLOCK // 2)
-    at = ring.address(codes.iterator) + (Int64(row) * blocks + block) * (BLOCK // 2)
-    ring.store_global8(at, [encoded.low, encoded.high])
+    at = asm.address(codes) + (Int64(row) * blocks + block) * (BLOCK // 2)
+    gmem.store8(at, [encoded.low, encoded.high])
     flat = cute.make_tensor(scales.iterator, cute.make_layout(cute.size(scales)))
     flat[_scale_offset(row, block, blocks, tiled)] = Uint8(encoded.scale)
 
