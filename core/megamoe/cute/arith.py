@@ -10,8 +10,9 @@ from enum import Enum
 from typing import Any
 
 from cutlass import Boolean, Float32, Int32, Numeric, Uint32, cute
-from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import select_
+
+from megamoe.cute import asm
 
 
 class Target(Enum):
@@ -34,20 +35,7 @@ class Target(Enum):
 
 def ptx(result: type[Numeric], text: str, *operands: Numeric) -> Any:
     """One inline PTX instruction without side effects; $0 is the result, $1 and on the operands, all 32 bits wide."""
-    values = [operand.ir_value() for operand in operands]
-    letters = ",".join("f" if type(operand) is Float32 else "r" for operand in operands)
-    out = "=f" if result is Float32 else "=r"
-    return result(
-        llvm.inline_asm(
-            result.mlir_type,
-            values,
-            text,
-            f"{out},{letters}",
-            has_side_effects=False,
-            is_align_stack=False,
-            asm_dialect=llvm.AsmDialect.AD_ATT,
-        )
-    )
+    return asm.value(result, text, *operands, effects=False)
 
 
 def bits(x: Float32) -> Uint32:
@@ -154,17 +142,7 @@ def hidden_zero(target: Target) -> Int32:
     if target.host:
         return Int32(0)
     text = "{.reg .u32 z; mov.u32 z, %ctaid.z; shr.u32 $0, z, 16;}"  # z is at most 65534
-    return Int32(
-        llvm.inline_asm(
-            Int32.mlir_type,
-            [],
-            text,
-            "=r",
-            has_side_effects=True,
-            is_align_stack=False,
-            asm_dialect=llvm.AsmDialect.AD_ATT,
-        )
-    )
+    return Int32(asm.value(Int32, text))
 
 
 def loads_first(target: Target) -> None:

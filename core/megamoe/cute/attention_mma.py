@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from cutlass import Float32, Int32, Int64, Uint32
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import llvm
 
-from megamoe.cute import arith, warp
+from megamoe.cute import arith, asm, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.wgmma import ROW_BYTES, SWIZZLE_ROWS
 
@@ -43,14 +41,15 @@ def mma_shared(acc: Sequence[Float32], a: Int64, b: Int64, dtype: str = "bf16") 
         b: `wgmma.descriptor`.
         dtype: Of a and b, "bf16" or "f16".
     """
-    return _mma(acc, [a, b], "${0}, ${1}, 1, 1, 1, 0, 0", "ll", dtype)
+    return _mma(acc, [a, b], "${0}, ${1}, 1, 1, 1, 0, 0", dtype)
 
 
 def first_shared(count: int, a: Int64, b: Int64, dtype: str = "bf16") -> list[Float32]:
     """a b as `mma_shared` has them, added to nothing: `count` = n / 2 values that need not be made zero before."""
     text = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.{dtype}.{dtype}"
     names = ", ".join(f"${i}" for i in range(count))
-    return _products(f"{text} {{{names}}}, ${count}, ${count + 1}, 0, 1, 1, 0, 0;", count, ["l", "l"], [a, b])
+    text = f"{text} {{{names}}}, ${count}, ${count + 1}, 0, 1, 1, 0, 0;"
+    return asm.values([Float32] * count, text, a, b)
 
 
 def mma_transposed(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64, dtype: str = "bf16") -> list[Float32]:
@@ -62,7 +61,7 @@ def mma_transposed(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64, dtype:
         b: `transposed`.
         dtype: Of a and b, "bf16" or "f16".
     """
-    return _mma(acc, [*a, b], "{{${0}, ${1}, ${2}, ${3}}}, ${4}, 1, 1, 1, 1", "rrrrl", dtype)
+    return _mma(acc, [*a, b], "{{${0}, ${1}, ${2}, ${3}}}, ${4}, 1, 1, 1, 1", dtype)
 
 
 def mma_shared_transposed(acc: Sequence[Float32], a: Int64, b: Int64, dtype: str = "bf16") -> list[Float32]:
@@ -74,32 +73,15 @@ def mma_shared_transposed(acc: Sequence[Float32], a: Int64, b: Int64, dtype: str
         b: `transposed`.
         dtype: Of a and b, "bf16" or "f16".
     """
-    return _mma(acc, [a, b], "${0}, ${1}, 1, 1, 1, 0, 1", "ll", dtype)
+    return _mma(acc, [a, b], "${0}, ${1}, 1, 1, 1, 0, 1", dtype)
 
 
-def _mma(
-    acc: Sequence[Float32], operands: Sequence[Uint32 | Int64], tail: str, letters: str, dtype: str = "bf16"
-) -> list[Float32]:
+def _mma(acc: Sequence[Float32], operands: Sequence[Uint32 | Int64], tail: str, dtype: str = "bf16") -> list[Float32]:
     count = len(acc)
     names = ", ".join(f"${i}" for i in range(count))
     rest = tail.format(*(2 * count + i for i in range(len(operands))))
     text = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.{dtype}.{dtype} {{{names}}}, {rest};"
-    return _products(text, count, [*map(str, range(count)), *letters], [*acc, *operands])
-
-
-def _products(text: str, count: int, constraints: list[str], operands: Sequence[Any]) -> list[Float32]:
-    """An instruction whose results are `count` sums."""
-    out = llvm.inline_asm(
-        llvm.StructType.get_literal([Float32.mlir_type] * count),
-        [operand.ir_value() for operand in operands],
-        text,
-        ",".join(["=f"] * count + constraints),
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    place = [ir.DenseI64ArrayAttr.get([i]) for i in range(count)]
-    return [Float32(llvm.extractvalue(Float32.mlir_type, out, p)) for p in place]
+    return asm.values([Float32] * count, text, *acc, *operands, kept=count)
 
 
 def fence(values: Sequence[Float32 | Uint32]) -> list[Float32 | Uint32]:
@@ -134,24 +116,7 @@ def wait_behind(
 
 def _tied(text: str, values: Sequence[Any], operands: Sequence[Float32] = ()) -> list[Any]:
     """An instruction that keeps its place among what makes and uses the values."""
-    count = len(values)
-    letters = ["f" if type(value) is Float32 else "r" for value in values]
-    out = llvm.inline_asm(
-        llvm.StructType.get_literal([type(value).mlir_type for value in values]),
-        [value.ir_value() for value in (*values, *operands)],
-        text,
-        ",".join(
-            [f"={letter}" for letter in letters]
-            + [str(i) for i in range(count)]
-            + ["f"] * len(operands)
-            + ["~{memory}"]
-        ),
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    place = [ir.DenseI64ArrayAttr.get([i]) for i in range(count)]
-    return [type(v)(llvm.extractvalue(type(v).mlir_type, out, p)) for v, p in zip(values, place, strict=True)]
+    return asm.values([type(value) for value in values], text, *values, *operands, kept=len(values))
 
 
 def exp2(x: Float32) -> Float32:
@@ -170,15 +135,3 @@ def max_of_four(x: Float32) -> Float32:
     """The largest over four neighbouring lanes, in each of them."""
     pair = arith.maximum(x, warp.from_lane(x, 1), Target.SM90)
     return arith.maximum(pair, warp.from_lane(pair, 2), Target.SM90)
-
-
-def _asm(text: str, constraints: str, *operands: Uint32 | Int32 | Int64 | Float32) -> None:
-    llvm.inline_asm(
-        None,
-        [operand.ir_value() for operand in operands],
-        text,
-        ",".join(part for part in (constraints, "~{memory}") if part),
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )

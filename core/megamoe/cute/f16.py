@@ -8,13 +8,10 @@ so one instruction converts two scales and one product decodes two values. The m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from cutlass import Float32, Int64, Numeric, Uint32
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import llvm
+from cutlass import Float32, Int64, Uint32
 
-from megamoe.cute import arith
+from megamoe.cute import arith, asm
 from megamoe.cute.arith import Target
 
 DECODED_UNIT = 2.0**14  # what one in the result of a decode stands for
@@ -79,22 +76,12 @@ def mma(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32]) -> list[
     Returns:
         Placed as c.
     """
-    out = llvm.inline_asm(
-        llvm.StructType.get_literal([Float32.mlir_type] * 4),
-        [operand.ir_value() for operand in (*a, *b, *c)],
-        _MMA,
-        ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4),
-        has_side_effects=False,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    place = [ir.DenseI64ArrayAttr.get([i]) for i in range(4)]
-    return [Float32(llvm.extractvalue(Float32.mlir_type, out, p)) for p in place]
+    return asm.values([Float32] * 4, _MMA, *a, *b, *c, effects=False)
 
 
 def transpose(pair: Uint32) -> Uint32:
     """An (8, 8) of 16 bits, two columns a lane, turned over: lane (g, t) gets rows 2t and 2t + 1 of column g."""
-    return Uint32(_asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", Uint32.mlir_type, pair))
+    return Uint32(asm.value(Uint32, "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", pair))
 
 
 def mma_group(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64) -> list[Float32]:
@@ -104,26 +91,4 @@ def mma_group(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64) -> list[Flo
     left = ", ".join(f"${2 * count + i}" for i in range(4))
     kind = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.f16.f16"
     text = f"{kind} {{{names}}}, {{{left}}}, ${2 * count + 4}, 1, 1, 1, 0;"
-    out = llvm.inline_asm(
-        llvm.StructType.get_literal([Float32.mlir_type] * count),
-        [operand.ir_value() for operand in (*acc, *a, b)],
-        text,
-        ",".join(["=f"] * count + [str(i) for i in range(count)] + ["r"] * 4 + ["l"]),
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    place = [ir.DenseI64ArrayAttr.get([i]) for i in range(count)]
-    return [Float32(llvm.extractvalue(Float32.mlir_type, out, p)) for p in place]
-
-
-def _asm(text: str, constraints: str, result: Any, *operands: Numeric) -> Any:
-    return llvm.inline_asm(
-        result,
-        [operand.ir_value() for operand in operands],
-        text,
-        constraints,
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
+    return asm.values([Float32] * count, text, *acc, *a, b, kept=count)

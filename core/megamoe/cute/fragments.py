@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from cutlass import Float32, Uint32
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import llvm
 
-from megamoe.cute import arith, convert
+from megamoe.cute import arith, asm, convert
 from megamoe.cute.arith import Target
 
 _VALUE = 0x81C081C0  # sign and magnitude of a decoded pair, as bf16 times 2^-126
@@ -125,17 +123,7 @@ def mma(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32]) -> list[
     Returns:
         Placed as c.
     """
-    out = llvm.inline_asm(
-        llvm.StructType.get_literal([Float32.mlir_type] * 4),
-        [operand.ir_value() for operand in (*a, *b, *c)],
-        _MMA,
-        ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4),
-        has_side_effects=False,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    place = [ir.DenseI64ArrayAttr.get([i]) for i in range(4)]
-    return [Float32(llvm.extractvalue(Float32.mlir_type, out, p)) for p in place]
+    return asm.values([Float32] * 4, _MMA, *a, *b, *c, effects=False)
 
 
 def _rotate_right(word: Uint32, by: int) -> Uint32:

@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, cute
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import llvm
 from cutlass.cute.runtime import make_fake_compact_tensor
 
 from megamoe.cute import arith, asm
@@ -43,18 +41,12 @@ class MaskBits(NamedTuple):
         """The words of a tile of keys from `start` on, a multiple of TILE; all ones unless the condition holds."""
         width = cute.size(self.words, mode=[1])
         at = asm.address(self.words) + (Int64(query) * width + start // WARP) * 4
-        out = llvm.inline_asm(
-            llvm.StructType.get_literal([Uint32.mlir_type] * WORDS),
-            [at.ir_value(), arith.select(condition, Int32(1), Int32(0)).ir_value()],
+        text = (
             "{.reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, -1; mov.b32 $1, -1;"
-            " @p ld.global.nc.v2.b32 {$0, $1}, [$2];}",
-            "=&r,=&r,l,r",
-            has_side_effects=True,  # to stay where it was put, long before the bits are needed
-            is_align_stack=False,
-            asm_dialect=llvm.AsmDialect.AD_ATT,
+            " @p ld.global.nc.v2.b32 {$0, $1}, [$2];}"
         )
-        place = [ir.DenseI64ArrayAttr.get([i]) for i in range(WORDS)]
-        return [Uint32(llvm.extractvalue(Uint32.mlir_type, out, p)) for p in place]
+        # with effects, to stay where it was put, long before the bits are needed
+        return asm.values([Uint32] * WORDS, text, at, asm.flag(condition), early=True)
 
 
 @cute.jit

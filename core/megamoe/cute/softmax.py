@@ -13,9 +13,8 @@ from collections.abc import Callable
 
 import cutlass
 from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
-from cutlass._mlir.dialects import llvm
 
-from megamoe.cute import arith, attention_mma
+from megamoe.cute import arith, asm, attention_mma
 from megamoe.cute.arith import Target
 from megamoe.cute.warp import sum_of_four
 
@@ -87,16 +86,7 @@ def _byte_if(at: Int64, condition: Boolean) -> Uint32:
         "{.reg .pred p; .reg .b16 h; setp.ne.s32 p, $2, 0; mov.b16 h, 0;"
         " @p ld.global.nc.u8 h, [$1]; cvt.u32.u16 $0, h;}"
     )
-    out = llvm.inline_asm(
-        Uint32.mlir_type,
-        [at.ir_value(), arith.select(condition, Int32(1), Int32(0)).ir_value()],
-        text,
-        "=r,l,r",
-        has_side_effects=False,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    return Uint32(out)
+    return Uint32(asm.value(Uint32, text, at, asm.flag(condition), effects=False))
 
 
 def finite(top: Float32) -> Float32:

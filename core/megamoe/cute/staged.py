@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cutlass import Float32, Int64
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import llvm
+
+from megamoe.cute import asm
 
 
 def mma_by_rows(acc: Sequence[Float32], a: Int64, b: Int64, dtype: str = "f16") -> list[Float32]:
@@ -25,14 +25,5 @@ def mma_by_rows(acc: Sequence[Float32], a: Int64, b: Int64, dtype: str = "f16") 
     count = len(acc)
     names = ", ".join(f"${i}" for i in range(count))
     kind = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.{dtype}.{dtype}"
-    out = llvm.inline_asm(
-        llvm.StructType.get_literal([Float32.mlir_type] * count),
-        [operand.ir_value() for operand in (*acc, a, b)],
-        f"{kind} {{{names}}}, ${2 * count}, ${2 * count + 1}, 1, 1, 1, 1, 1;",
-        ",".join(["=f"] * count + [str(i) for i in range(count)] + ["l", "l"]),
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    place = [ir.DenseI64ArrayAttr.get([i]) for i in range(count)]
-    return [Float32(llvm.extractvalue(Float32.mlir_type, out, p)) for p in place]
+    text = f"{kind} {{{names}}}, ${2 * count}, ${2 * count + 1}, 1, 1, 1, 1, 1;"
+    return asm.values([Float32] * count, text, *acc, a, b, kept=count)

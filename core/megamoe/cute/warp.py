@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cutlass import Float32, Int32, Numeric, Uint32, cute
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import llvm
 
-from megamoe.cute import arith, bf16
+from megamoe.cute import arith, asm, bf16
 from megamoe.cute.arith import Target, bits, number
 
 WARP = 32
@@ -27,32 +25,18 @@ _MMA = (
 
 def thread() -> Int32:
     """The thread's number in its CTA, read anew, so that what follows from it need not wait in registers."""
-    return _asm("mov.u32 $0, %tid.x;", "=r") & (_MOST_THREADS - 1)  # the range makes divisions shifts
+    return Int32(asm.value(Int32, "mov.u32 $0, %tid.x;")) & (_MOST_THREADS - 1)  # the range makes divisions shifts
 
 
 def ctas() -> Int32:
     """CTAs of the grid, read anew."""
-    return _asm("mov.u32 $0, %nctaid.x;", "=r")
+    return Int32(asm.value(Int32, "mov.u32 $0, %nctaid.x;"))
 
 
 def warp_number() -> Int32:
     """The warp's number in its CTA, by a reduction: it comes in a uniform register, of which there are plenty."""
     wide = thread() // WARP
-    return _asm("redux.sync.min.u32 $0, $1, 0xffffffff;", "=r,r", wide) & (_MOST_THREADS // WARP - 1)
-
-
-def _asm(text: str, constraints: str, *operands: Numeric) -> Int32:
-    values = [operand.ir_value() for operand in operands]
-    out = llvm.inline_asm(
-        Int32.mlir_type,
-        values,
-        text,
-        constraints,
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    return Int32(out)
+    return Int32(asm.value(Int32, "redux.sync.min.u32 $0, $1, 0xffffffff;", wide)) & (_MOST_THREADS // WARP - 1)
 
 
 def split_tf32(x: Float32, target: Target) -> tuple[Uint32, Uint32]:
@@ -85,18 +69,7 @@ def mma_tf32(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32]) -> 
     Returns:
         Placed as c.
     """
-    result = llvm.StructType.get_literal([Float32.mlir_type] * 4)
-    out = llvm.inline_asm(
-        result,
-        [operand.ir_value() for operand in (*a, *b, *c)],
-        _MMA,
-        ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4),
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    place = [ir.DenseI64ArrayAttr.get([i]) for i in range(4)]
-    return [Float32(llvm.extractvalue(Float32.mlir_type, out, p)) for p in place]
+    return asm.values([Float32] * 4, _MMA, *a, *b, *c)
 
 
 def from_lane(value: Numeric, lane_xor: int) -> Numeric:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cutlass import Float32, Int32, Int64, Uint32
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import llvm
+
+from megamoe.cute import asm
 
 K_STEP = 16  # of one product
 SWIZZLE_ROWS = 8
@@ -44,50 +44,24 @@ def mma(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64) -> list[Float32]:
         f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.bf16.bf16"
         f" {{{names}}}, {{{left}}}, ${2 * count + 4}, 1, 1, 1, 0;"
     )
-    constraints = ["=f"] * count + [str(i) for i in range(count)] + ["r"] * 4 + ["l"]
-    out = llvm.inline_asm(
-        llvm.StructType.get_literal([Float32.mlir_type] * count),
-        [operand.ir_value() for operand in (*acc, *a, b)],
-        text,
-        ",".join(constraints),
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    place = [ir.DenseI64ArrayAttr.get([i]) for i in range(count)]
-    return [Float32(llvm.extractvalue(Float32.mlir_type, out, p)) for p in place]
+    return asm.values([Float32] * count, text, *acc, *a, b, kept=count)
 
 
 def zeros(count: int) -> list[Float32]:
     """A fresh accumulator; plain zeros would be kept in registers from one piece of work to the next."""
-    out = llvm.inline_asm(
-        llvm.StructType.get_literal([Float32.mlir_type] * count),
-        [],
-        " ".join(f"mov.f32 ${i}, 0f00000000;" for i in range(count)),
-        ",".join(["=f"] * count),
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    return [Float32(llvm.extractvalue(Float32.mlir_type, out, ir.DenseI64ArrayAttr.get([i]))) for i in range(count)]
+    return asm.values([Float32] * count, " ".join(f"mov.f32 ${i}, 0f00000000;" for i in range(count)))
 
 
 def fence() -> None:
     """Before the first `mma` after registers it uses were written otherwise."""
-    _asm("wgmma.fence.sync.aligned;")
+    asm.effect("wgmma.fence.sync.aligned;")
 
 
 def commit() -> None:
     """Closes the group of the products since the last one."""
-    _asm("wgmma.commit_group.sync.aligned;")
+    asm.effect("wgmma.commit_group.sync.aligned;")
 
 
 def wait(groups: int) -> None:
     """Until at most so many groups of this warpgroup are not done."""
-    _asm(f"wgmma.wait_group.sync.aligned {groups};")
-
-
-def _asm(text: str) -> None:
-    llvm.inline_asm(
-        None, [], text, "~{memory}", has_side_effects=True, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT
-    )
+    asm.effect(f"wgmma.wait_group.sync.aligned {groups};")

@@ -13,10 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cutlass import Float32, Int32, Uint32
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import llvm
 
-from megamoe.cute import arith, warp
+from megamoe.cute import arith, asm, warp
 from megamoe.cute.arith import Target
 from megamoe_stages.mhc_quant.tensors import Words
 
@@ -59,16 +57,7 @@ def squares(streams: list[Words], row: Int32, target: Target) -> Float32:
 
 def _mma_k8(a: Sequence[Uint32], b: Uint32, c: Sequence[Float32]) -> list[Float32]:
     """c + a b, one warp, of bf16 a (16, 8) and b (8, 8); placed as in `fragments.mma`."""
-    out = llvm.inline_asm(
-        llvm.StructType.get_literal([Float32.mlir_type] * 4),
-        [operand.ir_value() for operand in (*a, b, *c)],
-        _MMA_K8,
-        ",".join(["=f"] * 4 + ["r"] * 3 + ["f"] * 4),
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    return [Float32(llvm.extractvalue(Float32.mlir_type, out, ir.DenseI64ArrayAttr.get([i]))) for i in range(4)]
+    return asm.values([Float32] * 4, _MMA_K8, *a, b, *c)
 
 
 def _added(a: Sequence[Float32], b: Sequence[Float32], target: Target) -> list[Float32]:

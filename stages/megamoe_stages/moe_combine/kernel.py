@@ -10,10 +10,7 @@ from __future__ import annotations
 import cutlass
 from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Boolean, Constexpr, Float16, Float32, Int32, Int64, Numeric, Uint32, cute
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import llvm
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
-from cutlass.cutlass_dsl import T
 
 from megamoe.cute import arith, asm, bf16, gmem, recipe
 from megamoe.cute.arith import Target
@@ -102,21 +99,8 @@ def _add(
 def _load(source: cute.Pointer, dtype: type[Numeric], valid: Boolean) -> list[Uint32]:
     """The words of a piece, zeros where not `valid`; past the L1, since nobody reads them again."""
     words: list[Uint32] = []
-    result = llvm.StructType.get_literal([Uint32.mlir_type] * 4)
     for i in range(0, PIECE, 128 // dtype.width):
-        out = llvm.inline_asm(
-            result,
-            [
-                llvm.ptrtoint(T.i64(), (source + i).to_llvm_ptr()),
-                arith.select(valid, Int32(1), Int32(0)).ir_value(),
-            ],
-            _LOAD,
-            "=&r,=&r,=&r,=&r,l,r",
-            has_side_effects=True,
-            is_align_stack=False,
-            asm_dialect=llvm.AsmDialect.AD_ATT,
-        )
-        words += [Uint32(llvm.extractvalue(Uint32.mlir_type, out, ir.DenseI64ArrayAttr.get([w]))) for w in range(4)]
+        words += asm.values([Uint32] * 4, _LOAD, asm.address(source + i), asm.flag(valid), early=True)
     return words
 
 

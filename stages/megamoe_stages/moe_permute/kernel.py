@@ -14,10 +14,9 @@ from typing import NamedTuple
 import cutlass
 from cuda.bindings.driver import CUstream
 from cutlass import Constexpr, Int32, Uint32, cute
-from cutlass._mlir.dialects import llvm
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
-from cutlass.cutlass_dsl import T
 
+from megamoe.cute import asm, cluster
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.warp import WARP
@@ -177,7 +176,7 @@ def _first_rows(
         cute.arch.cluster_arrive()
         cute.arch.cluster_wait()
         if thread < experts:
-            there = [_elsewhere(totals, thread, r) for r in range(shape.ctas)]
+            there = [cluster.load4(asm.address(totals) + 4 * thread, Int32(r)) for r in range(shape.ctas)]
             everywhere = there[0]
             for r in cutlass.range_constexpr(1, shape.ctas):
                 everywhere = everywhere + there[r]
@@ -220,21 +219,6 @@ def _scan(value: Int32, lane: Int32) -> Int32:
 def _expert(indices: cute.Tensor, visit: Int32, experts: Int32, step: int) -> Int32:
     """A visit's expert; clamped, so that no index leads out of the counters."""
     return cutlass.min(cutlass.max(indices[visit * step], Int32(0)), experts - 1)
-
-
-def _elsewhere(totals: cute.Tensor, at: Int32, rank: int) -> Int32:
-    """A word of the same array in another CTA of the cluster."""
-    here = llvm.ptrtoint(T.i32(), (totals.iterator + at).to_llvm_ptr())
-    out = llvm.inline_asm(
-        Int32.mlir_type,
-        [here, Int32(rank).ir_value()],
-        "{.reg .b32 there; mapa.shared::cluster.u32 there, $1, $2; ld.shared::cluster.b32 $0, [there];}",
-        "=r,r,r,~{memory}",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    return Int32(out)
 
 
 def _view(words: cute.Pointer, size: int) -> cute.Tensor:

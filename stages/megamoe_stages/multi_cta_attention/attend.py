@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
-from cutlass._mlir.dialects import llvm
 
 from megamoe.cute import arith, asm, attention_mma, copies, gmem, mbarrier, smem, softmax, varlen, wgmma
 from megamoe.cute.varlen import Sequences, Tile, TileRing
@@ -93,25 +92,13 @@ def stage_of(turn: Int32, stages: int) -> tuple[Int32, Int32]:
 
 def wait_turn(consumer: Int32) -> None:
     """Until the consumer before has started its products."""
-    _barrier("bar.sync", consumer + _TURN_BARRIER, 2 * GROUP)
+    mbarrier.named_barrier(consumer + _TURN_BARRIER, 2 * GROUP)
 
 
 def pass_turn(consumer: Int32, shape: Shape) -> None:
     """Lets the next consumer start its products."""
     following = arith.select(consumer == shape.consumers - 1, Int32(0), consumer + 1)
-    _barrier("bar.arrive", following + _TURN_BARRIER, 2 * GROUP)
-
-
-def _barrier(name: str, number: Int32, threads: int) -> None:
-    llvm.inline_asm(
-        None,
-        [number.ir_value()],
-        f"{name} $0, {threads};",
-        "r,~{memory}",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
+    mbarrier.arrive_at_named(following + _TURN_BARRIER, 2 * GROUP)
 
 
 @cute.jit
@@ -441,7 +428,7 @@ def finish(
         scales.append(scale)
         if inside & (place.t == 0):
             result.lse[spot] = lse
-    _barrier("bar.sync", place.consumer + _OWN_BARRIER, GROUP)  # all warps have multiplied their queries
+    mbarrier.named_barrier(place.consumer + _OWN_BARRIER, GROUP)  # all warps have multiplied their queries
     own = queries + place.wide * (16 * shape.out_row_bytes)
     to = own + lane % 16 * shape.out_row_bytes + lane // 16 * 16
     for block in cutlass.range_constexpr(shape.v_dim // 16):
