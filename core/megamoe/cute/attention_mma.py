@@ -76,6 +76,22 @@ def mma_shared_transposed(acc: Sequence[Float32], a: Int64, b: Int64, dtype: str
     return _mma(acc, [a, b], "${0}, ${1}, 1, 1, 1, 0, 1", dtype)
 
 
+def mma_by_rows(acc: Sequence[Float32], a: Int64, b: Int64, dtype: str = "f16") -> list[Float32]:
+    """acc + a b of a warpgroup, of a (64, 16) and b (16, n), both MN-major in shared memory; asynchronous.
+
+    Args:
+        acc: n / 2 values, placed as `wgmma.mma`.
+        a: `transposed`, of a block of 64 columns.
+        b: `transposed`.
+        dtype: Of a and b, "bf16" or "f16".
+    """
+    count = len(acc)
+    names = ", ".join(f"${i}" for i in range(count))
+    kind = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.{dtype}.{dtype}"
+    text = f"{kind} {{{names}}}, ${2 * count}, ${2 * count + 1}, 1, 1, 1, 1, 1;"
+    return asm.values([Float32] * count, text, *acc, a, b, kept=count)
+
+
 def _mma(acc: Sequence[Float32], operands: Sequence[Uint32 | Int64], tail: str, dtype: str = "bf16") -> list[Float32]:
     count = len(acc)
     names = ", ".join(f"${i}" for i in range(count))

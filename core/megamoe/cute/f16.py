@@ -7,9 +7,7 @@ so one instruction converts two scales and one product decodes two values. The m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from cutlass import Float32, Int64, Uint32
+from cutlass import Float32, Uint32
 
 from megamoe.cute import arith, asm
 from megamoe.cute.arith import Target
@@ -18,10 +16,6 @@ DECODED_UNIT = 2.0**14  # what one in the result of a decode stands for
 _MAGNITUDES = 0x0E0E0E0E  # in the upper byte of an fp16
 _SIGNS = 0x80808080
 _LOWER_PAIR, _UPPER_PAIR = 0x1404, 0x3424  # bytes 0, 1 or 2, 3 above zero bytes
-_MMA = (
-    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-    " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-)
 
 
 def pack(low: Float32, high: Float32) -> Uint32:
@@ -65,30 +59,6 @@ def widen(upper: Uint32) -> tuple[Uint32, Uint32]:
     return first, second
 
 
-def mma(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32]) -> list[Float32]:
-    """c + a b, one warp, of a (16, 16) and b (16, 8) fp16 and c (16, 8) fp32; (g, t) = (lane // 4, lane % 4).
-
-    Args:
-        a: A lane's (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), each with its neighbour to the right.
-        b: (2t, g), (2t + 8, g), each with the one below.
-        c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
-
-    Returns:
-        Placed as c.
-    """
-    return asm.values([Float32] * 4, _MMA, *a, *b, *c, effects=False)
-
-
 def transpose(pair: Uint32) -> Uint32:
     """An (8, 8) of 16 bits, two columns a lane, turned over: lane (g, t) gets rows 2t and 2t + 1 of column g."""
     return Uint32(asm.value(Uint32, "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", pair))
-
-
-def mma_group(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64) -> list[Float32]:
-    """`wgmma.mma` of fp16: acc + a b of a warpgroup, a (64, 16) in registers, b K-major in shared memory."""
-    count = len(acc)
-    names = ", ".join(f"${i}" for i in range(count))
-    left = ", ".join(f"${2 * count + i}" for i in range(4))
-    kind = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.f16.f16"
-    text = f"{kind} {{{names}}}, {{{left}}}, ${2 * count + 4}, 1, 1, 1, 0;"
-    return asm.values([Float32] * count, text, *acc, *a, b, kept=count)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cutlass import Float32, Uint32
+from cutlass import Uint32
 
-from megamoe.cute import arith, asm, convert
+from megamoe.cute import arith, convert
 from megamoe.cute.arith import Target
 
 _VALUE = 0x81C081C0  # sign and magnitude of a decoded pair, as bf16 times 2^-126
@@ -18,10 +18,6 @@ _SCALE = 0x0FF00FF0  # S0E5M3 codes in a pair of bf16
 _SCALE_BIAS = 0x70007000
 _X_OF_Z = 0xC180C180
 _OR, _AND_OR, _SELECT = 0xFC, 0xEA, 0xE4  # look-up tables of a | b, a & b | c, c ? a : b
-_MMA = (
-    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-    " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-)
 
 
 class Masks(NamedTuple):
@@ -110,20 +106,6 @@ def activation_pairs(codes: Sequence[Uint32], scale: Uint32, target: Target) -> 
 def operand_order(words: Sequence[Uint32]) -> list[list[Uint32]]:
     """16 words of a token, 32 k, as the right operands of lanes t = 0..3: two steps of (b0, b1) each."""
     return [[words[t + 4 * i] for i in range(4)] for t in range(4)]
-
-
-def mma(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32]) -> list[Float32]:
-    """c + a b, one warp, of a (16, 16) and b (16, 8) bf16 and c (16, 8) fp32; (g, t) = (lane // 4, lane % 4).
-
-    Args:
-        a: A lane's (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), each with its neighbour to the right.
-        b: (2t, g), (2t + 8, g), each with the one below.
-        c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
-
-    Returns:
-        Placed as c.
-    """
-    return asm.values([Float32] * 4, _MMA, *a, *b, *c, effects=False)
 
 
 def _rotate_right(word: Uint32, by: int) -> Uint32:

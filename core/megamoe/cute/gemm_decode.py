@@ -43,7 +43,7 @@ from megamoe.cute.decode_limits import (
     SUMS_SLICE,
     THREADS,
 )
-from megamoe.cute.warp import WARP
+from megamoe.cute.warp import WARP, mma
 
 # shared memory, in bytes; the rest in `decode_limits`
 _FULL, _EMPTY, _SUMS_FULL, _SUMS_EMPTY, _TOTALS = 0, 512, 1024, 1040, 1088
@@ -335,8 +335,8 @@ def _multiply(
             for n in range(live):
                 at = (t * shape.tiles + n) * 4
                 c = [acc[at + i] for i in range(4)]
-                c = fragments.mma(a[:4], b[n][:2], c)
-                c = fragments.mma(a[4:], b[n][2:], c)
+                c = mma(a[:4], b[n][:2], c)
+                c = mma(a[4:], b[n][2:], c)
                 for i in range(4):
                     acc[at + i] = c[i]
 

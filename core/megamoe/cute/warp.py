@@ -17,10 +17,6 @@ from megamoe.cute.arith import Target, bits, number
 WARP = 32
 _MOST_THREADS = 1024
 _TF32_BITS = 0xFFFFE000  # sign, exponent and the 10 stored bits of the significand
-_MMA = (
-    "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
-    " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-)
 
 
 def thread() -> Int32:
@@ -58,18 +54,48 @@ def _minus(a: Float32, b: Float32, target: Target) -> Float32:
     return a - b if target.host else arith.ptx(Float32, "sub.rn.f32 $0, $1, $2;", a, b)
 
 
-def mma_tf32(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32]) -> list[Float32]:
-    """c + a b, one warp, of a (16, 8), b (8, 8) and c (16, 8); a lane's place is (g, t) = (lane // 4, lane % 4).
+def mma(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32], dtype: str = "bf16") -> list[Float32]:
+    """c + a b, one warp, of a (16, 16), b (16, 8) and c (16, 8) fp32; a lane's place is (g, t) = (lane // 4, lane % 4).
 
     Args:
-        a: A lane's (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4), as TF32.
-        b: (t, g), (t + 4, g), as TF32.
+        a: A lane's (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), each with its neighbour to the right.
+        b: (2t, g), (2t + 8, g), each with the one below.
         c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+        dtype: Of a and b, "bf16" or "f16".
 
     Returns:
         Placed as c.
     """
-    return asm.values([Float32] * 4, _MMA, *a, *b, *c)
+    return _mma(f"m16n8k16.row.col.f32.{dtype}.{dtype}.f32", a, b, c, effects=False)
+
+
+def mma_k8(a: Sequence[Uint32], b: Uint32, c: Sequence[Float32]) -> list[Float32]:
+    """`mma` of bf16 a (16, 8) and b (8, 8): the first halves of its operands."""
+    return _mma("m16n8k8.row.col.f32.bf16.bf16.f32", a, [b], c)
+
+
+def mma_tf32(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32]) -> list[Float32]:
+    """`mma` of TF32 a (16, 8) and b (8, 8).
+
+    Args:
+        a: A lane's (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4).
+        b: (t, g), (t + 4, g).
+        c: As in `mma`.
+
+    Returns:
+        Placed as c.
+    """
+    return _mma("m16n8k8.row.col.f32.tf32.tf32.f32", a, b, c)
+
+
+def _mma(
+    kind: str, a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32], effects: bool = True
+) -> list[Float32]:
+    count, names = 0, []
+    for registers in (c, a, b, c):
+        names.append("{" + ", ".join(f"${count + i}" for i in range(len(registers))) + "}")
+        count += len(registers)
+    return asm.values([Float32] * len(c), f"mma.sync.aligned.{kind} {', '.join(names)};", *a, *b, *c, effects=effects)
 
 
 def from_lane(value: Numeric, lane_xor: int) -> Numeric:

@@ -25,14 +25,15 @@ def descriptor(address: Int32) -> Int64:
     return Int64(address >> 4) | Int64(_DESCRIPTOR)
 
 
-def mma(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64) -> list[Float32]:
+def mma(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64, dtype: str = "bf16") -> list[Float32]:
     """acc + a b, of a (64, 16) and b (16, n), asynchronously: `commit` and `wait` before the result is used.
 
     Args:
         acc: n / 2 values: of each 8 columns (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1), where a lane's place
             is (g, t) = (lane // 4, lane % 4).
-        a: bf16 pairs (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); not to be changed before `wait`.
+        a: Pairs (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); not to be changed before `wait`.
         b: `descriptor`.
+        dtype: Of a and b, "bf16" or "f16".
 
     Returns:
         Placed as acc.
@@ -41,7 +42,7 @@ def mma(acc: Sequence[Float32], a: Sequence[Uint32], b: Int64) -> list[Float32]:
     names = ", ".join(f"${i}" for i in range(count))
     left = ", ".join(f"${2 * count + i}" for i in range(4))
     text = (
-        f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.bf16.bf16"
+        f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.{dtype}.{dtype}"
         f" {{{names}}}, {{{left}}}, ${2 * count + 4}, 1, 1, 1, 0;"
     )
     return asm.values([Float32] * count, text, *acc, *a, b, kept=count)

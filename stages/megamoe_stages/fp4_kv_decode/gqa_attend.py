@@ -19,6 +19,7 @@ from cutlass import Constexpr, Float32, Int32, Uint32, cute
 from megamoe.cute import arith, f16, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
+from megamoe.cute.warp import mma
 from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, STEP, STEPS, TILE, WARP, Shape
 
 INFINITY = float("inf")
@@ -92,7 +93,7 @@ def scores(
                 a = [f16.multiply(rows[h][step][i], factors[h]) for i in range(2) for h in range(2)]
                 for n in range(shape.column_blocks):
                     at = (((n * shape.key_blocks + block) * 2 + word) * 2 + step) * 2
-                    sums[n] = f16.mma(a, [queries[at], queries[at + 1]], sums[n])
+                    sums[n] = mma(a, [queries[at], queries[at + 1]], sums[n], "f16")
     return sums
 
 
@@ -138,7 +139,7 @@ def add_values(
                 a = [f16.multiply(pairs[h][odd][i], factor[h]) for h in range(2) for odd in range(2)]
                 for n in range(shape.column_blocks):
                     at = (((word * 2 + half) * 2 + i) * shape.column_blocks + n) * 4
-                    sums = f16.mma(a, weights[n], [acc[at + k] for k in range(4)])
+                    sums = mma(a, weights[n], [acc[at + k] for k in range(4)], "f16")
                     for k in range(4):
                         acc[at + k] = sums[k]
 

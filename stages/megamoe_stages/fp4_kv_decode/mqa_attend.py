@@ -13,7 +13,7 @@ import functools
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, mbarrier, smem, staged, wgmma
+from megamoe.cute import arith, attention_mma, mbarrier, smem, wgmma
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, lanes
 from megamoe_stages.fp4_kv_decode.mqa_scores import no_scores, publish, start_scores, take, weigh
 from megamoe_stages.fp4_kv_decode.mqa_shape import (
@@ -54,7 +54,7 @@ def start_sums(
     values = attention_mma.transposed(shared + shape.values_at + buffer * TILE_BYTES + columns, BLOCK_BYTES)
     for step in range(TILE // wgmma.K_STEP):
         ahead = step * _NEXT_TOKENS
-        sums = staged.mma_by_rows(sums, weights + ahead, values + ahead)
+        sums = attention_mma.mma_by_rows(sums, weights + ahead, values + ahead)
     wgmma.commit()
     return sums
 

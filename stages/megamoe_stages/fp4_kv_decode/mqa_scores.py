@@ -105,7 +105,7 @@ def start_scores(
             for odd, a in enumerate(operands):
                 smem.store_matrices((to ^ ((word % 2 * 2 + odd) * 32)) + block, a)
             for odd, a in enumerate(fenced(operands)):
-                scores = f16.mma_group(scores, a, queries + ((block + (word % 2 * 2 + odd) * 32) >> 4))
+                scores = wgmma.mma(scores, a, queries + ((block + (word % 2 * 2 + odd) * 32) >> 4), "f16")
             wgmma.commit()
             if quarter < _BEFORE:
                 wgmma.wait(1)

@@ -22,9 +22,8 @@ from cutlass import Constexpr, Float32, Int32, Uint32, cute
 
 from megamoe.cute import arith, strips, warp
 from megamoe.cute.arith import Target
-from megamoe.cute.fragments import mma
 from megamoe.cute.mhc import LOGITS, STREAMS
-from megamoe.cute.warp import WARP
+from megamoe.cute.warp import WARP, mma
 from megamoe_stages.mhc_quant import narrow_places as places
 from megamoe_stages.mhc_quant.narrow_places import CHUNK, GROUP, PARTS, PIECES, UNIT, Place, Shape
 from megamoe_stages.mhc_quant.tensors import ROWS, Inputs, Words

@@ -15,10 +15,9 @@ from cutlass import Constexpr, Float32, Int32, Int64, cute
 
 from megamoe.cute import arith, asm, copies, gmem, mbarrier, mhc, multicast, smem
 from megamoe.cute.arith import Target
-from megamoe.cute.fragments import mma
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.multicast import Boxes
-from megamoe.cute.warp import WARP
+from megamoe.cute.warp import WARP, mma
 from megamoe_stages.mhc_quant import wide_mix
 from megamoe_stages.mhc_quant.tensors import ROWS, Inputs, Outputs, Words, rows_of_streams
 from megamoe_stages.mhc_quant.wide_cut import (

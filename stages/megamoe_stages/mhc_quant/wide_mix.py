@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32
 
-from megamoe.cute import arith, asm, warp
+from megamoe.cute import arith, warp
 from megamoe.cute.arith import Target
 from megamoe_stages.mhc_quant.tensors import Words
 
-_MMA_K8 = "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
 Quads = list[list[Float32]]
 
 
@@ -49,15 +48,10 @@ def squares(streams: list[Words], row: Int32, target: Target) -> Float32:
     even, odd = [Float32(0.0)] * 4, [Float32(0.0)] * 4
     for words in streams:
         for i in (0, 2):
-            even = _mma_k8(words[i : i + 2], words[i], even)
-            odd = _mma_k8(words[i : i + 2], words[i + 1], odd)
+            even = warp.mma_k8(words[i : i + 2], words[i], even)
+            odd = warp.mma_k8(words[i : i + 2], words[i + 1], odd)
     first, second = _added(even[:2], odd[2:], target)
     return arith.select(row % 2 == 0, first, second)
-
-
-def _mma_k8(a: Sequence[Uint32], b: Uint32, c: Sequence[Float32]) -> list[Float32]:
-    """c + a b, one warp, of bf16 a (16, 8) and b (8, 8); placed as in `fragments.mma`."""
-    return asm.values([Float32] * 4, _MMA_K8, *a, b, *c)
 
 
 def _added(a: Sequence[Float32], b: Sequence[Float32], target: Target) -> list[Float32]:
