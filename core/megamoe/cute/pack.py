@@ -115,7 +115,7 @@ def _expert_of(row: Int32, lane: Int32, offsets: cute.Tensor) -> Int32:
         for i in cutlass.range_constexpr(8):
             e = first + i * WARP + lane
             passed = (e < experts) & (offsets[cutlass.min(e, experts)] <= row)
-            behind = behind + arith.select(passed, Int32(1), Int32(0))
+            behind = behind + asm.flag(passed)
         expert = expert + cute.arch.warp_redux_sync(behind, "add")
     return expert
 

@@ -45,7 +45,7 @@ def gather(
     for c in cutlass.range_constexpr(groups):
         for t in cutlass.range_constexpr(shape.tiles):
             words = [arith.bits(acc[t, c * 4 + i]) for i in range(4)]
-            there = arith.select(c * 8 < valid, Int32(1), Int32(0))
+            there = asm.flag(c * 8 < valid)
             gmem.store16_if(mine + (c * shape.tiles + t) * run, words, there)
     cute.arch.sync_warp()
     before = Int32(0)

@@ -126,7 +126,7 @@ def take(tiles: TileRing, number: Int32) -> Tile:
     at = tiles.at + slot * RECORD_BYTES
     words = smem.load16(at) + smem.load16(at + 16)
     cute.arch.sync_warp()
-    mbarrier.arrive_if(full + 8, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
+    mbarrier.arrive_if(full + 8, cute.arch.lane_idx() == 0)
     return Tile(*(Int32(word) for word in words))
 
 

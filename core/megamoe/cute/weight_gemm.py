@@ -117,7 +117,7 @@ def _produce_piece(
         full = base + shape.barriers_at + stage * 16
         at = base + stage * shape.stage_bytes
         mbarrier.wait(full + 8, parity)
-        mbarrier.expect_if(full, size, arith.select(lane == 0, Int32(1), Int32(0)))
+        mbarrier.expect_if(full, size, lane == 0)
         if warp < 2:
             for i in cutlass.range_constexpr(shape.tokens // shape.box):
                 if (i * shape.box < piece.width) & (i % shape.cluster == rank):
@@ -174,7 +174,7 @@ def accumulate(
         left = [ready[i] for i in range(8)]
         tokens = wgmma.descriptor(base + stage * shape.stage_bytes)
         next_stage, next_parity = stage_after(stage, parity, shape)
-        more = arith.select(k + 1 < k_stages, Int32(1), Int32(0))
+        more = asm.flag(k + 1 < k_stages)
         ahead = next_stage
         if cutlass.const_expr(not shape.guarded):
             ahead = arith.select(more == 1, next_stage, stage)
@@ -239,7 +239,7 @@ def _first_words_if(tile: int, codes: Int32, scales: Int32, words: Sequence[Uint
 def _release(base: Int32, stage: Int32, condition: Int32, shape: Shape) -> None:
     """Gives a stage back, one arrival a warp."""
     barrier, lane = base + shape.barriers_at + stage * 16 + 8, cute.arch.lane_idx()
-    mine = arith.select((lane < shape.cluster) & (condition != 0), Int32(1), Int32(0))
+    mine = asm.flag((lane < shape.cluster) & (condition != 0))
     if shape.cluster > 1:
         cluster.arrive_at_if(barrier, lane % shape.cluster, mine)  # any of the cluster may write there next
     else:

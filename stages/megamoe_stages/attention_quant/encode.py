@@ -228,7 +228,7 @@ def place_of(me: Consumer, rows: Rows, out: Quantized) -> Place:
     line = Int64(group) * out.queries + query  # of the codes
     column = (within * CONSUMERS + me.number) * _SCALE_BYTES + lane // _WARP_ROWS * _STEPS
     codes = asm.address(out.codes) + line * (out.cols * (BLOCK // 2)) + column * (BLOCK // 2)
-    there = arith.select(inside, Int32(1), Int32(0))
+    there = asm.flag(inside)
     scales = asm.address(out.scales)
     if out.tiled:
         padded = cute.size(out.scales, mode=[1])

@@ -175,7 +175,7 @@ def _values(base: Int32, tile: Int32, shape: Shape) -> Int64:
 def release(base: Int32, tile: Int32, shape: Shape) -> None:
     """Gives the place of a tile back, an arrival a warp."""
     empty = base + shape.barriers_at + tile % shape.buffers * 16 + 8
-    mbarrier.arrive_if(empty, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
+    mbarrier.arrive_if(empty, cute.arch.lane_idx() == 0)
 
 
 def masks_of(base: Int32, tile: Int32, first: Int32, rows: Rows, shape: Shape) -> list[list[Uint32]]:

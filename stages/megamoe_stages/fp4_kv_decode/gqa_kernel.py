@@ -157,7 +157,7 @@ def kernel(
     tile = share.start(cta * shape.warps + wide)
     stop = share.start(cta * shape.warps + wide + 1)
     sequence, origin, length = work.find(tile, own_length, cache)
-    tile = tile + arith.select((tile - origin) % work.places_of(length, cache) == 0, Int32(1), Int32(0))
+    tile = tile + asm.flag((tile - origin) % work.places_of(length, cache) == 0)
     if thread == 0:
         smem.store16(base + shape.share_at, [Uint32(word) for word in (*share, Int32(0))])
     result_of.no_record(base, shape)
@@ -181,8 +181,8 @@ def kernel(
         inner_end = length - cutlass.max(queries - 1, fresh)  # old tokens that all queries see
         inner_end = cutlass.min(inner_end, work.held(length, cache)) // TILE
         state = base + shape.state_at + wide * 32
-        starts = arith.select(tile == problem_start, Int32(1), Int32(0))
-        ends = arith.select(tile + own == problem_start + tiles, Int32(1), Int32(0))
+        starts = asm.flag(tile == problem_start)
+        ends = asm.flag(tile + own == problem_start + tiles)
         smem.store16(state, [Uint32(word) for word in (tile + own, stop, origin, length)])
         smem.store16(state + 16, [Uint32(word) for word in (sequence, kv_head, starts, ends)])
         if (starts == 0) | (ends == 0):

@@ -211,7 +211,7 @@ def join_all(base: Uint32, kv_heads: Int32, result: Constexpr[Result], shape: Co
                     problem = words[0] * kv_heads + words[1] // 2
                     at = asm.address(result.arrived) + Int64(problem) * 4
                     others = words[3] - words[2]
-                    whole = arith.select(gmem.count_round(at, others) == others, Int32(1), Int32(0))
+                    whole = asm.flag(gmem.count_round(at, others) == others)
                 smem.store4(Int32(base) + shape.flags_at + 4 * number, whole)
         cute.arch.sync_threads()
         merge(base, records, result, shape)
@@ -366,7 +366,7 @@ def merge(base: Uint32, records: Constexpr[list[Int32]], result: Constexpr[Resul
             stats = asm.address(result.stats) + columns_of(quad, shape) * 8
             sums = asm.address(result.parts) + (quad * WARP + lane) * _QUAD_BYTES
             for cta in cutlass.range(words[2], words[3] + 1, unroll=8):
-                part = Int64(cta * 2 + arith.select(cta == words[2], Int32(1), Int32(0)))
+                part = Int64(cta * 2 + asm.flag(cta == words[2]))
                 values = gmem.load16(sums + part * (shape.part_floats * 4))
                 whole.add(gmem.load16(stats + part * (shape.columns * 8)), values)
             whole.write(quad, Place(words[0], words[1] // 2), result, shape)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Constexpr, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, copies, mbarrier, smem, warp
+from megamoe.cute import arith, asm, copies, mbarrier, smem, warp
 from megamoe_stages.fp4_kv_decode.gqa_shape import STEP, TILE, WARP, Shape
 
 
@@ -165,7 +165,7 @@ def highest(mask: Uint32) -> Int32:
 def run_shift(cache: Cache) -> Int32:
     """Tokens that lie together in every page and tile: 16 times 2 to this."""
     page = cache.page_size
-    return Int32(arith.select(page % 64 == 0, Int32(2), arith.select(page % 32 == 0, Int32(1), Int32(0))))
+    return Int32(arith.select(page % 64 == 0, Int32(2), asm.flag(page % 32 == 0)))
 
 
 @cute.jit

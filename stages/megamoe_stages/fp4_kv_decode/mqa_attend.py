@@ -13,7 +13,7 @@ import functools
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, mbarrier, smem, wgmma
+from megamoe.cute import arith, asm, attention_mma, mbarrier, smem, wgmma
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, lanes
 from megamoe_stages.fp4_kv_decode.mqa_scores import no_scores, publish, start_scores, take, weigh
 from megamoe_stages.fp4_kv_decode.mqa_shape import (
@@ -63,7 +63,7 @@ def keep(acc: cute.Tensor, sums: list[Float32], base: Int32, number: Int32, shap
     """Waits for the sums of a tile, and gives its place back."""
     for i, value in enumerate(attention_mma.wait(sums)):
         acc[i] = value
-    first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
+    first = asm.flag(cute.arch.lane_idx() == 0)
     mbarrier.arrive_if(base + shape.free_at + buffer_of(number) * 8, first)
 
 
@@ -110,7 +110,7 @@ def attend(
     totals.fill(Float32(0.0))
     tile = no_scores()
     if consumer == 1:  # the other one adds up a tile of zeros at the start
-        first = arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0))
+        first = asm.flag(cute.arch.lane_idx() == 0)
         mbarrier.arrive_if(base + shape.free_at + buffer_of(-1) * 8, first)
     for number in cutlass.range(consumer, tiles, CONSUMERS, unroll=1):
         before = functools.partial(start_sums, acc, totals, base, number - 1, consumer, shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import cutlass
 from cutlass import Constexpr, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, copies, mbarrier
+from megamoe.cute import arith, asm, copies, mbarrier
 from megamoe.cute.warp import WARP
 from megamoe_stages.fp4_kv_decode.mqa_shape import (
     CODE_BYTES,
@@ -50,7 +50,7 @@ def produce(base: Int32, work: Constexpr[Work], shape: Constexpr[Shape]) -> None
     """Copies all tiles of the CTA; its first warpgroup."""
     thread, _, _ = cute.arch.thread_idx()
     lane, wide = thread % WARP, thread // WARP
-    first = arith.select(lane == 0, Int32(1), Int32(0))
+    first = asm.flag(lane == 0)
     codes_to = (wide * 16 + lane // 4) * PIECE_CODES + lane % 4 * 16
     scales_to = TILE * PIECE_CODES + thread * 4
     home, within = find_page(find_token(Int32(0), work, shape), Int32(0), work, shape)

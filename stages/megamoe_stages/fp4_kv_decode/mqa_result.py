@@ -76,7 +76,7 @@ def store(
             value = [one * scale for one in eight(acc, number, half)]
             words = [bf16.pack(value[2 * k], value[2 * k + 1], Target.SM90) for k in range(4)]
             there = to + Int64(column_of(number, t) * 2)
-            gmem.store16_if(there, words, arith.select(inside, Int32(1), Int32(0)))
+            gmem.store16_if(there, words, inside)
 
 
 @cute.jit

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Constexpr, Float32, Int32, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, f16, mbarrier, smem, wgmma
+from megamoe.cute import arith, asm, attention_mma, f16, mbarrier, smem, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, lanes
@@ -281,7 +281,7 @@ def raise_rows(
 ) -> None:
     """Subtracts more from the scores of rows where one is far above, weighs anew and says by what sums shrink."""
     g, t, wide = lanes()
-    first = arith.select(g == 0, Int32(1), Int32(0))
+    first = asm.flag(g == 0)
     for n in cutlass.range_constexpr(ROWS // 8):
         for e in cutlass.range_constexpr(2):
             most = arith.maximum(tile.x[4 * n + e], tile.x[4 * n + 2 + e], Target.SM90)

@@ -125,7 +125,7 @@ def store(
             mine = bf16.pack(pair[0], pair[1], Target.SM90)
             other = from_lane(mine, 1)
             both = arith.ptx(Uint32, "prmt.b32 $0, $1, $2, $3;", mine, other, selector)
-            gmem.store4_if(at + block * 16, both, arith.select(inside, Int32(1), Int32(0)))
+            gmem.store4_if(at + block * 16, both, inside)
 
 
 @cute.jit
@@ -215,7 +215,7 @@ def merge_some(
         packed = [bf16.pack(value[j], value[j + 1], Target.SM90) for j in range(0, 8, 2)]
         local, column = places[i]
         at = Int64(rows.place(rows.first + local)) * shape.v_dim + result.column + column
-        inside = arith.select(item + i * GROUP < items, Int32(1), Int32(0))
+        inside = asm.flag(item + i * GROUP < items)
         gmem.store16_if(asm.address(result.out) + at * 2, packed, inside)
 
 

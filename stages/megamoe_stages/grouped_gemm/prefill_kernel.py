@@ -155,11 +155,11 @@ def store(
             turned = smem.load16(read_at + turn)
             inside = first + token < piece.valid
             if cutlass.const_expr(aligned):
-                gmem.store16_if(to, turned, arith.select(inside & (left < n), Int32(1), Int32(0)))
+                gmem.store16_if(to, turned, inside & (left < n))
             else:
                 for i in cutlass.range_constexpr(8):
                     half = turned[i // 2] >> (16 * (i % 2))
-                    gmem.store2_if(to + i * 2, half, arith.select(inside & (left + i < n), Int32(1), Int32(0)))
+                    gmem.store2_if(to + i * 2, half, inside & (left + i < n))
         to = to + Int64(tokens * 2) * n
 
 

@@ -116,7 +116,7 @@ def clerk(
 
 
 def _first_thread(here: Spot) -> Int32:
-    return arith.select((here.warp == 0) & (here.lane == 0), Int32(1), Int32(0))
+    return asm.flag((here.warp == 0) & (here.lane == 0))
 
 
 class Site(NamedTuple):
@@ -293,7 +293,7 @@ def _weigh(
             send(pre, to, bars(base, stage, cut).pre, here.lane)
         row = first_of(turn, cut) + token
         _write_logits(row, value, weight, row < tokens_of(given), here, out, target)
-        mbarrier.arrive_if(logits_bar(base, cut), arith.select(turn == turns - 1, Int32(1), Int32(0)))
+        mbarrier.arrive_if(logits_bar(base, cut), turn == turns - 1)
 
 
 @cute.jit
@@ -357,7 +357,7 @@ def _write_normed(words: Words, row: Int32, dims: Int32, there: Boolean, here: S
     got = [warp.from_lane(arith.select(even, words[4 + w], words[w]), 1) for w in range(4)]
     start = (dims // (2 * BLOCK) * (2 * BLOCK) + here.quad % 2 * 8) * 2
     to = asm.address(out.normed) + (Int64(row) * (cut.hidden * 2) + Int64(start))
-    condition = arith.select(there, Int32(1), Int32(0))
+    condition = asm.flag(there)
     own, other = words[:4], words[4:]
     gmem.store16_if(to, [arith.select(even, a, b) for a, b in zip(own, got, strict=True)], condition)
     second = [arith.select(even, a, b) for a, b in zip(got, other, strict=True)]

@@ -251,7 +251,7 @@ def _stored(stage: Int32, here: Constexpr[Spot], base: Int32, cut: Constexpr[Cut
     """Waits until the copy engine has read the stage, and says so; who had it written."""
     if here.warp == clerk_or(0, cut):
         copies.wait_stores()
-        mbarrier.arrive_if(bars(base, stage, cut).stored, arith.select(here.lane == 0, Int32(1), Int32(0)))
+        mbarrier.arrive_if(bars(base, stage, cut).stored, here.lane == 0)
 
 
 @cute.jit

@@ -67,7 +67,7 @@ class Place(NamedTuple):
 
     def one_lane(self) -> Int32:
         """Not 0 in one lane of a warp."""
-        return arith.select((self.g == 0) & (self.t == 0), Int32(1), Int32(0))
+        return asm.flag((self.g == 0) & (self.t == 0))
 
 
 def tile_ring(base: Int32, shape: Shape) -> TileRing:

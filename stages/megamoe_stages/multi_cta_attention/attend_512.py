@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, attention_mma, cluster, mask_bits, mbarrier, smem, wgmma
+from megamoe.cute import arith, asm, attention_mma, cluster, mask_bits, mbarrier, smem, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe.cute.mask_bits import MaskBits
@@ -382,7 +382,7 @@ def publish(me: Constexpr[Consumer], tile: Int32, shape: Constexpr[Shape]) -> No
         at = me.base + shape.weights_at + me.number * BLOCK_BYTES + row * ROW_BYTES + t * 4
         for i in cutlass.range_constexpr(TILE // 8):
             smem.store4(at + ((g ^ i) * 16), me.weights[2 * i + half])
-        one = arith.select(t == 0, Int32(1), Int32(0))
+        one = asm.flag(t == 0)
         smem.store4_if(me.base + shape.tops_at + (me.number * ROWS + row) * 4, me.stat[half], one)
     smem.proxy_fence()
     mbarrier.arrive_if(ready, Int32(1))
@@ -392,7 +392,7 @@ def publish(me: Constexpr[Consumer], tile: Int32, shape: Constexpr[Shape]) -> No
 def acknowledge(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
     """Says that the other consumer's weights were read."""
     at = me.base + shape.ready_at + (1 - me.number) * 16 + 8
-    mbarrier.arrive_if(at, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
+    mbarrier.arrive_if(at, cute.arch.lane_idx() == 0)
 
 
 def follow(me: Consumer, tile: Int32, shape: Shape) -> list[Float32]:
@@ -415,7 +415,7 @@ def join_totals(me: Constexpr[Consumer], shape: Constexpr[Shape]) -> None:
     """Adds the sums of both consumers, whose largest scores are the same by now."""
     g, t, wide = lanes()
     at = me.base + shape.totals_at + me.before[0] // 4 * TOTALS_BYTES + (wide * 16 + g) * 4
-    one = arith.select(t == 0, Int32(1), Int32(0))
+    one = asm.flag(t == 0)
     for half in cutlass.range_constexpr(2):
         smem.store4_if(at + (me.number * ROWS + 8 * half) * 4, me.stat[2 + half], one)
     mbarrier.named_barrier(CONSUMERS_BARRIER, CONSUMERS * GROUP)

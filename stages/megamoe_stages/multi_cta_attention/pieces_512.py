@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Constexpr, Float32, Int32, Uint32, cute
 
-from megamoe.cute import arith, smem
+from megamoe.cute import arith, asm, smem
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, Work, work_of
@@ -132,7 +132,7 @@ def find_piece(number: Int32, given: Constexpr[Attention], rows: Constexpr[int])
         own = arith.select(first + lane < sequences, (queries * group + (rows - 1)) // rows, Int32(0))
         low = arith.select(given.causal != 0, lead * group // rows, Int32(0))
         total = Int32(cute.arch.warp_redux_sync(own, "add"))
-        looking = arith.select((number >= before + total) & (first + WARP < sequences), Int32(1), Int32(0))
+        looking = asm.flag((number >= before + total) & (first + WARP < sequences))
     found = number < before + total
     rest = cutlass.min(number - before, total - 1)
     alone = Int32(cute.arch.warp_redux_sync(own, "max")) == total  # the only sequence that has pieces

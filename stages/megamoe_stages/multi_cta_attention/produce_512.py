@@ -51,7 +51,7 @@ def claim(base: Int32, which: Int32, cursor: cute.Tensor, shape: Constexpr[Shape
     slot = cursor[0]
     full = base + shape.barriers_at + (which * shape.slots + slot) * 16
     mbarrier.wait(full + 8, cursor[1] ^ 1)
-    mbarrier.expect_if(full, shape.chunk_bytes, arith.select(cute.arch.lane_idx() == 0, Int32(1), Int32(0)))
+    mbarrier.expect_if(full, shape.chunk_bytes, cute.arch.lane_idx() == 0)
     advance(cursor, shape)
     return base + shape.ring_at + which * shape.ring_bytes + slot * shape.chunk_bytes, full
 

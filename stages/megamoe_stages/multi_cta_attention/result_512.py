@@ -68,7 +68,7 @@ def store(me: Constexpr[Consumer], rows: Constexpr[Rows], out: cute.Tensor, shap
         exists = number < rows.count
         place = rows.place(arith.select(exists, number, Int32(0)))
         there.append(asm.address(out) + ((place * DIM + me.number * HALF) * 2 + chunk * CHUNK))
-        inside.append(arith.select(exists, Int32(1), Int32(0)))
+        inside.append(asm.flag(exists))
     for part in cutlass.range_constexpr(2 * HALF // ROW_BYTES):
         for pair in cutlass.range_constexpr(ROW_BYTES // 32):
             first = 8 * (part * (ROW_BYTES // 32) + pair)
