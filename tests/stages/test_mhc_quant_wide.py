@@ -13,7 +13,9 @@ from megamoe.cute import arith, compiler, inspect, warp
 from megamoe.cute.arith import Target
 from megamoe.numerics import nvfp4
 from megamoe_stages.mhc_quant import (
+    launch,
     limits,
+    narrow_places,
     reference,
     wide_cut,
     wide_kernel,
@@ -135,9 +137,15 @@ def test_sums_lie_where_they_are_looked_for(cut: Cut) -> None:
         assert wide_cut.token_at(place // 4, int(place % 4), cut) == token
 
 
+def test_hidden_dims_decide_which_kernel_computes_them() -> None:
+    assert all(isinstance(launch.cut(hidden), Cut) for hidden in limits.WIDE)
+    assert all(isinstance(launch.cut(hidden), narrow_places.Shape) for hidden in (16, 208, *limits.NARROW))
+
+
+@pytest.mark.parametrize("norm_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("hidden", "target"), list(itertools.product((4096, 7168), (Target.SM90, Target.SM100))))
-def test_the_kernel_compiles_without_spills(hidden: int, target: Target) -> None:
-    artifact = compiler.compile_kernel(wide_kernel.spec(wide_cut.cut(hidden), "float32", target))
+def test_the_kernel_compiles_without_spills(hidden: int, target: Target, norm_dtype: str) -> None:
+    artifact = compiler.compile_kernel(wide_kernel.spec(wide_cut.cut(hidden), norm_dtype, target))
     (found,) = inspect.kernels(artifact.cubin)
     assert not found.spills
     assert found.registers <= 65536 // wide_cut.THREADS
