@@ -19,6 +19,7 @@ from megamoe_stages.mhc_quant import narrow_places as places
 from megamoe_stages.mhc_quant.cases import CASES, make
 from megamoe_stages.mhc_quant.contract import BOUNDS
 from megamoe_stages.mhc_quant.narrow_places import Shape
+from tests.stages.mhc_split import split_bf16
 
 SHARED_MEMORY = 227 * 1024  # of a CTA on both architectures
 UNITS = 2
@@ -29,22 +30,12 @@ def _inputs(**params: Any) -> dict[str, Any]:
     return make(torch.Generator().manual_seed(0), **{"tokens": 3, "hidden": 32, **params})
 
 
-def _split(low: float, high: float, target: Target) -> list[tuple[float, float]]:
-    """`warp.split_bf16` on plain numbers."""
-    del target
-    terms, rest = [], torch.tensor([low, high])
-    for _ in range(3):
-        terms.append(rest.bfloat16().float())
-        rest = rest - terms[-1]
-    return [(float(term[0]), float(term[1])) for term in terms]
-
-
 def _stored(fn: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """What a CTA of two warps a team keeps of fn (24, 4 * HIDDEN): (slots, registers, values of one)."""
     for module, name, plain in (
         (arith, "select", lambda condition, yes, no: yes if condition else no),
         (arith, "number", lambda word: word),
-        (warp, "split_bf16", _split),
+        (warp, "split_bf16", split_bf16),
         (mix, "Int32", int),
         (mix, "Uint32", lambda _: (0.0, 0.0)),
     ):

@@ -25,19 +25,10 @@ from megamoe_stages.mhc_quant import (
 from megamoe_stages.mhc_quant.cases import make
 from megamoe_stages.mhc_quant.contract import BOUNDS
 from megamoe_stages.mhc_quant.wide_cut import Cut, Spot
+from tests.stages.mhc_split import split_bf16
 
 SHARED_MEMORY = 227 * 1024  # of a CTA on both architectures
 FLASH, PRO = (wide_cut.cut(hidden) for hidden in (4096, 7168))
-
-
-def _split(low: float, high: float, target: Target) -> list[tuple[float, float]]:
-    """`warp.split_bf16` on plain numbers."""
-    del target
-    terms, rest = [], torch.tensor([low, high])
-    for _ in range(3):
-        terms.append(rest.bfloat16().float())
-        rest = rest - terms[-1]
-    return [(float(term[0]), float(term[1])) for term in terms]
 
 
 def _spots(cut: Cut, lanes: int, rank: int = 0) -> list[list[Spot]]:
@@ -56,7 +47,7 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def test_operands_are_where_mma_wants_them(cut: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
     """Follows each lane's values through `mma`, of the second of two CTAs. fn keeps 16 bits: 2^-17 off."""
     monkeypatch.setattr(arith, "number", lambda word: word)
-    monkeypatch.setattr(warp, "split_bf16", _split)
+    monkeypatch.setattr(warp, "split_bf16", split_bf16)
     generator = torch.Generator().manual_seed(1)
     streams = torch.randn(cut.group, 4, cut.hidden, generator=generator).bfloat16().double()
     fn = torch.randn(24, 4 * cut.hidden, generator=generator)
