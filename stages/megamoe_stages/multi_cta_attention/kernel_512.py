@@ -131,18 +131,24 @@ def prepare(
     return Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
 
 
-def order_of(q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, shape: Shape) -> tuple[Int32, Int32]:
+@cute.jit
+def order_of(
+    q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, shape: Constexpr[Shape]
+) -> tuple[Int32, Int32]:
     """As many pieces of rows as a kv head can have, and how many heads' pieces come together; on the host.
 
     The pieces with most keys come first, of some heads together: of few, so that their keys stay in L2, but not of one
-    head after the other, or the last head's longest piece would begin when nothing is left to do beside it.
+    head after the other, or the last head's longest piece would begin when nothing is left to do beside it. Together
+    come as many heads each time, or the last ones would leave clusters without work.
     """
     queries, heads, _ = q.shape
     kv_heads = k.shape[1]
     pieces = queries * (heads // kv_heads) // (shape.ctas * ROWS) + (cute.size(cu_seqlens_q) - 1)
     several = cutlass.max(kv_heads * pieces // PIECES_TOGETHER, 1)
-    together = (kv_heads + (several - 1)) // several
-    return pieces, arith.select(pieces < PIECES_ALONE, together, Int32(1))
+    together = arith.select(pieces < PIECES_ALONE, (kv_heads + (several - 1)) // several, Int32(1))
+    while kv_heads % together != 0:
+        together = together + 1
+    return pieces, together
 
 
 def start(
@@ -155,8 +161,8 @@ def start(
     sms: Int32,
 ) -> None:
     """Launches a kernel of this schedule: as many clusters as the GPU's SMs hold, or there are pieces of rows."""
-    pieces, together = order_of(q, k, cu_seqlens_q, shape)
-    clusters = cutlass.min((k.shape[1] + (together - 1)) // together * together * pieces, sms // shape.ctas)
+    pieces, _ = order_of(q, k, cu_seqlens_q, shape)
+    clusters = cutlass.min(k.shape[1] * pieces, sms // shape.ctas)
     kernel.launch(
         grid=[clusters * shape.ctas, 1, 1],
         block=[THREADS, 1, 1],

@@ -76,21 +76,22 @@ class Piece(NamedTuple):
 def piece_of(given: Attention, turn: Int32, mask: Mask | None, shape: Shape) -> Piece:
     """What a CTA works on in its turn.
 
-    Its turns go back and forth over the pieces of heads that come together, so that long and short ones meet, from
-    another place for every second group of heads, so that not always the same CTAs get what is left over.
+    Its turns go back and forth over the pieces of heads that come together, and every second group of heads begins the
+    other way, so that long and short ones meet; it also begins at another place, so that not always the same CTAs get
+    what is left over.
     """
     cta, _, _ = cute.arch.block_idx()
     cluster, rank = cta // shape.ctas, cta % shape.ctas
     clusters, turns = clusters_and_turns(given, shape)
     several, turn_of_these = turn // turns, turn % turns
     place = (cluster + several // 2 * _STRIDE) % clusters
-    number = turn_of_these * clusters + arith.select(turn % 2 == 0, place, clusters - 1 - place)
+    number = turn_of_these * clusters + arith.select((several + turn_of_these) % 2 == 0, place, clusters - 1 - place)
     number, head = divmod(number, given.together)
     kv_head = cute.arch.make_warp_uniform(several * given.together.divisor + head)
     heads, group = given.q.shape[1], given.group.divisor
     sequences = cute.size(given.cu_seqlens_q) - 1
     sequence, piece = find_piece(number, given, shape.ctas * ROWS)
-    exists = (kv_head < given.kv_heads) & (sequence < sequences) & (number < given.pieces.divisor)
+    exists = (sequence < sequences) & (number < given.pieces.divisor)
     sequence = cutlass.min(sequence, sequences - 1)
     query, key = given.cu_seqlens_q[sequence], given.cu_seqlens_k[sequence]
     queries, keys = given.cu_seqlens_q[sequence + 1] - query, given.cu_seqlens_k[sequence + 1] - key
@@ -166,8 +167,7 @@ def clusters_and_turns(given: Attention, shape: Shape) -> tuple[Int32, Int32]:
 def turns_of(given: Attention, shape: Shape) -> Int32:
     """How many pieces of rows a CTA may get."""
     _, turns = clusters_and_turns(given, shape)
-    together = given.together.divisor
-    return Int32(cute.arch.make_warp_uniform((given.kv_heads + (together - 1)) // together * turns))
+    return Int32(cute.arch.make_warp_uniform(given.kv_heads // given.together.divisor * turns))
 
 
 def work_on(piece: Piece, mask: Mask | None, shape: Shape) -> Work:
