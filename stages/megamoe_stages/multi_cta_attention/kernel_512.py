@@ -7,7 +7,6 @@ keep up: 2 KB a key and 64 rows is what 32 clocks of products need. `attend_512`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from megamoe.cute import arith, asm, copies, mask_bits, mbarrier, multicast, smem
+from megamoe.cute import arith, asm, copies, mask_bits, mbarrier, multicast, smem, softmax
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import CHUNK
 from megamoe.cute.compiler import KernelSpec
@@ -27,7 +26,7 @@ from megamoe_stages.multi_cta_attention import attend_512, produce_512, result_5
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.pieces_512 import Attention, piece_of, tell, tell_end, told, turns_of, work_on
 from megamoe_stages.multi_cta_attention.produce_512 import Source
-from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, work_of
+from megamoe_stages.multi_cta_attention.rows_512 import CHUNKS, ROWS_AT_ONCE, Mask, Rows, chunk_at, work_of
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
     BLOCKS,
@@ -47,8 +46,6 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = (
 )  # together no more than the launch gives: 3 * 168, or they wait forever
 PIECES_TOGETHER = 128  # of rows, at least, of the heads that come together: twice what runs at a time
 PIECES_ALONE = 64  # of a head that comes alone
-_CHUNKS = ROW_BYTES // CHUNK
-_ROWS_AT_ONCE = WARP // _CHUNKS
 
 Finish = Callable[[Consumer, Rows], None]
 Fetch = Callable[[Int32, Rows], None]
@@ -125,16 +122,14 @@ def prepare(
     values = multicast.boxes(v, *produce_512.value_box(shape), shape.ctas)
     kv_heads = k.shape[1]
     group = cute.FastDivmodDivisorV2(q.shape[1] // kv_heads)
-    factor = softmax_scale * Float32(1 / math.log(2))
+    factor = softmax_scale * Float32(softmax.LOG2E)
     pieces, together = (cute.FastDivmodDivisorV2(number) for number in order_of(q, k, cu_seqlens_q, shape))
     read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
     return Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
 
 
 @cute.jit
-def order_of(
-    q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, shape: Constexpr[Shape]
-) -> tuple[Int32, Int32]:
+def order_of(q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, shape: Constexpr[Shape]) -> tuple[Int32, Int32]:
     """As many pieces of rows as a kv head can have, and how many heads' pieces come together; on the host.
 
     The pieces with most keys come first, of some heads together: of few, so that their keys stay in L2, but not of one
@@ -385,14 +380,14 @@ def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows], warp: Int32
     Eight lanes share a row, so a warp finds four rows' places at a time.
     """
     lane = cute.arch.lane_idx()
-    chunk = lane % _CHUNKS
-    for i in cutlass.range(ROWS // warps // _ROWS_AT_ONCE, unroll=1):
-        row = (i * warps + warp) * _ROWS_AT_ONCE + lane // _CHUNKS
+    chunk = lane % CHUNKS
+    for i in cutlass.range(ROWS // warps // ROWS_AT_ONCE, unroll=1):
+        row = (i * warps + warp) * ROWS_AT_ONCE + lane // CHUNKS
         inside = rows.first + row < rows.count
         place = rows.place(arith.select(inside, rows.first + row, Int32(0)))
         size = arith.select(inside, Int32(CHUNK), Int32(0))
         source = asm.address(q) + (place * (2 * DIM) + chunk * CHUNK)
-        target = base + row * ROW_BYTES + ((chunk ^ row) & (_CHUNKS - 1)) * CHUNK
+        target = chunk_at(base, row, chunk)
         for block in cutlass.range_constexpr(BLOCKS):
             copies.copy16(target + block * BLOCK_BYTES, source + block * ROW_BYTES, size)
     copies.commit()
