@@ -189,20 +189,21 @@ def _check_cache(
 
 
 def _check_apart(named: Mapping[str, Tensor | None], written: tuple[Tensor, ...]) -> None:
-    """Refuses tensors that share memory with what is appended to: a kernel may read them while it is written."""
+    """Refuses tensors that share memory with what is appended to: a kernel may read them while it is written.
+
+    By addresses, so whatever made the tensors; memory that is mapped at two addresses is not found.
+    """
     for name, tensor in named.items():
-        for other in written:
-            if tensor is not None and tensor.untyped_storage() is other.untyped_storage():
-                start, end = _bytes_of(tensor)
-                first, last = _bytes_of(other)
-                if max(start, first) < min(end, last):
+        if tensor is not None and tensor.data_ptr() != 0:  # 0: there is no memory, as with meta tensors
+            for other in written:
+                first = max(tensor.data_ptr(), other.data_ptr())
+                if first < min(_end_of(tensor), _end_of(other)):
                     raise ArgumentError(name, "memory that k_new is written to", "a second cache apart from the first")
 
 
-def _bytes_of(tensor: Tensor) -> tuple[int, int]:
-    """Where in its storage a contiguous tensor lies: its first byte, and the first one behind it."""
-    start = int(tensor.storage_offset()) * tensor.element_size()
-    return start, start + int(tensor.nbytes)
+def _end_of(tensor: Tensor) -> int:
+    """The address behind a contiguous tensor."""
+    return tensor.data_ptr() + int(tensor.nbytes)
 
 
 def _check_options(softmax_scale: object, window: object, splits: object, *, indexed: bool) -> None:

@@ -74,18 +74,11 @@ class Piece(NamedTuple):
 
 
 def piece_of(given: Attention, turn: Int32, mask: Mask | None, shape: Shape) -> Piece:
-    """What a CTA works on in its turn.
-
-    Its turns go back and forth over the pieces of heads that come together, and every second group of heads begins the
-    other way, so that long and short ones meet; it also begins at another place, so that not always the same CTAs get
-    what is left over.
-    """
+    """What a CTA works on in its turn."""
     cta, _, _ = cute.arch.block_idx()
     cluster, rank = cta // shape.ctas, cta % shape.ctas
     clusters, turns = clusters_and_turns(given, shape)
-    several, turn_of_these = turn // turns, turn % turns
-    place = (cluster + several // 2 * _STRIDE) % clusters
-    number = turn_of_these * clusters + arith.select((several + turn_of_these) % 2 == 0, place, clusters - 1 - place)
+    several, number = turn_at(turn, cluster, clusters, turns)
     number, head = divmod(number, given.together)
     kv_head = cute.arch.make_warp_uniform(several * given.together.divisor + head)
     heads, group = given.q.shape[1], given.group.divisor
@@ -111,6 +104,18 @@ def piece_of(given: Attention, turn: Int32, mask: Mask | None, shape: Shape) -> 
         window=given.window,
     )
     return Piece(exists, rows, first, key, kv_head)
+
+
+def turn_at(turn: Int32, cluster: Int32, clusters: Int32, turns: Int32) -> tuple[Int32, Int32]:
+    """Which group of heads a cluster has in its turn, and which of their pieces; of plain ints too.
+
+    Its turns go back and forth over the pieces, and every second group of heads begins the other way, so that long and
+    short ones meet; two groups later it begins at another place, so that not always the same clusters get what is left.
+    """
+    several, turn_of_these = turn // turns, turn % turns
+    place = (cluster + several // 2 * _STRIDE) % clusters
+    back = (several + turn_of_these) % 2
+    return several, turn_of_these * clusters + place + back * (clusters - 1 - 2 * place)
 
 
 @cute.jit
