@@ -13,7 +13,7 @@ from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.multicast import Boxes
 from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
-from megamoe_stages.multi_cta_attention.pieces_512 import Attention
+from megamoe_stages.multi_cta_attention.pieces_512 import Attention, Order
 from megamoe_stages.multi_cta_attention.rows_512 import Rows, lanes
 from megamoe_stages.multi_cta_attention.shape_512 import DIM, HALF, Shape
 
@@ -36,9 +36,9 @@ def launch(
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
-    numbers = (softmax_scale, causal, window, has_sink)
+    numbers = (softmax_scale, causal, window, has_sink, sms)
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
-    kernel_512.start(kernel(*given, out, None, None, None, shape), q, k, cu_seqlens_q, stream, shape, sms)
+    kernel_512.start(kernel(*given, out, None, None, None, shape), given.order, stream, shape)
 
 
 @cute.jit
@@ -64,9 +64,9 @@ def launch_masked(
 ) -> None:
     bits = mask_bits.bits_of(words)
     mask_bits.start_packing(mask, bits, stream)
-    numbers = (softmax_scale, causal, window, has_sink)
+    numbers = (softmax_scale, causal, window, has_sink, sms)
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
-    kernel_512.start(kernel(*given, out, *bits, entries, shape), q, k, cu_seqlens_q, stream, shape, sms)
+    kernel_512.start(kernel(*given, out, *bits, entries, shape), given.order, stream, shape)
 
 
 @cute.kernel
@@ -78,10 +78,8 @@ def kernel(
     cu_seqlens_k: cute.Tensor,
     sink: cute.Tensor,
     lse: cute.Tensor,
-    kv_heads: Int32,
+    order: Order,
     group: cute.FastDivmodDivisorV2,
-    pieces: cute.FastDivmodDivisorV2,
-    together: cute.FastDivmodDivisorV2,
     factor: Float32,
     causal: Int32,
     window: Int32,
@@ -96,7 +94,7 @@ def kernel(
         store(me, rows, out)
 
     read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
-    given = Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
+    given = Attention(*read, lse, order, group, factor, causal, window, has_sink)
     kernel_512.work_on_rows(given, kernel_512.mask_of(words, ends, entries), finish, shape)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from megamoe.testing.guards import same_bytes
 from megamoe_stages.multi_cta_attention import contract, kernel_512, launch_512, limits
 from megamoe_stages.multi_cta_attention.cases import D512, make
 from megamoe_stages.multi_cta_attention.contract import AttentionOutput
-from megamoe_stages.multi_cta_attention.pieces_512 import turn_at
+from megamoe_stages.multi_cta_attention.pieces_512 import Order, turn_at
 from megamoe_stages.multi_cta_attention.reference import multi_cta_attention as reference
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
@@ -144,30 +144,40 @@ def test_no_order_of_events_matters(name: str, policy: str) -> None:
 @cute.jit  # type: ignore[untyped-decorator]
 def order_on_host(out: cute.Pointer, queries: Int32, heads: Int32, kv_heads: Int32, offsets: Int32) -> None:
     q, k = (cute.make_tensor(out, cute.make_layout((queries, n, DIM))) for n in (heads, kv_heads))
-    order = kernel_512.order_of(q, k, cute.make_tensor(out, cute.make_layout(offsets)), WIDE)
-    numbers = cute.make_tensor(out, cute.make_layout(2))
-    numbers[0], numbers[1] = order
+    order = kernel_512.order_of(q, k, cute.make_tensor(out, cute.make_layout(offsets)), Int32(132), WIDE)
+    numbers = cute.make_tensor(out, cute.make_layout(3))
+    numbers[0], numbers[1], numbers[2] = order
 
 
 @functools.cache
-def order() -> Callable[..., None]:
+def order_kernel() -> Callable[..., None]:
     pointer = make_ptr(Int32, 0, cute.AddressSpace.gmem, assumed_align=4)
     return cute.compile(order_on_host, pointer, *[Int32(1)] * 4)  # type: ignore[no-any-return]
 
 
-def loads(lengths: list[int], kv_heads: int, clusters: int = 66) -> list[float]:
+class Divisor(NamedTuple):
+    """Plain numbers in the place of the kernel's fast divisions."""
+
+    divisor: int
+
+    def __rdivmod__(self, number: int) -> tuple[int, int]:
+        return divmod(number, self.divisor)
+
+
+def loads(lengths: list[int], kv_heads: int) -> list[float]:
     """What each cluster has to do, in tiles of keys; a piece costs 2.6 more than its tiles (as measured)."""
-    numbers = torch.zeros(2, dtype=torch.int32)
+    numbers = torch.zeros(3, dtype=torch.int32)
     pointer = make_ptr(Int32, numbers.data_ptr(), cute.AddressSpace.gmem, assumed_align=4)
-    order()(pointer, sum(lengths), kv_heads, kv_heads, len(lengths) + 1)
-    most, together = numbers.tolist()
-    pieces = [-(-length // (2 * ROWS)) for length in lengths]
-    line = sorted((i for count in pieces for i in range(count)), reverse=True)  # by levels, when causal
+    order_kernel()(pointer, sum(lengths), kv_heads, kv_heads, len(lengths) + 1)
+    most, together, clusters = numbers.tolist()
+    assert clusters == 66
+    line = sorted((i for length in lengths for i in range(-(-length // (2 * ROWS)))), reverse=True)  # by levels
     turns = -(-most * together // clusters)
+    order: Any = Order(*map(Divisor, (most, together, clusters, turns)), kv_heads // together * turns)
     done, count = [0.0] * clusters, 0
     for cluster in range(clusters):
-        for turn in range(kv_heads // together * turns):
-            _, number = turn_at(turn, cluster, clusters, turns)
+        for turn in range(order.all_turns):
+            _, number = turn_at(turn, cluster, order)  # type: ignore[arg-type]
             if number // together < len(line):
                 done[cluster] += 2 * (line[number // together] + 1) + 2.6
                 count += 1

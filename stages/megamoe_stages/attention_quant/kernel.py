@@ -16,7 +16,7 @@ from megamoe_stages.attention_quant.encode import Quantized
 from megamoe_stages.attention_quant.limits import ROPE_DIM
 from megamoe_stages.multi_cta_attention import kernel_512, shape_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
-from megamoe_stages.multi_cta_attention.pieces_512 import Attention
+from megamoe_stages.multi_cta_attention.pieces_512 import Attention, Order
 from megamoe_stages.multi_cta_attention.rows_512 import Rows
 from megamoe_stages.multi_cta_attention.shape_512 import DIM, Shape
 
@@ -49,11 +49,11 @@ def launch(
     shape: Constexpr[Shape],
 ) -> None:
     """Launches as `multi_cta_attention.kernel_512` does."""
-    numbers = (softmax_scale, causal, window, has_sink)
+    numbers = (softmax_scale, causal, window, has_sink, sms)
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
     heads_a_group = cute.FastDivmodDivisorV2(codes.shape[2] // (DIM // 2))
     made = kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, None, None, None, tiled, shape)
-    kernel_512.start(made, q, k, cu_seqlens_q, stream, shape, sms)
+    kernel_512.start(made, given.order, stream, shape)
 
 
 @cute.jit
@@ -87,11 +87,11 @@ def launch_masked(
     """Packs the mask, then launches as `launch` does."""
     bits = mask_bits.bits_of(words)
     mask_bits.start_packing(mask, bits, stream)
-    numbers = (softmax_scale, causal, window, has_sink)
+    numbers = (softmax_scale, causal, window, has_sink, sms)
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
     heads_a_group = cute.FastDivmodDivisorV2(codes.shape[2] // (DIM // 2))
     made = kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, *bits, entries, tiled, shape)
-    kernel_512.start(made, q, k, cu_seqlens_q, stream, shape, sms)
+    kernel_512.start(made, given.order, stream, shape)
 
 
 @cute.kernel
@@ -103,10 +103,8 @@ def kernel(
     cu_seqlens_k: cute.Tensor,
     sink: cute.Tensor,
     lse: cute.Tensor,
-    kv_heads: Int32,
+    order: Order,
     group: cute.FastDivmodDivisorV2,
-    pieces: cute.FastDivmodDivisorV2,
-    together: cute.FastDivmodDivisorV2,
     factor: Float32,
     causal: Int32,
     window: Int32,
@@ -139,7 +137,7 @@ def kernel(
         encode.fetch(base, rows, out, shape)
 
     read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
-    given = Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
+    given = Attention(*read, lse, order, group, factor, causal, window, has_sink)
     kernel_512.work_on_rows(given, kernel_512.mask_of(words, ends, entries), finish, shape, fetch)
     if cta + thread == 0:
         dec[()] = recipe.global_scale(enc[()], Target.SM90).dec

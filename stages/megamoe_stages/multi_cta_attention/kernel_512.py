@@ -24,7 +24,7 @@ from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 from megamoe_stages.multi_cta_attention import attend_512, produce_512, result_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
-from megamoe_stages.multi_cta_attention.pieces_512 import Attention, piece_of, tell, tell_end, told, turns_of, work_on
+from megamoe_stages.multi_cta_attention.pieces_512 import Attention, Order, piece_of, tell, tell_end, told, work_on
 from megamoe_stages.multi_cta_attention.produce_512 import Source
 from megamoe_stages.multi_cta_attention.rows_512 import CHUNKS, ROWS_AT_ONCE, Mask, Rows, chunk_at, work_of
 from megamoe_stages.multi_cta_attention.shape_512 import (
@@ -70,8 +70,9 @@ def launch(
     shape: Constexpr[Shape],
 ) -> None:
     """Launches persistent clusters that take turns at the pieces of rows of all sequences and kv heads."""
-    given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
-    start(kernel(*given, out, None, None, None, shape), q, k, cu_seqlens_q, stream, shape, sms)
+    numbers = (softmax_scale, causal, window, has_sink, sms)
+    given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
+    start(kernel(*given, out, None, None, None, shape), given.order, stream, shape)
 
 
 @cute.jit
@@ -98,8 +99,9 @@ def launch_masked(
     """Packs the mask, then launches as `launch` does."""
     bits = mask_bits.bits_of(words)
     mask_bits.start_packing(mask, bits, stream)
-    given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
-    start(kernel(*given, out, *bits, entries, shape), q, k, cu_seqlens_q, stream, shape, sms)
+    numbers = (softmax_scale, causal, window, has_sink, sms)
+    given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
+    start(kernel(*given, out, *bits, entries, shape), given.order, stream, shape)
 
 
 def prepare(
@@ -114,6 +116,7 @@ def prepare(
     causal: Int32,
     window: Int32,
     has_sink: Int32,
+    sms: Int32,
     shape: Shape,
 ) -> Attention:
     """What a kernel gets, on the host; see `launch`."""
@@ -123,14 +126,19 @@ def prepare(
     kv_heads = k.shape[1]
     group = cute.FastDivmodDivisorV2(q.shape[1] // kv_heads)
     factor = softmax_scale * Float32(softmax.LOG2E)
-    pieces, together = (cute.FastDivmodDivisorV2(number) for number in order_of(q, k, cu_seqlens_q, shape))
+    pieces, together, clusters = order_of(q, k, cu_seqlens_q, sms, shape)
+    turns = (pieces * together + (clusters - 1)) // clusters
+    divisors = (cute.FastDivmodDivisorV2(number) for number in (pieces, together, clusters, turns))
+    order = Order(*divisors, kv_heads // together * turns)
     read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
-    return Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
+    return Attention(*read, lse, order, group, factor, causal, window, has_sink)
 
 
 @cute.jit
-def order_of(q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, shape: Constexpr[Shape]) -> tuple[Int32, Int32]:
-    """As many pieces of rows as a kv head can have, and how many heads' pieces come together; on the host.
+def order_of(
+    q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, sms: Int32, shape: Constexpr[Shape]
+) -> tuple[Int32, Int32, Int32]:
+    """Of `Order`, on the host: pieces, heads that come together, and as many clusters as the SMs hold or have work.
 
     The pieces with most keys come first, of some heads together: of few, so that their keys stay in L2, but not of one
     head after the other, or the last head's longest piece would begin when nothing is left to do beside it. Together
@@ -143,23 +151,13 @@ def order_of(q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, shape: C
     together = arith.select(pieces < PIECES_ALONE, (kv_heads + (several - 1)) // several, Int32(1))
     while kv_heads % together != 0:
         together = together + 1
-    return pieces, together
+    return pieces, together, cutlass.min(kv_heads * pieces, sms // shape.ctas)
 
 
-def start(
-    kernel: Any,
-    q: cute.Tensor,
-    k: cute.Tensor,
-    cu_seqlens_q: cute.Tensor,
-    stream: CUstream,
-    shape: Shape,
-    sms: Int32,
-) -> None:
-    """Launches a kernel of this schedule: as many clusters as the GPU's SMs hold, or there are pieces of rows."""
-    pieces, _ = order_of(q, k, cu_seqlens_q, shape)
-    clusters = cutlass.min(k.shape[1] * pieces, sms // shape.ctas)
+def start(kernel: Any, order: Order, stream: CUstream, shape: Shape) -> None:
+    """Launches a kernel of this schedule."""
     kernel.launch(
-        grid=[clusters * shape.ctas, 1, 1],
+        grid=[order.clusters.divisor * shape.ctas, 1, 1],
         block=[THREADS, 1, 1],
         cluster=[shape.ctas, 1, 1],
         smem=shape.shared_bytes,
@@ -177,10 +175,8 @@ def kernel(
     cu_seqlens_k: cute.Tensor,
     sink: cute.Tensor,
     lse: cute.Tensor,
-    kv_heads: Int32,
+    order: Order,
     group: cute.FastDivmodDivisorV2,
-    pieces: cute.FastDivmodDivisorV2,
-    together: cute.FastDivmodDivisorV2,
     factor: Float32,
     causal: Int32,
     window: Int32,
@@ -197,7 +193,7 @@ def kernel(
         result_512.store(me, rows, out, shape)
 
     read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
-    given = Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
+    given = Attention(*read, lse, order, group, factor, causal, window, has_sink)
     work_on_rows(given, mask_of(words, ends, entries), finish, shape)
 
 
@@ -271,7 +267,7 @@ def supply(
     cursor = cute.make_rmem_tensor((2,), Int32)
     cursor[0], cursor[1] = Int32(0), Int32(0)
     source = Source(given.keys, given.values, cute.arch.block_idx()[0] % shape.ctas)
-    for turn in cutlass.range(turns_of(given, shape), unroll=1):
+    for turn in cutlass.range(given.order.all_turns, unroll=1):
         piece = piece_of(given, turn, mask, shape)
         if piece.exists:
             produce_512.produce(base, warp, cursor, source, work_on(piece, mask, shape), shape)
@@ -288,7 +284,7 @@ def prepare_turns(
 ) -> None:
     """Brings the queries of each turn as soon as those before were read, and tells the consumers of it; two warps."""
     done = Int32(0)
-    for turn in cutlass.range(turns_of(given, shape), unroll=1):
+    for turn in cutlass.range(given.order.all_turns, unroll=1):
         piece = piece_of(given, turn, mask, shape)
         if piece.exists:
             mbarrier.wait(base + shape.queries_read_at, done % 2 ^ 1)
