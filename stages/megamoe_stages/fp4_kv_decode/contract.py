@@ -193,17 +193,18 @@ def _check_apart(named: Mapping[str, Tensor | None], written: tuple[Tensor, ...]
 
     By addresses, so whatever made the tensors; memory that is mapped at two addresses is not found.
     """
+    places = [_bytes_of(tensor) for tensor in written]
     for name, tensor in named.items():
-        if tensor is not None and tensor.data_ptr() != 0:  # 0: there is no memory, as with meta tensors
-            for other in written:
-                first = max(tensor.data_ptr(), other.data_ptr())
-                if first < min(_end_of(tensor), _end_of(other)):
-                    raise ArgumentError(name, "memory that k_new is written to", "a second cache apart from the first")
+        start, end = _bytes_of(tensor) if tensor is not None else (0, 0)
+        for first, last in places:
+            if start and start < last and first < end:  # a meta tensor starts at 0
+                raise ArgumentError(name, "memory that k_new is written to", "a second cache apart from the first")
 
 
-def _end_of(tensor: Tensor) -> int:
-    """The address behind a contiguous tensor."""
-    return tensor.data_ptr() + int(tensor.nbytes)
+def _bytes_of(tensor: Tensor) -> tuple[int, int]:
+    """Where a contiguous tensor lies: the addresses of its first byte and behind its last one."""
+    start = tensor.data_ptr()
+    return start, start + tensor.nbytes
 
 
 def _check_options(softmax_scale: object, window: object, splits: object, *, indexed: bool) -> None:

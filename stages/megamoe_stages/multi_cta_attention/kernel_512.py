@@ -19,8 +19,6 @@ from megamoe.cute import arith, asm, copies, mask_bits, mbarrier, multicast, sme
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import CHUNK
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.mask_bits import MaskBits
-from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 from megamoe_stages.multi_cta_attention import attend_512, produce_512, result_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
@@ -72,7 +70,7 @@ def launch(
     """Launches persistent clusters that take turns at the pieces of rows of all sequences and kv heads."""
     numbers = (softmax_scale, causal, window, has_sink, sms)
     given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
-    start(kernel(*given, out, None, None, None, shape), given.order, stream, shape)
+    start(kernel(given, None, out, shape), given.order, stream, shape)
 
 
 @cute.jit
@@ -101,7 +99,7 @@ def launch_masked(
     mask_bits.start_packing(mask, bits, stream)
     numbers = (softmax_scale, causal, window, has_sink, sms)
     given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
-    start(kernel(*given, out, *bits, entries, shape), given.order, stream, shape)
+    start(kernel(given, Mask(bits, entries), out, shape), given.order, stream, shape)
 
 
 def prepare(
@@ -168,23 +166,9 @@ def start(kernel: Any, order: Order, stream: CUstream, shape: Shape) -> None:
 
 @cute.kernel
 def kernel(
-    q: cute.Tensor,
-    keys: Boxes,
-    values: Boxes,
-    cu_seqlens_q: cute.Tensor,
-    cu_seqlens_k: cute.Tensor,
-    sink: cute.Tensor,
-    lse: cute.Tensor,
-    order: Order,
-    group: cute.FastDivmodDivisorV2,
-    factor: Float32,
-    causal: Int32,
-    window: Int32,
-    has_sink: Int32,
+    given: Attention,
+    mask: Mask | None,
     out: cute.Tensor,
-    words: cute.Tensor | None,
-    ends: cute.Tensor | None,
-    entries: Int32 | None,
     shape: Constexpr[Shape],
 ) -> None:
     """The kernel; see the module."""
@@ -192,14 +176,7 @@ def kernel(
     def finish(me: Consumer, rows: Rows) -> None:
         result_512.store(me, rows, out, shape)
 
-    read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
-    given = Attention(*read, lse, order, group, factor, causal, window, has_sink)
-    work_on_rows(given, mask_of(words, ends, entries), finish, shape)
-
-
-def mask_of(words: cute.Tensor | None, ends: cute.Tensor | None, entries: Int32 | None) -> Mask | None:
-    """The mask of a kernel's arguments."""
-    return None if words is None or ends is None or entries is None else Mask(MaskBits(words, ends), entries)
+    work_on_rows(given, mask, finish, shape)
 
 
 @cute.jit
