@@ -10,11 +10,10 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from megamoe.cute import arith, asm, compiler, gmem, mask_bits
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.multicast import Boxes
 from megamoe_stages.multi_cta_attention import kernel_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.pieces_512 import Attention
-from megamoe_stages.multi_cta_attention.rows_512 import Rows, lanes
+from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, lanes
 from megamoe_stages.multi_cta_attention.shape_512 import DIM, HALF, Shape
 
 
@@ -36,9 +35,9 @@ def launch(
     stream: CUstream,
     shape: Constexpr[Shape],
 ) -> None:
-    numbers = (softmax_scale, causal, window, has_sink)
+    numbers = (softmax_scale, causal, window, has_sink, sms)
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
-    kernel_512.start(kernel(*given, out, None, None, None, shape), q, k, cu_seqlens_q, stream, shape, sms)
+    kernel_512.start(kernel(given, None, out, shape), given.order, stream, shape)
 
 
 @cute.jit
@@ -64,40 +63,22 @@ def launch_masked(
 ) -> None:
     bits = mask_bits.bits_of(words)
     mask_bits.start_packing(mask, bits, stream)
-    numbers = (softmax_scale, causal, window, has_sink)
+    numbers = (softmax_scale, causal, window, has_sink, sms)
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
-    kernel_512.start(kernel(*given, out, *bits, entries, shape), q, k, cu_seqlens_q, stream, shape, sms)
+    kernel_512.start(kernel(given, Mask(bits, entries), out, shape), given.order, stream, shape)
 
 
 @cute.kernel
 def kernel(
-    q: cute.Tensor,
-    keys: Boxes,
-    values: Boxes,
-    cu_seqlens_q: cute.Tensor,
-    cu_seqlens_k: cute.Tensor,
-    sink: cute.Tensor,
-    lse: cute.Tensor,
-    kv_heads: Int32,
-    group: cute.FastDivmodDivisorV2,
-    pieces: cute.FastDivmodDivisorV2,
-    together: cute.FastDivmodDivisorV2,
-    factor: Float32,
-    causal: Int32,
-    window: Int32,
-    has_sink: Int32,
+    given: Attention,
+    mask: Mask | None,
     out: cute.Tensor,
-    words: cute.Tensor | None,
-    ends: cute.Tensor | None,
-    entries: Int32 | None,
     shape: Constexpr[Shape],
 ) -> None:
     def finish(me: Consumer, rows: Rows) -> None:
         store(me, rows, out)
 
-    read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
-    given = Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
-    kernel_512.work_on_rows(given, kernel_512.mask_of(words, ends, entries), finish, shape)
+    kernel_512.work_on_rows(given, mask, finish, shape)
 
 
 @cute.jit

@@ -173,6 +173,7 @@ def test_limits() -> None:
     assert "rope_dim 32" in limits.supports({"rope_dim": 32})[0]
     assert not limits.supports({"masked": True})
     assert "scales" in limits.supports({"queries": 1 << 22, "heads": 64, "groups": 8})[0]
+    assert "times heads" in limits.supports({"queries": 1, "heads": 64, "kv_heads": 1, "keys": 1 << 25})[0]
 
 
 def test_refuses_what_it_cannot_do() -> None:

@@ -304,6 +304,11 @@ def test_caches_share_no_memory_where_tokens_are_appended() -> None:
     wrong(
         "extra_codes", lambda extra: room[: extra.numel()].view(extra.shape), **(first | {"k_codes": apart["k_codes"]})
     )
+    wrong(
+        "extra_codes",
+        lambda extra: torch.utils.dlpack.from_dlpack(codes).flatten()[: extra.numel()].view(extra.shape),
+        **first,
+    )
     same = {"extra_codes": codes, "extra_scales": scales, "extra_table": args["block_table"]}
     for which in VARIANTS:
         variant(which)(**(args | same | {"k_new": None}))  # nothing is written

@@ -181,6 +181,7 @@ def test_refuses_arguments_that_do_not_fit() -> None:
     wrong("v", lambda v: v[..., :0])
     wrong("cu_seqlens_q", lambda c: c.long())
     wrong("cu_seqlens_q", lambda c: c[:0])
+    wrong("cu_seqlens_q", lambda c: c[:1])  # queries of no sequence
     wrong("cu_seqlens_k", lambda c: c[1:].contiguous())
     wrong("sink", lambda s: s[1:].contiguous())
     wrong("sink", lambda s: s.double())
@@ -195,6 +196,16 @@ def test_refuses_arguments_that_do_not_fit() -> None:
     wrong("entries", True)
     wrong("entries", 10**12)
     wrong("softmax_scale", float("nan"))
+
+
+@pytest.mark.parametrize("which", VARIANTS)
+def test_no_sequence_has_no_queries(which: str) -> None:
+    args = CASES["varlen"].inputs("varlen")
+    none = {name: args[name][:0] for name in ("q", "k", "v")}
+    offsets = {name: args[name][:1] for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    got = variant(which)(**(args | none | offsets))
+    assert got.out.shape == none["q"].shape
+    assert got.lse.shape == none["q"].shape[:2]
 
 
 def test_largest_window_hides_nothing() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cutlass import Int32, cute
+from cutlass.cute.runtime import make_ptr
 
 import ptxemu
 from megamoe.cute import compiler
@@ -16,14 +20,17 @@ from megamoe.testing.guards import same_bytes
 from megamoe_stages.multi_cta_attention import contract, kernel_512, launch_512, limits
 from megamoe_stages.multi_cta_attention.cases import D512, make
 from megamoe_stages.multi_cta_attention.contract import AttentionOutput
+from megamoe_stages.multi_cta_attention.pieces_512 import Order, turn_at
 from megamoe_stages.multi_cta_attention.reference import multi_cta_attention as reference
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
+    DIM,
     DTYPES,
     GROUP,
     MASKED,
     MASKED_NARROW,
     NARROW,
+    ROWS,
     SHAPES,
     SHARED_BYTES,
     THREADS,
@@ -52,6 +59,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "entries-full": {"lq": [33, 50], "lk": [90, 300], "entries": 66, "mask": 0.4, "causal": False, "heads": 2},
     "fp16": {"lq": [70, 9], "lk": [330, 20], "heads": 2, "dtype": "float16", "sink": True},
     "fp16-entries": {"lq": [40, 3], "lk": [100, 4], "dtype": "float16", "entries": 9, "mask": 0.5, "window": 20},
+    "heads-one-by-one": {"lq": [i % 3 for i in range(70)], "lk": [7 * i % 11 for i in range(70)]},
     "forty-sequences": {"lq": [i % 3 for i in range(40)], "lk": [7 * i % 11 for i in range(40)], "sink": True},
 }
 
@@ -97,7 +105,7 @@ def test_matches_the_reference(name: str) -> None:
     assert not unlike(emulated(given), given)
 
 
-@pytest.mark.parametrize("name", ["tails-and-empty-sequences", "full", "fp16"])
+@pytest.mark.parametrize("name", ["tails-and-empty-sequences", "full", "fp16", "heads-one-by-one"])
 def test_one_cta_a_cluster_matches_the_reference(name: str) -> None:
     given = inputs(name)
     assert not unlike(emulated(given, NARROW), given)
@@ -131,6 +139,62 @@ def test_no_order_of_events_matters(name: str, policy: str) -> None:
     first, second = emulated(given), emulated(given, policy=policy, seed=5)
     assert same_bytes(first.out, second.out)
     assert same_bytes(first.lse, second.lse)
+
+
+@cute.jit  # type: ignore[untyped-decorator]
+def order_on_host(out: cute.Pointer, queries: Int32, heads: Int32, kv_heads: Int32, offsets: Int32) -> None:
+    q, k = (cute.make_tensor(out, cute.make_layout((queries, n, DIM))) for n in (heads, kv_heads))
+    order = kernel_512.order_of(q, k, cute.make_tensor(out, cute.make_layout(offsets)), Int32(132), WIDE)
+    numbers = cute.make_tensor(out, cute.make_layout(3))
+    numbers[0], numbers[1], numbers[2] = order
+
+
+@functools.cache
+def order_kernel() -> Callable[..., None]:
+    pointer = make_ptr(Int32, 0, cute.AddressSpace.gmem, assumed_align=4)
+    return cute.compile(order_on_host, pointer, *[Int32(1)] * 4)  # type: ignore[no-any-return]
+
+
+class Divisor(NamedTuple):
+    """Plain numbers in the place of the kernel's fast divisions."""
+
+    divisor: int
+
+    def __rdivmod__(self, number: int) -> tuple[int, int]:
+        return divmod(number, self.divisor)
+
+
+def loads(lengths: list[int], kv_heads: int) -> list[float]:
+    """What each cluster has to do, in tiles of keys; a piece costs 2.6 more than its tiles (as measured)."""
+    numbers = torch.zeros(3, dtype=torch.int32)
+    pointer = make_ptr(Int32, numbers.data_ptr(), cute.AddressSpace.gmem, assumed_align=4)
+    order_kernel()(pointer, sum(lengths), kv_heads, kv_heads, len(lengths) + 1)
+    most, together, clusters = numbers.tolist()
+    assert clusters == 66
+    line = sorted((i for length in lengths for i in range(-(-length // (2 * ROWS)))), reverse=True)  # by levels
+    turns = -(-most * together // clusters)
+    number_at: Callable[..., Any] = turn_at  # plain ints here
+    numbers_of: Callable[..., Order] = Order
+    order = numbers_of(*map(Divisor, (most, together, clusters, turns)), kv_heads // together * turns)
+    done, count = [0.0] * clusters, 0
+    for cluster in range(clusters):
+        for turn in range(kv_heads // together * turns):
+            _, number = number_at(turn, cluster, order)
+            if number // together < len(line):
+                done[cluster] += 2 * (line[number // together] + 1) + 2.6
+                count += 1
+    assert count == kv_heads * len(line)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kv_heads"),
+    [([8192, *[128] * 20], 16), ([9000], 16), ([8192, 2048], 16), ([3000], 16), ([7000], 8), ([4096, *[128] * 20], 16)],
+    ids=["long-and-short", "two-turns-a-head", "two-sequences", "groups", "fewer-heads", "half-as-long"],
+)
+def test_clusters_have_as_much_to_do_as_each_other(lengths: list[int], kv_heads: int) -> None:
+    done = loads(lengths, kv_heads)
+    assert max(done) * len(done) / sum(done) < 1.02
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.1])

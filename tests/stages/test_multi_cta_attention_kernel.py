@@ -161,6 +161,10 @@ def test_limits() -> None:
     assert not limits.supports({"dtype": "float16", "head_dim": 192, "v_dim": 128, "masked": True})
     assert "float32" in limits.supports({"dtype": "float32"})[0]
     assert "96" in limits.supports({"head_dim": 96, "v_dim": 96})[0]
+    assert not limits.supports({"heads": 128, "kv_heads": 1, "queries": 1 << 20, "keys": 1 << 23})
+    assert "times heads" in limits.supports({"heads": 128, "kv_heads": 1, "queries": 1, "keys": 1 << 24})[0]
+    assert not limits.supports({"heads": 128, "kv_heads": 128, "queries": 1, "keys": 1 << 24})
+    assert "times heads" in limits.supports({"heads": 128, "kv_heads": 128, "queries": 1 << 24, "keys": 1})[0]
 
 
 def test_refuses_what_it_cannot_do() -> None:

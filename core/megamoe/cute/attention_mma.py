@@ -1,4 +1,4 @@
-"""What attention on sm_90a is made of: two warpgroup products, asynchronous copies of a thread, base-2 exponentials.
+"""What attention on sm_90a is made of: warpgroup products with operands in shared memory, waits, powers of two.
 
 Operands in shared memory are blocks of 64 columns: a row of a block is 128 bytes, its 16-byte chunks swizzled as in
 `wgmma`. Read along the columns (keys: k is the head dim) a block is K-major; read along the rows (values: k is the
@@ -16,7 +16,6 @@ from megamoe.cute import arith, asm, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.wgmma import ROW_BYTES, SWIZZLE_ROWS
 
-BLOCK_COLUMNS = 64
 CHUNK = 16  # bytes
 _EIGHT_ROWS = SWIZZLE_ROWS * ROW_BYTES >> 4  # descriptors count in 16 bytes
 _SWIZZLE = 1 << 62  # of 128 bytes

@@ -21,7 +21,6 @@ from megamoe.cute.warp import sum_of_four
 HIDDEN = float("-inf")
 LN2 = math.log(2)
 LOG2E = 1 / LN2
-SLACK = 8.0  # binary orders of magnitude that weights may grow beyond 1 before they are made relative to a larger score
 _CHAINS = 4  # of maxima and sums, so that they do not wait for each other
 
 

@@ -1,4 +1,4 @@
-"""Tensor maps over rows that belong to sequences, and bulk stores of rows (sm_90a).
+"""Tensor maps over rows that belong to sequences (sm_90a).
 
 Sequences of any length lie back to back in a (tokens, heads, D) tensor, and a box of rows must end where its sequence
 does. One tensor map does it for all of them: the tensor is seen with two dimensions of the same stride, one of which is

@@ -9,7 +9,6 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, mak
 from megamoe.cute import mask_bits, recipe
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.multicast import Boxes
 from megamoe.cute.recipe import BLOCK
 from megamoe_stages.attention_quant import encode
 from megamoe_stages.attention_quant.encode import Quantized
@@ -17,7 +16,7 @@ from megamoe_stages.attention_quant.limits import ROPE_DIM
 from megamoe_stages.multi_cta_attention import kernel_512, shape_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
 from megamoe_stages.multi_cta_attention.pieces_512 import Attention
-from megamoe_stages.multi_cta_attention.rows_512 import Rows
+from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows
 from megamoe_stages.multi_cta_attention.shape_512 import DIM, Shape
 
 SHAPES = tuple(shape._replace(angles=True) for shape in shape_512.SHAPES)
@@ -49,11 +48,11 @@ def launch(
     shape: Constexpr[Shape],
 ) -> None:
     """Launches as `multi_cta_attention.kernel_512` does."""
-    numbers = (softmax_scale, causal, window, has_sink)
+    numbers = (softmax_scale, causal, window, has_sink, sms)
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
     heads_a_group = cute.FastDivmodDivisorV2(codes.shape[2] // (DIM // 2))
-    made = kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, None, None, None, tiled, shape)
-    kernel_512.start(made, q, k, cu_seqlens_q, stream, shape, sms)
+    made = kernel(given, None, positions, cos, sin, enc, codes, scales, dec, heads_a_group, tiled, shape)
+    kernel_512.start(made, given.order, stream, shape)
 
 
 @cute.jit
@@ -87,30 +86,17 @@ def launch_masked(
     """Packs the mask, then launches as `launch` does."""
     bits = mask_bits.bits_of(words)
     mask_bits.start_packing(mask, bits, stream)
-    numbers = (softmax_scale, causal, window, has_sink)
+    numbers = (softmax_scale, causal, window, has_sink, sms)
     given = kernel_512.prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
     heads_a_group = cute.FastDivmodDivisorV2(codes.shape[2] // (DIM // 2))
-    made = kernel(*given, positions, cos, sin, enc, codes, scales, dec, heads_a_group, *bits, entries, tiled, shape)
-    kernel_512.start(made, q, k, cu_seqlens_q, stream, shape, sms)
+    made = kernel(given, Mask(bits, entries), positions, cos, sin, enc, codes, scales, dec, heads_a_group, tiled, shape)
+    kernel_512.start(made, given.order, stream, shape)
 
 
 @cute.kernel
 def kernel(
-    q: cute.Tensor,
-    keys: Boxes,
-    values: Boxes,
-    cu_seqlens_q: cute.Tensor,
-    cu_seqlens_k: cute.Tensor,
-    sink: cute.Tensor,
-    lse: cute.Tensor,
-    kv_heads: Int32,
-    group: cute.FastDivmodDivisorV2,
-    pieces: cute.FastDivmodDivisorV2,
-    together: cute.FastDivmodDivisorV2,
-    factor: Float32,
-    causal: Int32,
-    window: Int32,
-    has_sink: Int32,
+    given: Attention,
+    mask: Mask | None,
     positions: cute.Tensor,
     cos: cute.Tensor,
     sin: cute.Tensor,
@@ -119,9 +105,6 @@ def kernel(
     scales: cute.Tensor,
     dec: cute.Tensor,
     heads_a_group: cute.FastDivmodDivisorV2,
-    words: cute.Tensor | None,
-    ends: cute.Tensor | None,
-    entries: Int32 | None,
     tiled: Constexpr[bool],
     shape: Constexpr[Shape],
 ) -> None:
@@ -138,9 +121,7 @@ def kernel(
     def fetch(base: Int32, rows: Rows) -> None:
         encode.fetch(base, rows, out, shape)
 
-    read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
-    given = Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
-    kernel_512.work_on_rows(given, kernel_512.mask_of(words, ends, entries), finish, shape, fetch)
+    kernel_512.work_on_rows(given, mask, finish, shape, fetch)
     if cta + thread == 0:
         dec[()] = recipe.global_scale(enc[()], Target.SM90).dec
 

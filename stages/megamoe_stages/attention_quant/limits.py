@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megamoe_stages.multi_cta_attention.limits import too_long
 from megamoe_stages.quantize.limits import MAX_SCALES, tiled_scales
 
 HEAD_DIM, ROPE_DIM = 512, 64  # what the kernel is compiled for
@@ -23,4 +24,4 @@ def supports(facts: Mapping[str, str | int | float | bool | None]) -> list[str]:
     scales = groups * (tiled_scales(rows, cols) if facts.get("scale_layout") == "128x4" else rows * cols)
     if scales > MAX_SCALES:
         reasons.append(f"{scales} scales, padding too: the kernel counts up to {MAX_SCALES}")
-    return reasons
+    return reasons + too_long(facts)

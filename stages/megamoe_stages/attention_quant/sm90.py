@@ -74,6 +74,8 @@ def attention_quant(
         "rope_dim": 2 * cos.shape[1],
         "queries": queries,
         "heads": heads,
+        "kv_heads": k.shape[1],
+        "keys": k.shape[0],
         "groups": groups,
         "scale_layout": scale_layout,
     }

@@ -14,6 +14,7 @@ from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
 from megamoe.cute import arith, attention_mma, bf16, mbarrier, smem, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
+from megamoe.cute.softmax import HIDDEN, finite
 from megamoe.cute.warp import WARP, sum_of_four
 from megamoe_stages.fp4_kv_decode.shape import BLOCK_BYTES, COLUMNS, GROUP, TILE, Shape
 
@@ -22,7 +23,6 @@ _STEP_ROWS = wgmma.K_STEP * wgmma.ROW_BYTES >> 4  # in units of descriptors
 _PRODUCT_COLUMNS = 128
 _PRODUCT_STEP = _PRODUCT_COLUMNS // COLUMNS * BLOCK_BYTES >> 4
 CONSUMERS_BARRIER = 1  # of the consumers; 0 is that of the CTA
-NONE = float("-inf")
 
 
 class Rows(NamedTuple):
@@ -98,7 +98,7 @@ def attend(
     for i, zero in enumerate(wgmma.zeros(shape.out_columns // 2)):
         acc[i] = zero
     for i in cutlass.range_constexpr(2):
-        stat[i], stat[2 + i] = Float32(NONE), Float32(0.0)
+        stat[i], stat[2 + i] = Float32(HIDDEN), Float32(0.0)
     for turn in cutlass.range((tiles - consumer + 1) // 2, unroll=1):
         attend_to(acc, stat, base, consumer + 2 * turn, first, factor, rows, shape)
     for i in cutlass.range_constexpr(2):
@@ -187,11 +187,6 @@ def masks_of(base: Int32, tile: Int32, first: Int32, rows: Rows, shape: Shape) -
     return [row_masks(wide * 16 + g + 8 * i, first + tile * TILE, every, exist, rows) for i in range(2)]
 
 
-def finite(top: Float32) -> Float32:
-    """What to subtract from scores of which `top` is the largest, so that no score at all gives no NaN."""
-    return Float32(arith.select(top == Float32(NONE), Float32(0.0), top))
-
-
 def softmax(
     scores: list[Float32],
     masks: list[list[Uint32]],
@@ -225,10 +220,10 @@ def softmax_of_rows(
     if some:
         x, tops, zeros = [], [], []
         for half in cutlass.range_constexpr(2):
-            top = Float32(NONE)
+            top = Float32(HIDDEN)
             for i in cutlass.range_constexpr(TILE // 4):
                 visible = (masks[half][i // 8] & Uint32(1 << (i % 8 // 2 * 8 + i % 2))) != 0
-                value = arith.select(visible, scores[i // 2 * 4 + 2 * half + i % 2], Float32(NONE))
+                value = arith.select(visible, scores[i // 2 * 4 + 2 * half + i % 2], Float32(HIDDEN))
                 top = arith.maximum(top, value, target)
                 x.append(value)
             tops.append(top)

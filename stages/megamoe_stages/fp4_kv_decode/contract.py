@@ -189,20 +189,22 @@ def _check_cache(
 
 
 def _check_apart(named: Mapping[str, Tensor | None], written: tuple[Tensor, ...]) -> None:
-    """Refuses tensors that share memory with what is appended to: a kernel may read them while it is written."""
+    """Refuses tensors that share memory with what is appended to: a kernel may read them while it is written.
+
+    By addresses, so whatever made the tensors; memory that is mapped at two addresses is not found.
+    """
+    places = [_bytes_of(tensor) for tensor in written]
     for name, tensor in named.items():
-        for other in written:
-            if tensor is not None and tensor.untyped_storage() is other.untyped_storage():
-                start, end = _bytes_of(tensor)
-                first, last = _bytes_of(other)
-                if max(start, first) < min(end, last):
-                    raise ArgumentError(name, "memory that k_new is written to", "a second cache apart from the first")
+        start, end = _bytes_of(tensor) if tensor is not None else (0, 0)
+        for first, last in places:
+            if start and start < last and first < end:  # a meta tensor starts at 0
+                raise ArgumentError(name, "memory that k_new is written to", "a second cache apart from the first")
 
 
 def _bytes_of(tensor: Tensor) -> tuple[int, int]:
-    """Where in its storage a contiguous tensor lies: its first byte, and the first one behind it."""
-    start = int(tensor.storage_offset()) * tensor.element_size()
-    return start, start + int(tensor.nbytes)
+    """Where a contiguous tensor lies: the addresses of its first byte and behind its last one."""
+    start = tensor.data_ptr()
+    return start, start + tensor.nbytes
 
 
 def _check_options(softmax_scale: object, window: object, splits: object, *, indexed: bool) -> None:

@@ -19,8 +19,8 @@ from cutlass import Constexpr, Float32, Int32, Uint32, cute
 from megamoe.cute import arith, f16, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
-from megamoe.cute.warp import mma
-from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, STEP, STEPS, TILE, WARP, Shape
+from megamoe.cute.warp import WARP, mma
+from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, STEP, STEPS, TILE, Shape
 
 INFINITY = float("inf")
 LOWEST = -3.0e38  # finite, so that no difference of two is NaN

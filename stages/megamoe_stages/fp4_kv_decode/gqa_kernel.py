@@ -18,12 +18,13 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, mak
 from megamoe.cute import arith, asm, bf16, f16, gmem, mbarrier, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.warp import WARP
 from megamoe_stages.fp4_kv_decode import gqa_attend as attend
 from megamoe_stages.fp4_kv_decode import gqa_result as result_of
 from megamoe_stages.fp4_kv_decode import gqa_work as work
 from megamoe_stages.fp4_kv_decode.gqa_attend import LOWEST, Limits
 from megamoe_stages.fp4_kv_decode.gqa_result import Place, Result, finish, join_all
-from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, STEPS, TILE, WARP, Shape
+from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, STEPS, TILE, Shape
 from megamoe_stages.fp4_kv_decode.gqa_work import Cache, Share
 
 _LARGEST = 14  # queries are brought below 2^15 by a power of two: what fp16 rounds is below 2^-39 of their largest

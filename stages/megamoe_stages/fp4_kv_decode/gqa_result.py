@@ -8,7 +8,6 @@ most two: of the problem that it starts within, number 0, and of the one that go
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,12 +18,13 @@ from megamoe.cute import arith, asm, attention_mma, bf16, gmem, smem, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe.cute.f16 import DECODED_UNIT
+from megamoe.cute.softmax import LN2, LOG2E
+from megamoe.cute.warp import WARP
 from megamoe_stages.fp4_kv_decode import gqa_work as work
 from megamoe_stages.fp4_kv_decode.gqa_attend import INFINITY, LOWEST, lanes
-from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, WARP, Shape
+from megamoe_stages.fp4_kv_decode.gqa_shape import COLUMNS, Shape
 from megamoe_stages.fp4_kv_decode.gqa_work import Share
 
-_LN2 = math.log(2)
 _QUAD_BYTES = 16
 _ROUND_BYTES = WARP * _QUAD_BYTES  # of a group of four sums, of all lanes
 
@@ -225,14 +225,13 @@ def join(
     record = smem.load16(base + record_of(leader, ends & (leader == end), shape))
     whole = Sums.empty()
     stats = base + columns_of(quad, shape) * 8
-    _join(whole, base, stats, base + lane * _QUAD_BYTES + quad * _ROUND_BYTES, leader, end, ends, shape)
+    _join(whole, stats, base + lane * _QUAD_BYTES + quad * _ROUND_BYTES, leader, end, ends, shape)
     return Place(Int32(record[0]), Int32(record[1] >> 1)), whole
 
 
 @cute.jit
 def _join(
     whole: Constexpr[Sums],
-    base: Uint32,
     stats: Uint32,
     sums: Uint32,
     leader: Int32,
@@ -317,7 +316,7 @@ def write(
             row = (place.sequence * result.queries + query) * result.heads + head
             sink = Float32(0.0)
             if result.has_sink != 0:
-                sink = exp2(result.sink[head] * Float32(1 / _LN2) - tops[c])
+                sink = exp2(result.sink[head] * Float32(LOG2E) - tops[c])
             some = totals[c] > Float32(0.0)
             scale = result.v_scale[()] * Float32(DECODED_UNIT) / (totals[c] + sink)
             scale = arith.select(some, scale, Float32(0.0))
@@ -326,7 +325,7 @@ def write(
             at = asm.address(result.out) + (Int64(row) * shape.v_dim + dim) * 2
             gmem.store4_if(at, pair, Int32(1))
             if (quad < shape.column_blocks) & (g == 0):
-                lse = (tops[c] + attention_mma.log2(totals[c])) * Float32(_LN2)
+                lse = (tops[c] + attention_mma.log2(totals[c])) * Float32(LN2)
                 result.lse[row] = arith.select(some, lse, Float32(-INFINITY))
 
 

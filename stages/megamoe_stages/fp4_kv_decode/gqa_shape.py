@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from megamoe.cute.warp import WARP
+
 TILE = 64  # tokens that a warp takes at a time
 STEP = 16  # tokens of one product, and the least page
 STEPS = TILE // STEP
 COLUMNS = 8  # queries times heads of one product
-WARP = 32
 SHARED_BYTES = 227 * 1024  # that a CTA may have
 
 

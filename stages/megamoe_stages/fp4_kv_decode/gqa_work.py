@@ -13,7 +13,8 @@ import cutlass
 from cutlass import Constexpr, Int32, Int64, Uint32, cute
 
 from megamoe.cute import arith, asm, copies, mbarrier, smem, warp
-from megamoe_stages.fp4_kv_decode.gqa_shape import STEP, TILE, WARP, Shape
+from megamoe.cute.warp import WARP
+from megamoe_stages.fp4_kv_decode.gqa_shape import STEP, TILE, Shape
 
 
 class Cache(NamedTuple):

@@ -9,11 +9,11 @@ from __future__ import annotations
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, cute
 
-from megamoe.cute import arith, asm, bf16, cluster, gmem, mbarrier, smem
+from megamoe.cute import arith, asm, bf16, cluster, gmem
 from megamoe.cute.arith import Target
-from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows, lanes
+from megamoe_stages.fp4_kv_decode.attend import Rows, lanes
 from megamoe_stages.fp4_kv_decode.mqa_shape import GROUP, ROWS, Shape
-from megamoe_stages.fp4_kv_decode.result import Result, add, finished, merge
+from megamoe_stages.fp4_kv_decode.result import Result, add, finished, merge_last
 
 _EIGHTS = 8  # of a lane's columns of a row
 
@@ -114,13 +114,4 @@ def finish(
         store(acc, stat, rows, result, shape)
     else:
         store_part(acc, stat, rows, result, shape)
-        cute.arch.fence_acq_rel_gpu()
-        mbarrier.named_barrier(CONSUMERS_BARRIER, GROUP)
-        thread = cute.arch.thread_idx()[0] % GROUP
-        if thread == 0:
-            place = asm.address(result.arrived) + Int64(result.problem) * 4
-            smem.store4(base + shape.flag_at, gmem.count_round(place, Int32(result.splits - 1)))
-        mbarrier.named_barrier(CONSUMERS_BARRIER, GROUP)
-        if smem.load4(base + shape.flag_at) == result.splits - 1:
-            cute.arch.fence_acq_rel_gpu()
-            merge(thread, base, rows, result, shape)
+        merge_last(base, rows, result, shape)

@@ -20,6 +20,7 @@ from cutlass import Boolean, Constexpr, Float32, Int32, Uint32, cute
 from megamoe.cute import arith, asm, attention_mma, f16, mbarrier, smem, wgmma
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
+from megamoe.cute.softmax import HIDDEN
 from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, lanes
 from megamoe_stages.fp4_kv_decode.mqa_shape import (
     BLOCK_BYTES,
@@ -137,7 +138,7 @@ def hide(
                 seen = every | ((token <= last) & ((window == 0) | (token > last - window)))
                 seen = seen & ((word >> Uint32(local % 32 + 8 * h) & 1) != 0)
                 at = 4 * n + 2 * h + e
-                x[at] = arith.select(seen, x[at], Float32(float("-inf")))
+                x[at] = arith.select(seen, x[at], Float32(HIDDEN))
 
 
 class Scores(NamedTuple):

@@ -6,7 +6,6 @@ merges the parts in their order, so that the result does not depend on who that 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import cutlass
@@ -15,12 +14,11 @@ from cutlass import Constexpr, Float32, Int32, Int64, Uint32, cute
 from megamoe.cute import arith, asm, attention_mma, bf16, gmem, mbarrier, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
+from megamoe.cute.softmax import HIDDEN, LN2, LOG2E, finite
 from megamoe.cute.warp import from_lane
-from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, NONE, Rows, finite, lanes
+from megamoe_stages.fp4_kv_decode.attend import CONSUMERS_BARRIER, Rows, lanes
 from megamoe_stages.fp4_kv_decode.shape import GROUP, ROWS, Shape
 
-_LN2 = math.log(2)
-_LOG2E = 1 / _LN2
 _AT_ONCE = 4  # items of a thread that are merged at once
 
 
@@ -94,12 +92,12 @@ def finished(top: Float32, total: Float32, row: Int32, rows: Rows, result: Resul
     zero = finite(top)
     head = rows.head + row % rows.group
     head = arith.select(result.has_sink != 0, head, Int32(0))
-    sink = exp2(result.sink[head] * Float32(_LOG2E) - zero)
+    sink = exp2(result.sink[head] * Float32(LOG2E) - zero)
     whole = total + arith.select(result.has_sink != 0, sink, Float32(0.0))
     scale = result.v_scale / whole
-    lse = (top + attention_mma.log2(total)) * Float32(_LN2)
+    lse = (top + attention_mma.log2(total)) * Float32(LN2)
     some = total > Float32(0.0)
-    return arith.select(some, scale, Float32(0.0)), arith.select(some, lse, Float32(NONE))
+    return arith.select(some, scale, Float32(0.0)), arith.select(some, lse, Float32(HIDDEN))
 
 
 @cute.jit
@@ -150,7 +148,7 @@ def store_part(
 @cute.jit
 def share_out(local: Int32, first: Int32, shares: Int32, rows: Constexpr[Rows], result: Constexpr[Result]) -> None:
     """Finds what the parts of a row are multiplied by, and writes its lse; a thread."""
-    top = Float32(NONE)
+    top = Float32(HIDDEN)
     for split in cutlass.range(result.splits, unroll=4):
         top = arith.maximum(top, result.stats[first + split * ROWS + local, 0], Target.SM90)
     zero = finite(top)
@@ -239,13 +237,19 @@ def finish(
         store(acc, stat, rows, result, shape)
     else:
         store_part(acc, stat, rows, result, shape)
+        merge_last(base, rows, result, shape)
+
+
+@cute.jit
+def merge_last(base: Int32, rows: Constexpr[Rows], result: Constexpr[Result], shape: Constexpr[Shape]) -> None:
+    """Says that a part is there and merges all parts if it is the last one; the consumer that has written it."""
+    cute.arch.fence_acq_rel_gpu()
+    mbarrier.named_barrier(CONSUMERS_BARRIER, GROUP)
+    thread = cute.arch.thread_idx()[0] % GROUP
+    if thread == 0:
+        place = asm.address(result.arrived) + Int64(result.problem) * 4
+        smem.store4(base + shape.flag_at, gmem.count_round(place, Int32(result.splits - 1)))
+    mbarrier.named_barrier(CONSUMERS_BARRIER, GROUP)
+    if smem.load4(base + shape.flag_at) == result.splits - 1:
         cute.arch.fence_acq_rel_gpu()
-        mbarrier.named_barrier(CONSUMERS_BARRIER, GROUP)
-        thread = cute.arch.thread_idx()[0] % GROUP
-        if thread == 0:
-            place = asm.address(result.arrived) + Int64(result.problem) * 4
-            smem.store4(base + shape.flag_at, gmem.count_round(place, Int32(result.splits - 1)))
-        mbarrier.named_barrier(CONSUMERS_BARRIER, GROUP)
-        if smem.load4(base + shape.flag_at) == result.splits - 1:
-            cute.arch.fence_acq_rel_gpu()
-            merge(thread, base, rows, result, shape)
+        merge(thread, base, rows, result, shape)

@@ -17,7 +17,7 @@ from megamoe.cute import arith, asm, attention_mma, cluster, mask_bits, mbarrier
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import exp2
 from megamoe.cute.mask_bits import MaskBits
-from megamoe.cute.softmax import fma, left_operands
+from megamoe.cute.softmax import HIDDEN, finite, fma, left_operands
 from megamoe.cute.warp import sum_of_four
 from megamoe_stages.multi_cta_attention.produce_512 import advance
 from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, Work, lanes
@@ -38,9 +38,8 @@ _STEP_ROWS = wgmma.K_STEP * ROW_BYTES >> 4
 _STEPS = 4  # of 64 columns or rows
 _COUNT = HALF // 2  # sums of a thread
 CONSUMERS_BARRIER = 1  # of both consumers; 0 is that of the CTA
-_CLEAR_BARRIER = 3  # of the first one; 2 is that of the queries' loads
+_CLEAR_BARRIER = 2  # of the first one
 _LOCAL = (1 << 18) - 1
-NONE = float("-inf")
 
 
 class Consumer:
@@ -82,7 +81,7 @@ def begin(me: Consumer) -> None:
     for i, zero in enumerate(wgmma.zeros(_COUNT)):
         me.acc[i] = zero
     for i in range(2):
-        me.stat[i], me.stat[2 + i] = Float32(NONE), Float32(0.0)
+        me.stat[i], me.stat[2 + i] = Float32(HIDDEN), Float32(0.0)
 
 
 def end(me: Consumer, tiles: Int32) -> None:
@@ -306,7 +305,7 @@ def clear_behind(me: Constexpr[Consumer], at: Int32, count: Int32, shape: Conste
             if piece // (ROW_BYTES // 16) % shape.value_rows >= count:
                 smem.store16(at + piece * 16, [Uint32(0)] * 4)
         smem.proxy_fence()
-        cute.arch.barrier(barrier_id=_CLEAR_BARRIER + me.number, number_of_threads=GROUP)
+        mbarrier.named_barrier(me.number + _CLEAR_BARRIER, GROUP)
 
 
 @cute.jit
@@ -368,7 +367,7 @@ def hide(x: cute.Tensor, tile: Int32, rows: Constexpr[Rows], work: Constexpr[Wor
                 column = 8 * i + j
                 place = 4 * i + 2 * half + j
                 visible = (column >= first) & (column < last)
-                x[place] = arith.select(visible, x[place], Float32(NONE))
+                x[place] = arith.select(visible, x[place], Float32(HIDDEN))
 
 
 @cute.jit
@@ -428,8 +427,3 @@ def shrinks(me: Consumer, half: int, minus: Float32) -> Float32:
     """By what a row's sums shrink when weights become relative to a score of -`minus`: exactly 1 for the same one."""
     before = arith.mul(me.stat[half], me.factor, Target.SM90)  # rounded as `minus` was then
     return exp2(arith.add(before, minus, Target.SM90))
-
-
-def finite(top: Float32) -> Float32:
-    """What to subtract from scores of which `top` is the largest, so that no score at all gives no NaN."""
-    return Float32(arith.select(top == Float32(NONE), Float32(0.0), top))

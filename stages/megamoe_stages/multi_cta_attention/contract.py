@@ -74,6 +74,8 @@ def check(
     check_multiple("q", heads, kv_heads, "heads")
     check_tensor("cu_seqlens_q", cu_seqlens_q, ["sequences + 1"], [torch.int32], like=q)
     check_multiple("cu_seqlens_q", cu_seqlens_q.shape[0], 1, "entries")
+    if cu_seqlens_q.shape[0] == 1 and queries:
+        raise ArgumentError("cu_seqlens_q", "one entry, so no sequence", f"offsets of sequences with {queries} queries")
     check_tensor("cu_seqlens_k", cu_seqlens_k, [cu_seqlens_q.shape[0]], [torch.int32], like=q)
     if sink is not None:
         check_tensor("sink", sink, [heads], [torch.float32], like=q)

@@ -120,7 +120,7 @@ def kernel(
         cute.arch.setmaxregister_decrease(producer)
         warp = cute.arch.warp_idx()
         if warp == 0:
-            load_tiles(keys, values, base, sequences, shape)
+            load_tiles(keys, values, base, shape)
         elif warp <= QUERY_WARPS:
             load_queries(q, base, sequences, shape)
         else:
@@ -131,9 +131,7 @@ def kernel(
 
 
 @cute.jit
-def load_tiles(
-    keys: RowBoxes, values: RowBoxes, base: Int32, sequences: Constexpr[Sequences], shape: Constexpr[Shape]
-) -> None:
+def load_tiles(keys: RowBoxes, values: RowBoxes, base: Int32, shape: Constexpr[Shape]) -> None:
     """Loads the keys and values of all tiles of rows, one tile of keys ahead of the values; one warp."""
     tiles = attend.tile_ring(base, shape)
     number, turn, going = Int32(0), Int32(0), Int32(1)

@@ -7,7 +7,6 @@ keep up: 2 KB a key and 64 rows is what 32 clocks of products need. `attend_512`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,18 +15,16 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from megamoe.cute import arith, asm, copies, mask_bits, mbarrier, multicast, smem
+from megamoe.cute import arith, asm, copies, mask_bits, mbarrier, multicast, smem, softmax
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import CHUNK
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.mask_bits import MaskBits
-from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 from megamoe_stages.multi_cta_attention import attend_512, produce_512, result_512
 from megamoe_stages.multi_cta_attention.attend_512 import Consumer
-from megamoe_stages.multi_cta_attention.pieces_512 import Attention, piece_of, tell, tell_end, told, turns_of, work_on
+from megamoe_stages.multi_cta_attention.pieces_512 import Attention, Order, piece_of, tell, tell_end, told, work_on
 from megamoe_stages.multi_cta_attention.produce_512 import Source
-from megamoe_stages.multi_cta_attention.rows_512 import Mask, Rows, work_of
+from megamoe_stages.multi_cta_attention.rows_512 import CHUNKS, ROWS_AT_ONCE, Mask, Rows, chunk_at, work_of
 from megamoe_stages.multi_cta_attention.shape_512 import (
     BLOCK_BYTES,
     BLOCKS,
@@ -47,8 +44,6 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = (
 )  # together no more than the launch gives: 3 * 168, or they wait forever
 PIECES_TOGETHER = 128  # of rows, at least, of the heads that come together: twice what runs at a time
 PIECES_ALONE = 64  # of a head that comes alone
-_CHUNKS = ROW_BYTES // CHUNK
-_ROWS_AT_ONCE = WARP // _CHUNKS
 
 Finish = Callable[[Consumer, Rows], None]
 Fetch = Callable[[Int32, Rows], None]
@@ -73,8 +68,9 @@ def launch(
     shape: Constexpr[Shape],
 ) -> None:
     """Launches persistent clusters that take turns at the pieces of rows of all sequences and kv heads."""
-    given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
-    start(kernel(*given, out, None, None, None, shape), q, k, cu_seqlens_q, stream, shape, sms)
+    numbers = (softmax_scale, causal, window, has_sink, sms)
+    given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
+    start(kernel(given, None, out, shape), given.order, stream, shape)
 
 
 @cute.jit
@@ -101,8 +97,9 @@ def launch_masked(
     """Packs the mask, then launches as `launch` does."""
     bits = mask_bits.bits_of(words)
     mask_bits.start_packing(mask, bits, stream)
-    given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, softmax_scale, causal, window, has_sink, shape)
-    start(kernel(*given, out, *bits, entries, shape), q, k, cu_seqlens_q, stream, shape, sms)
+    numbers = (softmax_scale, causal, window, has_sink, sms)
+    given = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, lse, *numbers, shape)
+    start(kernel(given, Mask(bits, entries), out, shape), given.order, stream, shape)
 
 
 def prepare(
@@ -117,6 +114,7 @@ def prepare(
     causal: Int32,
     window: Int32,
     has_sink: Int32,
+    sms: Int32,
     shape: Shape,
 ) -> Attention:
     """What a kernel gets, on the host; see `launch`."""
@@ -125,40 +123,39 @@ def prepare(
     values = multicast.boxes(v, *produce_512.value_box(shape), shape.ctas)
     kv_heads = k.shape[1]
     group = cute.FastDivmodDivisorV2(q.shape[1] // kv_heads)
-    factor = softmax_scale * Float32(1 / math.log(2))
-    pieces, together = (cute.FastDivmodDivisorV2(number) for number in order_of(q, k, cu_seqlens_q, shape))
+    factor = softmax_scale * Float32(softmax.LOG2E)
+    pieces, together, clusters = order_of(q, k, cu_seqlens_q, sms, shape)
+    turns = (pieces * together + (clusters - 1)) // clusters
+    by = cute.FastDivmodDivisorV2
+    order = Order(by(pieces), by(together), by(clusters), by(turns), kv_heads // together * turns)
     read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
-    return Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
+    return Attention(*read, lse, order, group, factor, causal, window, has_sink)
 
 
-def order_of(q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, shape: Shape) -> tuple[Int32, Int32]:
-    """As many pieces of rows as a kv head can have, and how many heads' pieces come together; on the host.
+@cute.jit
+def order_of(
+    q: cute.Tensor, k: cute.Tensor, cu_seqlens_q: cute.Tensor, sms: Int32, shape: Constexpr[Shape]
+) -> tuple[Int32, Int32, Int32]:
+    """Of `Order`, on the host: pieces, heads that come together, and as many clusters as the SMs hold or have work.
 
     The pieces with most keys come first, of some heads together: of few, so that their keys stay in L2, but not of one
-    head after the other, or the last head's longest piece would begin when nothing is left to do beside it.
+    head after the other, or the last head's longest piece would begin when nothing is left to do beside it. Together
+    come as many heads each time, or the last ones would leave clusters without work.
     """
     queries, heads, _ = q.shape
     kv_heads = k.shape[1]
     pieces = queries * (heads // kv_heads) // (shape.ctas * ROWS) + (cute.size(cu_seqlens_q) - 1)
     several = cutlass.max(kv_heads * pieces // PIECES_TOGETHER, 1)
-    together = (kv_heads + (several - 1)) // several
-    return pieces, arith.select(pieces < PIECES_ALONE, together, Int32(1))
+    together = arith.select(pieces < PIECES_ALONE, (kv_heads + (several - 1)) // several, Int32(1))
+    while kv_heads % together != 0:
+        together = together + 1
+    return pieces, together, cutlass.min(kv_heads * pieces, sms // shape.ctas)
 
 
-def start(
-    kernel: Any,
-    q: cute.Tensor,
-    k: cute.Tensor,
-    cu_seqlens_q: cute.Tensor,
-    stream: CUstream,
-    shape: Shape,
-    sms: Int32,
-) -> None:
-    """Launches a kernel of this schedule: as many clusters as the GPU's SMs hold, or there are pieces of rows."""
-    pieces, together = order_of(q, k, cu_seqlens_q, shape)
-    clusters = cutlass.min((k.shape[1] + (together - 1)) // together * together * pieces, sms // shape.ctas)
+def start(kernel: Any, order: Order, stream: CUstream, shape: Shape) -> None:
+    """Launches a kernel of this schedule."""
     kernel.launch(
-        grid=[clusters * shape.ctas, 1, 1],
+        grid=[order.clusters.divisor * shape.ctas, 1, 1],
         block=[THREADS, 1, 1],
         cluster=[shape.ctas, 1, 1],
         smem=shape.shared_bytes,
@@ -169,25 +166,9 @@ def start(
 
 @cute.kernel
 def kernel(
-    q: cute.Tensor,
-    keys: Boxes,
-    values: Boxes,
-    cu_seqlens_q: cute.Tensor,
-    cu_seqlens_k: cute.Tensor,
-    sink: cute.Tensor,
-    lse: cute.Tensor,
-    kv_heads: Int32,
-    group: cute.FastDivmodDivisorV2,
-    pieces: cute.FastDivmodDivisorV2,
-    together: cute.FastDivmodDivisorV2,
-    factor: Float32,
-    causal: Int32,
-    window: Int32,
-    has_sink: Int32,
+    given: Attention,
+    mask: Mask | None,
     out: cute.Tensor,
-    words: cute.Tensor | None,
-    ends: cute.Tensor | None,
-    entries: Int32 | None,
     shape: Constexpr[Shape],
 ) -> None:
     """The kernel; see the module."""
@@ -195,14 +176,7 @@ def kernel(
     def finish(me: Consumer, rows: Rows) -> None:
         result_512.store(me, rows, out, shape)
 
-    read = (q, keys, values, cu_seqlens_q, cu_seqlens_k, sink)
-    given = Attention(*read, lse, kv_heads, group, pieces, together, factor, causal, window, has_sink)
-    work_on_rows(given, mask_of(words, ends, entries), finish, shape)
-
-
-def mask_of(words: cute.Tensor | None, ends: cute.Tensor | None, entries: Int32 | None) -> Mask | None:
-    """The mask of a kernel's arguments."""
-    return None if words is None or ends is None or entries is None else Mask(MaskBits(words, ends), entries)
+    work_on_rows(given, mask, finish, shape)
 
 
 @cute.jit
@@ -270,7 +244,7 @@ def supply(
     cursor = cute.make_rmem_tensor((2,), Int32)
     cursor[0], cursor[1] = Int32(0), Int32(0)
     source = Source(given.keys, given.values, cute.arch.block_idx()[0] % shape.ctas)
-    for turn in cutlass.range(turns_of(given, shape), unroll=1):
+    for turn in cutlass.range(given.order.all_turns, unroll=1):
         piece = piece_of(given, turn, mask, shape)
         if piece.exists:
             produce_512.produce(base, warp, cursor, source, work_on(piece, mask, shape), shape)
@@ -287,7 +261,7 @@ def prepare_turns(
 ) -> None:
     """Brings the queries of each turn as soon as those before were read, and tells the consumers of it; two warps."""
     done = Int32(0)
-    for turn in cutlass.range(turns_of(given, shape), unroll=1):
+    for turn in cutlass.range(given.order.all_turns, unroll=1):
         piece = piece_of(given, turn, mask, shape)
         if piece.exists:
             mbarrier.wait(base + shape.queries_read_at, done % 2 ^ 1)
@@ -379,14 +353,14 @@ def load_queries(q: cute.Tensor, base: Int32, rows: Constexpr[Rows], warp: Int32
     Eight lanes share a row, so a warp finds four rows' places at a time.
     """
     lane = cute.arch.lane_idx()
-    chunk = lane % _CHUNKS
-    for i in cutlass.range(ROWS // warps // _ROWS_AT_ONCE, unroll=1):
-        row = (i * warps + warp) * _ROWS_AT_ONCE + lane // _CHUNKS
+    chunk = lane % CHUNKS
+    for i in cutlass.range(ROWS // warps // ROWS_AT_ONCE, unroll=1):
+        row = (i * warps + warp) * ROWS_AT_ONCE + lane // CHUNKS
         inside = rows.first + row < rows.count
         place = rows.place(arith.select(inside, rows.first + row, Int32(0)))
         size = arith.select(inside, Int32(CHUNK), Int32(0))
         source = asm.address(q) + (place * (2 * DIM) + chunk * CHUNK)
-        target = base + row * ROW_BYTES + ((chunk ^ row) & (_CHUNKS - 1)) * CHUNK
+        target = chunk_at(base, row, chunk)
         for block in cutlass.range_constexpr(BLOCKS):
             copies.copy16(target + block * BLOCK_BYTES, source + block * ROW_BYTES, size)
     copies.commit()

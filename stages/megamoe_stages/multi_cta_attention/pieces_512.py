@@ -17,6 +17,24 @@ _STRIDE = 25  # clusters
 _LEAST, _MOST = -(1 << 31), (1 << 31) - 1
 
 
+class Order(NamedTuple):
+    """In which order clusters have the pieces of rows: of some kv heads together, then of the next ones.
+
+    Attributes:
+        pieces: Divides by how many pieces of rows a kv head can have.
+        together: Divides by how many kv heads' pieces come together.
+        clusters: Divides by how many clusters there are.
+        turns: Divides by a cluster's turns at the pieces of heads that come together.
+        all_turns: Of a cluster.
+    """
+
+    pieces: cute.FastDivmodDivisorV2
+    together: cute.FastDivmodDivisorV2
+    clusters: cute.FastDivmodDivisorV2
+    turns: cute.FastDivmodDivisorV2
+    all_turns: Int32
+
+
 class Attention(NamedTuple):
     """What all kernels of this schedule read, and the lse that they write.
 
@@ -28,10 +46,8 @@ class Attention(NamedTuple):
         cu_seqlens_k: (sequences + 1,) int32.
         sink: (heads,) fp32; not read unless has_sink.
         lse: (queries * heads,) fp32.
-        kv_heads: Of keys and values.
+        order: Of the pieces of rows.
         group: Divides by the heads of a kv head.
-        pieces: Divides by how many pieces of rows a kv head can have.
-        together: Divides by how many kv heads' pieces come together.
         factor: Makes scores in base 2 of products.
         causal: Whether keys behind the query's position are hidden.
         window: Keys that a query sees up to its position; 0 for all.
@@ -45,10 +61,8 @@ class Attention(NamedTuple):
     cu_seqlens_k: cute.Tensor
     sink: cute.Tensor
     lse: cute.Tensor
-    kv_heads: Int32
+    order: Order
     group: cute.FastDivmodDivisorV2
-    pieces: cute.FastDivmodDivisorV2
-    together: cute.FastDivmodDivisorV2
     factor: Float32
     causal: Int32
     window: Int32
@@ -74,23 +88,16 @@ class Piece(NamedTuple):
 
 
 def piece_of(given: Attention, turn: Int32, mask: Mask | None, shape: Shape) -> Piece:
-    """What a CTA works on in its turn.
-
-    Its turns go back and forth over the pieces of heads that come together, so that long and short ones meet, from
-    another place for every second group of heads, so that not always the same CTAs get what is left over.
-    """
+    """What a CTA works on in its turn."""
     cta, _, _ = cute.arch.block_idx()
     cluster, rank = cta // shape.ctas, cta % shape.ctas
-    clusters, turns = clusters_and_turns(given, shape)
-    several, turn_of_these = turn // turns, turn % turns
-    place = (cluster + several // 2 * _STRIDE) % clusters
-    number = turn_of_these * clusters + arith.select(turn % 2 == 0, place, clusters - 1 - place)
-    number, head = divmod(number, given.together)
-    kv_head = cute.arch.make_warp_uniform(several * given.together.divisor + head)
+    several, number = turn_at(turn, cluster, given.order)
+    number, head = divmod(number, given.order.together)
+    kv_head = cute.arch.make_warp_uniform(several * given.order.together.divisor + head)
     heads, group = given.q.shape[1], given.group.divisor
     sequences = cute.size(given.cu_seqlens_q) - 1
     sequence, piece = find_piece(number, given, shape.ctas * ROWS)
-    exists = (kv_head < given.kv_heads) & (sequence < sequences) & (number < given.pieces.divisor)
+    exists = (sequence < sequences) & (number < given.order.pieces.divisor)
     sequence = cutlass.min(sequence, sequences - 1)
     query, key = given.cu_seqlens_q[sequence], given.cu_seqlens_k[sequence]
     queries, keys = given.cu_seqlens_q[sequence + 1] - query, given.cu_seqlens_k[sequence + 1] - key
@@ -110,6 +117,19 @@ def piece_of(given: Attention, turn: Int32, mask: Mask | None, shape: Shape) -> 
         window=given.window,
     )
     return Piece(exists, rows, first, key, kv_head)
+
+
+def turn_at(turn: Int32, cluster: Int32, order: Order) -> tuple[Int32, Int32]:
+    """Which group of heads a cluster has in its turn, and which of their pieces; of plain ints too.
+
+    Its turns go back and forth over the pieces, and every second group of heads begins the other way, so that long and
+    short ones meet; two groups later it begins at another place, so that not always the same clusters get what is left.
+    """
+    several, turn_of_these = divmod(turn, order.turns)
+    clusters = order.clusters.divisor
+    _, place = divmod(cluster + several // 2 * _STRIDE, order.clusters)
+    back = (several + turn_of_these) % 2
+    return several, turn_of_these * clusters + place + back * (clusters - 1 - 2 * place)
 
 
 @cute.jit
@@ -154,20 +174,6 @@ def find_piece(number: Int32, given: Constexpr[Attention], rows: Constexpr[int])
 def pieces_from(level: Int32, own: Int32, low: Int32) -> Int32:
     """How many pieces are on a level or above."""
     return Int32(cute.arch.warp_redux_sync(cutlass.min(own, cutlass.max(low + own - level, 0)), "add"))
-
-
-def clusters_and_turns(given: Attention, shape: Shape) -> tuple[Int32, Int32]:
-    """How many clusters there are, and their turns at the pieces of heads that come together."""
-    across, _, _ = cute.arch.grid_dim()
-    clusters = across // shape.ctas
-    return clusters, (given.together.divisor * given.pieces.divisor + (clusters - 1)) // clusters
-
-
-def turns_of(given: Attention, shape: Shape) -> Int32:
-    """How many pieces of rows a CTA may get."""
-    _, turns = clusters_and_turns(given, shape)
-    together = given.together.divisor
-    return Int32(cute.arch.make_warp_uniform((given.kv_heads + (together - 1)) // together * turns))
 
 
 def work_on(piece: Piece, mask: Mask | None, shape: Shape) -> Work:

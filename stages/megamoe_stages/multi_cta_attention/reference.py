@@ -51,7 +51,7 @@ def multi_cta_attention(
         out (Tq, heads, Dv) in q's dtype and lse fp32 (Tq, heads) without the sink; 0 and -inf where nothing is visible.
 
     Raises:
-        ArgumentError: An argument of another dtype, shape or device, or not contiguous.
+        ArgumentError: An argument of another dtype, shape or device, or not contiguous, or queries of no sequence.
     """
     contract.check(
         q,

@@ -1,8 +1,6 @@
-"""What becomes of the sums of the head_dim 512 kernel: registers to shared memory, rows from there by bulk stores."""
+"""What becomes of the sums of the head_dim 512 kernel: rows, staged in shared memory, leave 16 bytes a lane."""
 
 from __future__ import annotations
-
-import math
 
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, cute
@@ -10,17 +8,12 @@ from cutlass import Constexpr, Float32, Int32, Int64, cute
 from megamoe.cute import arith, asm, attention_mma, gmem, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.attention_mma import CHUNK, exp2
-from megamoe.cute.softmax import fma, left_operands
-from megamoe.cute.warp import WARP
-from megamoe_stages.multi_cta_attention.attend_512 import NONE, Consumer, finite
-from megamoe_stages.multi_cta_attention.rows_512 import Rows, lanes
+from megamoe.cute.softmax import HIDDEN, LN2, LOG2E, finite, fma, left_operands
+from megamoe_stages.multi_cta_attention.attend_512 import Consumer
+from megamoe_stages.multi_cta_attention.rows_512 import CHUNKS, ROWS_AT_ONCE, Rows, chunk_at, lanes
 from megamoe_stages.multi_cta_attention.shape_512 import BLOCK_BYTES, DIM, HALF, ROW_BYTES, Shape
 
-_LN2 = math.log(2)
-_LOG2E = 1 / _LN2
 _WARP_ROWS = 16
-_CHUNKS = ROW_BYTES // CHUNK
-_ROWS_AT_ONCE = WARP // _CHUNKS
 
 
 @cute.jit
@@ -28,7 +21,7 @@ def load_sinks(sinks: cute.Tensor, rows: Constexpr[Rows], given: cute.Tensor, ha
     """Loads the sinks of a thread's two rows, -inf for none."""
     g, _, wide = lanes()
     for half in cutlass.range_constexpr(2):
-        sinks[half] = Float32(NONE)
+        sinks[half] = Float32(HIDDEN)
     if has_sink != 0:
         for half in cutlass.range_constexpr(2):
             _, head = rows.split(cutlass.min(rows.first + wide * _WARP_ROWS + g + 8 * half, rows.count - 1))
@@ -45,10 +38,10 @@ def finish_rows(me: Constexpr[Consumer], rows: Constexpr[Rows], lse: cute.Tensor
         inside = row < rows.count
         query, head = rows.split(arith.select(inside, row, Int32(0)))
         top, total = arith.mul(finite(me.stat[half]), me.factor, Target.SM90), me.stat[2 + half]
-        whole = total + exp2(fma(sinks[half], Float32(_LOG2E), -top))
+        whole = total + exp2(fma(sinks[half], Float32(LOG2E), -top))
         some = total > Float32(0.0)
         scale.append(arith.select(some, Float32(1.0) / whole, Float32(0.0)))
-        own = arith.select(some, (top + attention_mma.log2(total)) * Float32(_LN2), Float32(NONE))
+        own = arith.select(some, (top + attention_mma.log2(total)) * Float32(LN2), Float32(HIDDEN))
         if inside & (t == 0) & (me.number == 0):
             lse[Int64(query) * rows.heads + head] = own
     for i in cutlass.range_constexpr(HALF // 2):
@@ -61,10 +54,10 @@ def store(me: Constexpr[Consumer], rows: Constexpr[Rows], out: cute.Tensor, shap
     lane = cute.arch.lane_idx()
     _, _, wide = lanes()
     area = me.base + shape.weights_at + me.number * BLOCK_BYTES + wide * (_WARP_ROWS * ROW_BYTES)
-    row, chunk = lane // _CHUNKS, lane % _CHUNKS
+    row, chunk = lane // CHUNKS, lane % CHUNKS
     there, inside = [], []
-    for i in cutlass.range_constexpr(_WARP_ROWS // _ROWS_AT_ONCE):
-        number = rows.first + wide * _WARP_ROWS + i * _ROWS_AT_ONCE + row
+    for i in cutlass.range_constexpr(_WARP_ROWS // ROWS_AT_ONCE):
+        number = rows.first + wide * _WARP_ROWS + i * ROWS_AT_ONCE + row
         exists = number < rows.count
         place = rows.place(arith.select(exists, number, Int32(0)))
         there.append(asm.address(out) + ((place * DIM + me.number * HALF) * 2 + chunk * CHUNK))
@@ -75,12 +68,7 @@ def store(me: Constexpr[Consumer], rows: Constexpr[Rows], out: cute.Tensor, shap
             words = left_operands([me.acc[first + i] for i in range(8)], shape.kind)  # rows 0, 8 of columns 0, then 8
             smem.store_matrices(chunk_at(area, lane % _WARP_ROWS, 2 * pair + lane // _WARP_ROWS), words)
         cute.arch.sync_warp()
-        for i in cutlass.range_constexpr(_WARP_ROWS // _ROWS_AT_ONCE):
-            words = smem.load16(chunk_at(area, i * _ROWS_AT_ONCE + row, chunk))
+        for i in cutlass.range_constexpr(_WARP_ROWS // ROWS_AT_ONCE):
+            words = smem.load16(chunk_at(area, i * ROWS_AT_ONCE + row, chunk))
             gmem.store16_if(there[i] + part * ROW_BYTES, words, inside[i])
         cute.arch.sync_warp()
-
-
-def chunk_at(area: Int32, row: Int32, chunk: Int32) -> Int32:
-    """Where 16 bytes of a row of 128 are: swizzled, so that eight rows are in different banks."""
-    return area + row * ROW_BYTES + ((chunk ^ row) & (_CHUNKS - 1)) * CHUNK

@@ -1,4 +1,4 @@
-"""Which rows a CTA of the head_dim 512 kernel has, and which keys they see."""
+"""Which rows a CTA of the head_dim 512 kernel has, which keys they see, and where a block of shared memory has them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import cutlass
 from cutlass import Int32, Int64, cute
 
 from megamoe.cute import arith, mask_bits
+from megamoe.cute.attention_mma import CHUNK
 from megamoe.cute.mask_bits import MaskBits
 from megamoe.cute.warp import WARP
-from megamoe_stages.multi_cta_attention.shape_512 import GROUP, ROWS, TILE, Shape
+from megamoe_stages.multi_cta_attention.shape_512 import GROUP, ROW_BYTES, ROWS, TILE, Shape
+
+CHUNKS = ROW_BYTES // CHUNK  # of a row of a block
+ROWS_AT_ONCE = WARP // CHUNKS  # of a block, a chunk a lane
 
 
 class Mask(NamedTuple):
@@ -113,6 +117,11 @@ def lanes() -> tuple[Int32, Int32, Int32]:
     """Row (0..15 of a warp: this and 8 more), pair of columns, and the warp's number in its warpgroup."""
     lane = cute.arch.lane_idx()
     return lane // 4, lane % 4, cute.arch.warp_idx() % (GROUP // WARP)
+
+
+def chunk_at(area: Int32, row: Int32, chunk: Int32) -> Int32:
+    """Where 16 bytes of a row of 128 are: swizzled, so that eight rows are in different banks."""
+    return area + row * ROW_BYTES + ((chunk ^ row) & (CHUNKS - 1)) * CHUNK
 
 
 def work_of(rows: Rows, token: Int32, kv_head: Int32, cluster_first: Int32, mask: Mask | None, shape: Shape) -> Work:

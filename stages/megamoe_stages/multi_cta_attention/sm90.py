@@ -114,8 +114,18 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | No
     masked = mask is not None
     wide = q.shape[2] == shape_512.DIM
     shape = None if wide else shape_of(q.shape[2], v.shape[2], dtype_name(q), masked=masked)
-    head = {"head_dim": q.shape[2], "v_dim": v.shape[2]}
-    reasons = limits.supports({"dtype": dtype_name(q), "masked": masked, "entries": entries > 0, **head})
+    facts: dict[str, str | int | float | bool | None] = {
+        "dtype": dtype_name(q),
+        "head_dim": q.shape[2],
+        "v_dim": v.shape[2],
+        "heads": q.shape[1],
+        "kv_heads": k.shape[1],
+        "queries": q.shape[0],
+        "keys": k.shape[0],
+        "masked": masked,
+        "entries": entries > 0,
+    }
+    reasons = limits.supports(facts)
     if reasons or (shape is None and not wide):
         raise ArgumentError("multi_cta_attention", "; ".join(reasons), "what this kernel supports")
     _check_addresses(q, k, v)
