@@ -111,6 +111,8 @@ class Cta(ctypes.Structure):
         ("live_warps", c_uint32),
         ("named", NamedBarrier * 16),
         ("cluster", c_void_p),
+        ("first", c_uint32),
+        ("warps", c_uint32),
         ("author", c_uint32),
     ]
 

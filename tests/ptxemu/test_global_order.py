@@ -12,7 +12,7 @@ from tests.ptxemu.micro import kernel
 
 RUNS = [(policy, 0) for policy in POLICIES] + [("random", 1), ("random", 2)]
 LOAD = "ld.global.b32 %r10, [%d6];"
-# Threads of CTA c leave 100 + their number, c * 64 + thread, at %d5, and tell; who may (%p2) reads what those of CTA c - 1 left.
+# Threads of CTA c leave 100 + their number, c * 64 + thread, at %d5, and tell; who may (%p2) reads what CTA c - 1 left.
 BODY = """ld.param.u64 %d1, [sums]; ld.param.u64 %d2, [flag]; ld.param.u64 %d3, [out]; mov.u32 %r20, told;
     mov.u32 %r1, %tid.x; mov.u32 %r2, %ctaid.x; mov.u32 %r3, %nctaid.x; setp.eq.u32 %p1, %r1, 0;
     mad.lo.u32 %r4, %r2, 64, %r1; mul.wide.u32 %d4, %r4, 4; add.s64 %d5, %d1, %d4; add.u32 %r5, %r4, 100;
@@ -38,8 +38,8 @@ def produce(told: str, heard: str, enough: int = 1) -> str:
     return f"{CONSUMER} @%p3 bra HEAR; {told} bra MEET; HEAR: {POLL.format(0, heard, 0, enough)} MEET:"
 
 
-BY_WARP = """bar.warp.sync -1; and.b32 %r7, %r1, 31; setp.eq.u32 %p5, %r7, 0; shr.u32 %r8, %r1, 5; mul.wide.u32 %d8, %r8, 4;
-    add.s64 %d8, %d2, %d8; mov.u32 %r11, 0; @%p5 atom.{}.gpu.global.inc.u32 %r11, [%d8], 1;
+BY_WARP = """bar.warp.sync -1; and.b32 %r7, %r1, 31; setp.eq.u32 %p5, %r7, 0; shr.u32 %r8, %r1, 5;
+    mul.wide.u32 %d8, %r8, 4; add.s64 %d8, %d2, %d8; mov.u32 %r11, 0; @%p5 atom.{}.gpu.global.inc.u32 %r11, [%d8], 1;
     shfl.sync.idx.b32 %r11, %r11, 0, 31, -1; setp.eq.u32 %p2, %r11, 1;"""
 FLAGGED = """bar.sync 0; {count} @%p1 st.{told}.cta.shared.b32 [%r20], %r11;
     W: ld.{heard}.cta.shared.b32 %r11, [%r20]; setp.gt.u32 %p4, %r11, 1; @%p4 bra W; setp.eq.u32 %p2, %r11, 1;"""
@@ -90,8 +90,15 @@ UNORDERED = {
 
 
 def exchange(
-    tell: str, policy: str = "eager", seed: int = 0, *, ctas: int = 2, store: str = STORE, load: str = LOAD, cluster: int = 1
-) -> tuple[Report, np.ndarray]:  # fmt: skip
+    tell: str,
+    policy: str = "eager",
+    seed: int = 0,
+    *,
+    ctas: int = 2,
+    store: str = STORE,
+    load: str = LOAD,
+    cluster: int = 1,
+) -> tuple[Report, np.ndarray]:
     """The report, and what the one who may read got."""
     parameters = (".u64 sums", ".u64 flag", ".u64 out")
     ptx = kernel(BODY.format(store=store, tell=tell, load=load), parameters, ".shared .b32 told;", 64)
@@ -159,7 +166,7 @@ CHAINS = {
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_what_ctas_tell_on(chain: str) -> None:
-    """CTA 2 reads what CTA 0 stored: causality is transitive, and atomics do not end a release (PTX ISA 8.9.2, 8.9.5)."""
+    """CTA 2 reads what CTA 0 stored: order is transitive, and atomics do not end a release (PTX ISA 8.9.2, 8.9.5)."""
     second, at, enough, missing = CHAINS[chain]
     for policy, seed in RUNS:
         report, out = exchange(CHAIN.format(second=second, at=at, enough=enough), policy, seed, ctas=3)
@@ -167,8 +174,15 @@ def test_what_ctas_tell_on(chain: str) -> None:
         np.testing.assert_array_equal(out, np.arange(64) + 100)
 
 
-@pytest.mark.parametrize(("stored", "loaded", "found"), [("relaxed.gpu.", "relaxed.gpu.", 0), ("volatile.", "volatile.", 0),
-                                                         ("relaxed.gpu.", "", 1), ("", "relaxed.gpu.", 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stored", "loaded", "found"),
+    [
+        ("relaxed.gpu.", "relaxed.gpu.", 0),
+        ("volatile.", "volatile.", 0),
+        ("relaxed.gpu.", "", 1),
+        ("", "relaxed.gpu.", 1),
+    ],
+)
 def test_strong_accesses_race_with_weak_ones_alone(stored: str, loaded: str, found: int) -> None:
     store, load = STORE.replace("st.", f"st.{stored}"), LOAD.replace("ld.", f"ld.{loaded}")
     report, _ = exchange(UNORDERED["a relaxed atomic"], store=store, load=load)
@@ -195,7 +209,8 @@ def test_halves_of_a_word_that_ctas_share_are_not_judged() -> None:
 def test_a_launch_is_over_when_the_next_begins() -> None:
     """The second launch reads what other CTAs left in a variable of the module, behind a store of its own there."""
     body = """ld.param.u64 %d1, [out]; ld.param.u32 %r5, [late]; mov.u32 %r1, %tid.x; mov.u32 %r2, %ctaid.x;
-        mov.u64 %d3, left; mul.wide.u32 %d4, %r2, 128; add.s64 %d4, %d3, %d4; mul.wide.u32 %d5, %r1, 4; add.s64 %d4, %d4, %d5;
+        mov.u64 %d3, left; mul.wide.u32 %d4, %r2, 128; add.s64 %d4, %d3, %d4;
+        mul.wide.u32 %d5, %r1, 4; add.s64 %d4, %d4, %d5;
         setp.ne.u32 %p1, %r5, 0; @%p1 bra LATE; st.global.b32 [%d4], %r2; bra END;
         LATE: st.global.b32 [%d3+384], %r2; xor.b32 %r3, %r2, 1; mul.wide.u32 %d4, %r3, 128; add.s64 %d4, %d3, %d4;
         ld.global.b32 %r6, [%d4]; st.global.b32 [%d1], %r6; END:"""

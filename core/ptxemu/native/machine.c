@@ -200,7 +200,7 @@ Cluster *emu_cluster_new(u32 ctas, u32 warps_per_cta, u32 threads_per_cta, u32 i
 }
 Cta *emu_cta_new(Cluster *c, u32 rank, u32 warps, u8 *data, u8 *flags, u32 *epoch, u32 *writer, u32 *stamp, u64 size) {
     Cta *cta = calloc(1, sizeof *cta);
-    cta->author = c->id * c->cta_count + rank + 1;
+    cta->warps = warps, cta->first = (c->id * c->cta_count + rank) * warps, cta->author = cta->first + 1;
     Region shared = {((u64)rank << 24) + 0x400, size, data, flags, epoch, writer, stamp, 0, cta->author};
     cta->shared = shared, cta->rank = rank, cta->live_warps = warps, cta->cluster = c;
     cta->bars = calloc(size / 8 + 1, sizeof *cta->bars);

@@ -20,8 +20,6 @@
 
 #include "ptxemu.h"
 
-#define MIXED 0xffffffffu
-
 static Clock *new_clock(Cluster *c) {
     Clock *clock = calloc(1, sizeof *clock + c->warp_count * sizeof *clock->at);
     clock->next = c->clocks, c->clocks = clock;
@@ -111,8 +109,8 @@ static void hear_far(Warp *w, Far *far) {
 
 void order_start(Warp *w) {
     Cluster *c = w->cta->cluster;
-    w->place = w->cta->rank * (c->warp_count / c->cta_count) + w->index;
-    w->serial = c->id * c->warp_count + w->place;
+    w->place = w->cta->rank * w->cta->warps + w->index;
+    w->serial = w->cta->first + w->index;
     c->warps[w->place] = w;
     w->clock = new_clock(c);
     w->clock->at[w->place] = 1;
@@ -257,15 +255,6 @@ void order_exit(Warp *w) {
 
 /* ---- stores of other CTAs */
 
-static int of_own_cta(const Warp *w, u32 serial) {
-    const Cluster *c = w->cta->cluster;
-    return serial / (c->warp_count / c->cta_count) + 1 == w->cta->author;
-}
-/* The stamp of a word of which a warp stores a part. */
-u32 stamp_of_part(const Warp *w, const Region *r, u64 word, u32 now) {
-    u32 old = r->stamp[word];
-    return old && (old == MIXED || !of_own_cta(w, r->writer[word])) ? MIXED : now;
-}
 void check_order(Machine *m, Warp *w, const Ins *i, int lane, u64 address, const Region *r, u64 offset, u32 bytes, u32 how) {
     const Cluster *c = w->cta->cluster;
     for (u64 k = offset >> 2; k <= (offset + bytes - 1) >> 2; k++) {

@@ -49,7 +49,7 @@ typedef struct {
     u32 *writer; /* per 4 bytes: serial of the warp that wrote */
     u32 *stamp;  /* per 4 bytes: its own clock when it did, see order.c; NULL for shared memory outside clusters */
     u32 read_only;
-    u32 author;  /* serial + 1 of the only CTA that has stored to it, 0 for none */
+    u32 author;  /* of the only CTA that has stored to it, 0 for none */
 } Region;
 #define MANY_AUTHORS 0xffffffffu
 
@@ -83,7 +83,7 @@ typedef struct {
     u32 rank, live_warps;
     NamedBarrier named[NAMED_BARRIERS];
     struct Cluster *cluster;
-    u32 author; /* serial in the launch + 1 */
+    u32 first, warps, author; /* serial of its first warp, how many it has; first + 1 */
 } Cta;
 
 typedef struct Cluster {
@@ -271,8 +271,15 @@ void order_free(Cluster *c);
 void order_forget(Warp *w);
 void order_end(Machine *m);
 void check_order(Machine *m, Warp *w, const Ins *i, int lane, u64 address, const Region *r, u64 offset, u32 bytes, u32 how);
-u32 stamp_of_part(const Warp *w, const Region *r, u64 word, u32 now);
+/* What a stamp may be besides the writer's clock. */
 #define STRONG_STAMP (1u << 31)
+#define MIXED 0xffffffffu
+static inline int of_own_cta(const Warp *w, u32 serial) { return serial - w->cta->first < w->cta->warps; }
+/* The stamp of a word of which a warp stores a part. */
+static inline u32 stamp_of_part(const Warp *w, const Region *r, u64 word, u32 now) {
+    u32 old = r->stamp[word];
+    return old && (old == MIXED || !of_own_cta(w, r->writer[word])) ? MIXED : now;
+}
 void load_issued(Machine *m, Warp *w, u32 pc, u32 mask, const u64 *address, u32 bytes, const u32 *targets, u32 count);
 void loads_touched(Machine *m, Warp *w, u32 pc);
 void loads_performed(Machine *m, Warp *w);
