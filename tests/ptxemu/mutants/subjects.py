@@ -224,16 +224,16 @@ def grouped_gemm_prefill() -> Subject:
 
 @subject
 def grouped_gemm_split() -> Subject:
-    """One expert, whose k two CTAs share."""
+    """One expert, whose k two CTAs share; each goes round a ring of few stages."""
     from megamoe_stages.grouped_gemm import cases, prefill, prefill_kernel
     from megamoe_stages.grouped_gemm.reference import grouped_gemm
 
-    given = cases.make(torch.Generator().manual_seed(2), rows=(11,), n=48, k=256, values="integers")
+    given = cases.make(torch.Generator().manual_seed(2), rows=(11,), n=48, k=1280, values="integers")
     expected = grouped_gemm(**given)
     out = torch.full_like(expected, torch.nan)
     launches: Recorded = []
     record = _recorder(launches)
-    cut = prefill.Cut(prefill_kernel.DENSE[0], ctas=2, sharing=2)
+    cut = prefill.Cut(prefill_kernel.DENSE[0]._replace(stages=3), ctas=2, sharing=2)
     with (
         mock.patch.object(prefill, "_launcher", lambda *flags: record(prefill_kernel.spec(*flags))),
         mock.patch.object(prefill, "processors", lambda device: 2),
