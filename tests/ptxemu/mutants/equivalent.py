@@ -31,7 +31,7 @@ REASONS = {
     r"grouped_gemm_prefill/drop-wgmma-commit/[12]": _QUARTERS,
     r"grouped_gemm_split/(drop-arrive|arrive-elsewhere)/2": "it frees the last stage of a CTA's only piece",
     r"mhc_quant_wide/drop-cluster-wait/[23]": _WEIGHTS,
-    r"mhc_quant_wide/relax-cluster-arrive/[01]": "mbarriers cross it, whose fence is before it, and padding nobody looks at",
+    r"mhc_quant_wide/relax-cluster-arrive/[01]": "what crosses it: mbarriers, whose fence is before it, and padding",
     r"mhc_quant_wide/pass-wait/8": "the same phase was waited for directly before, for another token",
     r"mhc_quant_wide/forget-bytes/7": "the fourth buffer of squares, and there are three turns",
 }
