@@ -14,7 +14,7 @@
       the copy has acquired. Only loads that were pending at some signal of their warp are kept after their use: for the
       others a missing order is what the policies show.
    2. A thread that reads what a thread of another CTA stored in shared or global memory must have acquired a release after
-      the store, unless both are strong. A stamp is the writer's own entry, with STRONG_STAMP for a strong store; MIXED for a
+      the store, unless both are strong. A stamp is the writer's own entry, with STRONG_STAMP for a strong store; SHARED_STAMP for a
       word whose parts CTAs share, which is not judged. */
 #include <stdlib.h>
 
@@ -259,7 +259,7 @@ void check_order(Machine *m, Warp *w, const Ins *i, int lane, u64 address, const
     const Cluster *c = w->cta->cluster;
     for (u64 k = offset >> 2; k <= (offset + bytes - 1) >> 2; k++) {
         u32 stamp = r->stamp[k], writer = r->writer[k], place = writer % c->warp_count;
-        if (!r->epoch[k] || !stamp || stamp == MIXED || of_own_cta(w, writer)) continue;
+        if (!r->epoch[k] || !stamp || stamp == SHARED_STAMP || of_own_cta(w, writer)) continue;
         if (how & STRONG && stamp & STRONG_STAMP) continue;
         const u32 *known = writer / c->warp_count == c->id ? w->clock->at : far_find(w->clock->far, writer / c->warp_count, c->warp_count);
         if (known && known[place] >= (stamp & ~STRONG_STAMP)) continue;

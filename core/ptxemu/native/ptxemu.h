@@ -273,12 +273,12 @@ void order_end(Machine *m);
 void check_order(Machine *m, Warp *w, const Ins *i, int lane, u64 address, const Region *r, u64 offset, u32 bytes, u32 how);
 /* What a stamp may be besides the writer's clock. */
 #define STRONG_STAMP (1u << 31)
-#define MIXED 0xffffffffu
+#define SHARED_STAMP 0xffffffffu
 static inline int of_own_cta(const Warp *w, u32 serial) { return serial - w->cta->first < w->cta->warps; }
 /* The stamp of a word of which a warp stores a part. */
 static inline u32 stamp_of_part(const Warp *w, const Region *r, u64 word, u32 now) {
     u32 old = r->stamp[word];
-    return old && (old == MIXED || !of_own_cta(w, r->writer[word])) ? MIXED : now;
+    return old && (old == SHARED_STAMP || !of_own_cta(w, r->writer[word])) ? SHARED_STAMP : now;
 }
 void load_issued(Machine *m, Warp *w, u32 pc, u32 mask, const u64 *address, u32 bytes, const u32 *targets, u32 count);
 void loads_touched(Machine *m, Warp *w, u32 pc);
