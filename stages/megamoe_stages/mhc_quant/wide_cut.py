@@ -16,11 +16,12 @@ written and asks for F; that of those that finish computes weights of the collap
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from cutlass import Int32, cute
+from cutlass import Float32, Int32, Int64, cute
 
-from megamoe.cute import warp
+from megamoe.cute import asm, cluster, warp
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.warp import WARP
 from megamoe_stages.mhc_quant.tensors import FACTORS, MATRIX, Inputs
@@ -368,3 +369,10 @@ def arrived_of(base: Int32, stage: Int32, own: Int32 | int, sender: Int32 | int,
     """Where a CTA's sums of one of this CTA's own tokens arrive."""
     at = base + (cut.arrived_at + stage * cut.arrived_bytes)
     return at + (own * cut.ctas + sender) * (MESSAGE * WORD)
+
+
+def send(values: Sequence[Float32], to: Int32, barrier: Int32, rank: Int32) -> None:
+    """`cluster.send`; by way of pointers, or H = 7168 takes 1% longer."""
+    slot = cute.make_ptr(Float32, to, cute.AddressSpace.smem, assumed_align=LINE)
+    arrived = cute.make_ptr(Int64, barrier, cute.AddressSpace.smem, assumed_align=BARRIER)
+    cluster.send(values, asm.address(slot), asm.address(arrived), rank)

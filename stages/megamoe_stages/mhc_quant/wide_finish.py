@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, cute
 
-from megamoe.cute import arith, asm, cluster, copies, gmem, mbarrier, mhc, multicast, recipe, smem, warp
+from megamoe.cute import arith, asm, copies, gmem, mbarrier, mhc, multicast, recipe, smem, warp
 from megamoe.cute.arith import Target
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.multicast import Boxes
@@ -40,6 +40,7 @@ from megamoe_stages.mhc_quant.wide_cut import (
     first_of,
     in_stage,
     logits_bar,
+    send,
     spot,
     squares_bar,
     tokens_of,
@@ -248,7 +249,7 @@ def _send_squares(
             more = smem.load_floats(at + i * (cut.group * WORD), 4)
             total = [arith.add(a, b, target) for a, b in zip(total, more, strict=True)]
         to = base + (cut.squares_at + turn % SQUARES * cut.squares_bytes + here.rank * (cut.group * WORD) + part * LINE)
-        cluster.send(total, to, squares_bar(base, turn, cut), thread // (cut.group // 4))
+        send(total, to, squares_bar(base, turn, cut), thread // (cut.group // 4))
 
 
 @cute.jit
@@ -283,7 +284,7 @@ def _weigh(
         pre = [cute.arch.shuffle_sync(mine, s) for s in range(STREAMS)]
         if here.lane < cut.ctas:
             to = base + (cut.pre_at + stage * cut.pre_bytes + token * LINE)
-            cluster.send(pre, to, bars(base, stage, cut).pre, here.lane)
+            send(pre, to, bars(base, stage, cut).pre, here.lane)
         row = first_of(turn, cut) + token
         _write_logits(row, value, weight, row < tokens_of(given), here, out, target)
         mbarrier.arrive_if(logits_bar(base, cut), turn == turns - 1)

@@ -13,7 +13,7 @@ import functools
 import cutlass
 from cutlass import Constexpr, Float32, Int32, Int64, cute
 
-from megamoe.cute import arith, asm, cluster, copies, gmem, mbarrier, mhc, multicast, smem
+from megamoe.cute import arith, asm, copies, gmem, mbarrier, mhc, multicast, smem
 from megamoe.cute.arith import Target
 from megamoe.cute.mhc import LOGITS, STREAMS
 from megamoe.cute.multicast import Boxes
@@ -43,6 +43,7 @@ from megamoe_stages.mhc_quant.wide_cut import (
     in_stage,
     logits_bar,
     place_of,
+    send,
     spot,
     token_at,
     tokens_of,
@@ -222,7 +223,7 @@ def _send_sums(stage: Int32, here: Constexpr[Spot], base: Int32, cut: Constexpr[
         token, part = thread // (MESSAGE // 4), thread % (MESSAGE // 4)
         values = smem.load_floats(base + (cut.sums_at + thread * LINE), 4)
         to = arrived_of(base, stage, token % cut.owned, here.rank, cut) + part * LINE
-        cluster.send(values, to, bars(base, stage, cut).sums, token // cut.owned)
+        send(values, to, bars(base, stage, cut).sums, token // cut.owned)
 
 
 @cute.jit
