@@ -139,7 +139,7 @@ class Accessor:
             self.finding("read_only", f"a store to {region.name}", int(at[0]), stop=True)
         before = ctypes.c_uint32()
         source = (at.ctypes.data, at.size, rows.shape[1], rows.ctypes.data)
-        now = (self.machine.epoch if proxy == "generic" else 0, self.warp.number, ctypes.addressof(before))
+        now = (self.machine.epoch if proxy == "generic" else 0, self.warp.serial, ctypes.addressof(before))
         if native.core().emu_scatter(*region.pointers, region.base, region.size, *source, *now):
             return False
         if proxy == "generic" and not own and before.value & (Flag.IN_FLIGHT_READ | Flag.IN_FLIGHT_WRITE):
@@ -180,11 +180,11 @@ class Accessor:
         words = _words(offsets, width)
         epochs = region.epoch[words]
         writers = region.writer[words]
-        for number in np.unique(writers[epochs > 0]):
-            last = int(epochs[writers == number].max())
-            if self.warp.fence_epoch <= last and self.machine.fence_epoch_of(int(number)) <= last:
-                where = int(words.reshape(-1)[np.argmax((writers == number).reshape(-1))]) * 4
-                writer_name = self.machine.name_of(int(number))
+        for serial in np.unique(writers[epochs > 0]):
+            last = int(epochs[writers == serial].max())
+            if self.warp.fence_epoch <= last and self.machine.fence_epoch_of(int(serial)) <= last:
+                where = int(words.reshape(-1)[np.argmax((writers == serial).reshape(-1))]) * 4
+                writer_name = self.machine.name_of(int(serial))
                 text = f"{region.name} was written by warp {writer_name}, and no fence.proxy.async followed"
                 self.finding("missing_proxy_fence", text, region.base + where)
 

@@ -172,6 +172,7 @@ def emulate(
         space.add(memory.over(f"argument {k}", array, initialised=id(array) not in empty))
     for region in extra:
         if isinstance(region, Region):
+            region.forget_stores()
             space.add(region)
     threads = _dim3(block) if block is not None else program.kernel.block
     if threads is None:

@@ -22,6 +22,10 @@ def note(machine: Machine, found: Any, kind: FindingKind, instruction: Instructi
     address, detail = int(found.address), int(found.detail)
     region = _region(machine, address, found.warp, instruction)
     size = f"{detail} bytes"
+    if kind is FindingKind.PENDING_LOAD:
+        return _pending_load(machine, detail), region
+    if kind is FindingKind.UNORDERED_READ:
+        return f"stored by warp {machine.name_of(detail)}, which has not released it to this one", region
     texts = {
         FindingKind.OUT_OF_BOUNDS: f"{size} at {address:#x}: {_nearest(machine, address, instruction)}",
         FindingKind.MISALIGNED: f"{size} at {address:#x}, which is not a multiple of {max(detail, 1)}",
@@ -32,8 +36,6 @@ def note(machine: Machine, found: Any, kind: FindingKind, instruction: Instructi
         FindingKind.TRAP: "the kernel gave up",
         FindingKind.UNINITIALISED: "bytes were never written",
         FindingKind.ASYNC_RACE: f"bytes that an operation in flight {'writes' if detail & 2 else 'reads'}",
-        FindingKind.PENDING_LOAD: _pending_load(machine, detail) if kind is FindingKind.PENDING_LOAD else "",
-        FindingKind.UNORDERED_READ: f"stored by warp {machine.name_of(detail)}, which has not released it to this one",
         FindingKind.PENDING_REGISTER: "a register is touched before the wait that makes its value defined",
     }
     if kind is FindingKind.PENDING_REGISTER and (warp := machine.warps.get(found.warp)):

@@ -14,13 +14,8 @@ _SPACES = {
     "shared::cluster": 2,
     "local": 3,
 }  # as SPACE_* in ptxemu.h
-_SIGNED, _SPACE_SHIFT, _NARROW, _STRONG, _SINK_SHIFT = (
-    1 << 8,
-    9,
-    1 << 11,
-    1 << 12,
-    16,
-)  # aux of ld and st, see native/memory.c
+_SIGNED, _SPACE_SHIFT, _NARROW, _SINK_SHIFT = 1 << 8, 9, 1 << 11, 16  # aux of ld and st, see native/memory.c
+_STRONG, _ACQUIRES, _RELEASES, WIDE = (1 << k for k in range(12, 16))  # of atom too, as in ptxemu.h
 _TWO_WORDS = 8 | 8 << 4  # elements of 8 bytes, in registers of 8
 _OPERATIONS = {name: k for k, name in enumerate(["and", "or", "xor", "add", "inc", "dec", "min", "max", "exch", "cas"])}
 _ATOMIC_TYPES = {
@@ -39,16 +34,19 @@ _ATOMIC_TYPES = {
     "bf16x2": 10,
 }
 _ATOMIC_SPACE_SHIFT, _ATOMIC_NARROW, _RETURNS = 8, 1 << 10, 1 << 11
-_SCOPES = ("cta", "cluster", "gpu", "sys")
+WIDE_SCOPES = ("gpu", "gl", "sys")  # of other clusters too, PTX ISA 8.5; membar has gl for gpu
 _CACHING = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "unified")  # they change speed, not values
 
 
-def _memory_modifiers(form: Form) -> bool:
-    """Takes what says how strong and how cached an access is; true when it is strong."""
-    strong = bool(sum(form.flag(name) for name in ("volatile", "relaxed", "acquire", "release", "mmio", "acq_rel")))
-    form.ignore("weak", *_SCOPES, *_CACHING)
+def _memory_modifiers(form: Form, *, atomic: bool = False) -> int:
+    """Takes what says how strong and how cached an access is: flags, 0 for a weak one; PTX ISA 8.4."""
+    meanings = {"volatile": 0, "relaxed": 0, "mmio": 0, "acquire": _ACQUIRES, "release": _RELEASES}
+    meanings["acq_rel"] = _ACQUIRES | _RELEASES
+    found = [meaning for name, meaning in meanings.items() if form.flag(name)]
+    narrow = form.flag("cta") + form.flag("cluster")  # else gpu, sys, or a default that means one of them
+    form.ignore("weak", "gpu", "sys", *_CACHING)
     form.ignore_prefix("L1::", "L2::", "level::")
-    return strong
+    return _STRONG | sum(found) | (0 if narrow else WIDE) if found or atomic else 0
 
 
 def _space(form: Form) -> int:
@@ -80,7 +78,8 @@ def _load(form: Form) -> Native:
         _drop_cache_policy(form, 2)
         halves = form.halves(form.at(0), destination=True)
         base, offset, narrow = form.address(form.at(1), narrow=space == 2)
-        return Native("ld", (*halves, base), _TWO_WORDS | space << _SPACE_SHIFT | (_NARROW if narrow else 0), offset)
+        aux = strong | _TWO_WORDS | space << _SPACE_SHIFT | (_NARROW if narrow else 0)
+        return Native("ld_strong" if strong and space < 2 else "ld", (*halves, base), aux, offset)
     values = form.items(form.at(0))
     width = width_of(kind)
     if len(values) != vector:
@@ -93,7 +92,7 @@ def _load(form: Form) -> Native:
     if is_param and not (isinstance(address := form.at(1), Address) and isinstance(address.base, Register)):
         return Native("ld_param", places, aux, _parameter_offset(form, width * vector))
     base, offset, narrow = form.address(form.at(1), narrow=space == 2)
-    aux |= space << _SPACE_SHIFT | (_NARROW if narrow else 0) | (_STRONG if strong else 0)
+    aux |= strong | space << _SPACE_SHIFT | (_NARROW if narrow else 0)
     return Native("ld_strong" if strong and space < 2 else "ld", (*places, base), aux, offset)
 
 
@@ -115,7 +114,7 @@ def _parameter_offset(form: Form, size: int) -> int:
 def _store(form: Form) -> Native:
     kind = form.type()
     vector = int(form.one_of(("v2", "v4", "v8"), "v1")[1])
-    strong = _STRONG if _memory_modifiers(form) else 0
+    strong = _memory_modifiers(form)
     space = _space(form)
     if kind == "b128":
         _drop_cache_policy(form, 2)
@@ -142,7 +141,7 @@ def _atomic(form: Form) -> Native:
     kind = form.type()
     form.ignore("noftz")
     vector = int(form.one_of(("v2", "v4", "v8"), "v1")[1])
-    _memory_modifiers(form)
+    order = _memory_modifiers(form, atomic=True)
     space = _space(form)
     operation = form.one_of(_OPERATIONS)
     if kind not in _ATOMIC_TYPES:
@@ -165,7 +164,7 @@ def _atomic(form: Form) -> Native:
     if len(values) != sources * vector:
         raise form.unsupported(f"{len(values)} sources")
     aux = _OPERATIONS[operation] | _ATOMIC_TYPES[kind] << 4 | space << _ATOMIC_SPACE_SHIFT | sinks << _SINK_SHIFT
-    aux |= (_ATOMIC_NARROW if narrow else 0) | (_RETURNS if returns else 0)
+    aux |= order | (_ATOMIC_NARROW if narrow else 0) | (_RETURNS if returns else 0)
     return Native("atom", (*places, base, *(form.place(value, width) for value in values)), aux, offset)
 
 

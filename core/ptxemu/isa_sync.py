@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from ptxemu.instruction import Address, Operand, Register, Sink
+from ptxemu.isa_memory import WIDE, WIDE_SCOPES
 from ptxemu.lowering import SINK, Form, Native, rule, width_of
 
 _NARROW, _EXPECT_TX, _DROP, _NO_COMPLETE, _STATE, _PARITY, _BLOCKING, _COUNT, _RELAXED = (1 << k for k in range(9))
+_FENCE_SC = 1  # aux of fence, with WIDE
 _SCOPES = ("cta", "cluster", "gpu", "sys")
 _MBARRIER_OPERATIONS = (
     *("init", "inval", "expect_tx", "complete_tx", "arrive", "arrive_drop", "test_wait", "try_wait", "pending_count"),
@@ -155,9 +157,11 @@ def _fence(form: Form) -> Native:
         )
         form.ignore_prefix("tensormap::", "async.", "sync_restrict::")
         return Native("fence_async" if asynchronous else "nop")
-    form.ignore("sc", "acq_rel", "acquire", "release", "gl", *_SCOPES)
+    consistent = form.flag("sc", _FENCE_SC) | (_FENCE_SC if form.instruction.opcode == "membar" else 0)
+    form.ignore("acq_rel", "acquire", "release")
     form.ignore_prefix("sync_restrict::")
-    return Native("fence")
+    wide = form.one_of((*_SCOPES, "gl")) in WIDE_SCOPES
+    return Native("fence", (), consistent | (WIDE if wide else 0))
 
 
 @rule("mbarrier", "9.7.13.15")

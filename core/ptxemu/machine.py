@@ -60,11 +60,13 @@ class Warp:
 
     Attributes:
         number: Among all warps that are resident.
+        serial: Among all warps of the launch.
         index: In its CTA.
         state: For operations that Python executes, to keep what they want.
     """
 
     number: int
+    serial: int
     index: int
     cta: CTA
     struct: Any
@@ -249,16 +251,19 @@ class Machine:
         self.asynchronous = Asynchronous(policy, seed)
         self.findings: list[Finding] = []
         self.warps: dict[int, Warp] = {}
+        self.by_serial: dict[int, Warp] = {}  # the same ones
         self.register_places: dict[tuple[int, ...], NDArray[np.int64]] = {}
         self.register_slots: dict[tuple[int, ...], NDArray[np.int64]] = {}
         self.clusters: dict[int, Cluster] = {}
         self.shared_bytes = -(-max(program.static_shared + launch.shared_bytes, 16) // 16) * 16
         for region in (program.parameters, *program.regions):
+            region.forget_stores()
             global_memory.add(region)
         self.resident_at_once = False  # all CTAs run together, as in a cooperative launch
         self.stopped = False  # by a finding
         self._origins = self._all_origins()
-        self._numbers = 0
+        self._started: list[Dim3] = []  # origins of clusters, by number
+        self._warps_per_cta = -(-launch.threads // 32)
         self._pool: dict[int, list[NDArray[np.uint8]]] = {}
         self._free_numbers: list[int] = []
         self._core = native.core()
@@ -289,14 +294,15 @@ class Machine:
         """Proxy fences executed so far, plus one."""
         return int(self.native.contents.epoch)
 
-    def fence_epoch_of(self, warp: int) -> int:
+    def fence_epoch_of(self, serial: int) -> int:
         """Of the last fence.proxy.async of a warp; one that has exited no longer counts against anybody."""
-        return self.warps[warp].fence_epoch if warp in self.warps else 1 << 62
+        return self.by_serial[serial].fence_epoch if serial in self.by_serial else 1 << 62
 
-    def name_of(self, warp: int) -> str:
-        """A warp, in words."""
-        found = self.warps.get(warp)
-        return f"{found.index} of CTA {found.cta.index}" if found else "that has exited"
+    def name_of(self, serial: int) -> str:
+        """A warp, in words; it may have exited."""
+        cta, index = divmod(serial, self._warps_per_cta)
+        number, rank = divmod(cta, _count(self.launch.cluster))
+        return f"{index} of CTA {self._place(self._started[number], rank)}"
 
     def address_of(self, symbol: Symbol, warp: Warp) -> int:
         """The address of a variable or parameter, as this warp sees it."""
@@ -361,22 +367,24 @@ class Machine:
         origin = next(self._origins, None)
         if origin is None:
             return False
-        shape, threads = self.launch.cluster, self.launch.threads
-        count, warps = shape[0] * shape[1] * shape[2], -(-threads // 32)
-        struct = self._core.emu_cluster_new(count, warps, threads, self._numbers)
-        cluster = Cluster(self._numbers, origin, shape, struct)
-        self._numbers += 1
-        self.clusters[cluster.number] = cluster
+        number, count = len(self._started), _count(self.launch.cluster)
+        struct = self._core.emu_cluster_new(count, self._warps_per_cta, self.launch.threads, number)
+        self._started.append(origin)
+        self.clusters[number] = cluster = Cluster(number, origin, self.launch.cluster, struct)
         for rank in range(count):
-            self._add_cta(cluster, rank, warps)
+            self._add_cta(cluster, rank)
         return True
 
-    def _add_cta(self, cluster: Cluster, rank: int, warps: int) -> None:
-        (cx, cy, _), origin = cluster.shape, cluster.origin
-        index = (origin[0] + rank % cx, origin[1] + rank // cx % cy, origin[2] + rank // (cx * cy))
+    def _place(self, origin: Dim3, rank: int) -> Dim3:
+        """Index of a CTA of a cluster."""
+        cx, cy, _ = self.launch.cluster
+        return origin[0] + rank % cx, origin[1] + rank // cx % cy, origin[2] + rank // (cx * cy)
+
+    def _add_cta(self, cluster: Cluster, rank: int) -> None:
+        index, warps = self._place(cluster.origin, rank), self._warps_per_cta
         data = self._room(self.shared_bytes)
         name, base = f"shared memory of CTA {index}", (rank << 24) + SHARED_BASE
-        shared = memory.region(name, base, data, initialised=False, stamped=self.launch.cluster != (1, 1, 1))
+        shared = memory.region(name, base, data, initialised=False, stamped=_count(self.launch.cluster) > 1)
         cta = CTA(self, cluster, index, rank, shared)
         cta.struct = self._core.emu_cta_new(cluster.struct, rank, warps, *shared.pointers, self.shared_bytes)
         cluster.ctas.append(cta)
@@ -413,12 +421,13 @@ class Machine:
                 specials[start : start + 4].view(np.uint32)[0] = 0xFFFFFFFF if shown[0] else 0
         pointers = (file.ctypes.data, self.program.constants.ctypes.data, specials.ctypes.data, pending.ctypes.data)
         struct = self._core.emu_warp_new(self.native, cta.struct, number, index, (1 << live) - 1, *pointers)
-        warp = Warp(number, index, cta, struct, file, specials, places.register_offsets, pending, pointers[0])
+        serial = int(struct.contents.serial)
+        warp = Warp(number, serial, index, cta, struct, file, specials, places.register_offsets, pending, pointers[0])
         if self.program.local:
             data, flags = self._room(32 * self.program.local), np.zeros(32 * self.program.local, np.uint8)
             warp.state["local memory"] = (data, flags)
             self._core.emu_warp_local(struct, data.ctypes.data, flags.ctypes.data, self.program.local)
-        self.warps[number] = warp
+        self.warps[number] = self.by_serial[serial] = warp
         cta.warps.append(warp)
 
     def _end_cluster(self, cluster: Cluster) -> None:
@@ -437,7 +446,7 @@ class Machine:
                 self._keep(warp.file)
                 self._core.emu_warp_free(self.native, warp.struct)
                 self._free_numbers.append(warp.number)
-                del self.warps[warp.number]
+                del self.warps[warp.number], self.by_serial[warp.serial]
         self._core.emu_cluster_free(cluster.struct)
         del self.clusters[cluster.number]
 
@@ -567,6 +576,10 @@ class Machine:
             region=region,
             stop=stop,
         )
+
+
+def _count(size: Dim3) -> int:
+    return size[0] * size[1] * size[2]
 
 
 @functools.cache

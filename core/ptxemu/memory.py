@@ -32,8 +32,8 @@ class Region:
         data: The bytes, (size,).
         flags: `Flag` of each byte, (size,).
         epoch: For each 4 bytes from the base on: the proxy epoch of the last write by a thread, 0 without one.
-        writer: For each 4 bytes: number of the warp that wrote.
-        stamp: For each 4 bytes: that warp's clock then, see native/order.c; only in clusters.
+        writer: For each 4 bytes: serial of the warp that wrote.
+        stamp: For each 4 bytes: that warp's clock then, see native/order.c; None for shared memory outside clusters.
         read_only: Threads must not write to it.
         readers: For each byte: reads in flight; made when the first one is.
         keep: What must live as long as this does.
@@ -64,6 +64,12 @@ class Region:
         """Bytes."""
         return self.data.size
 
+    def forget_stores(self) -> None:
+        """A launch begins: what wrote before is over."""
+        for array in (self.epoch, self.writer, self.stamp):
+            if array is not None:
+                array.fill(0)
+
     def readers_pointer(self) -> int:
         """Where `readers` lies; it is made if need be."""
         if self.readers is None:
@@ -80,7 +86,7 @@ def region(
     initialised: bool,
     read_only: bool = False,
     keep: object = None,
-    stamped: bool = False,
+    stamped: bool = True,
 ) -> Region:
     """A region over bytes that lie somewhere; `stamped`: with a clock of each store."""
     words = data.size // 4 + 2

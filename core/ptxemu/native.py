@@ -67,7 +67,7 @@ class Region(ctypes.Structure):
         ("writer", c_void_p),
         ("stamp", c_void_p),
         ("read_only", c_uint32),
-        ("id", c_uint32),
+        ("author", c_uint32),
     ]
 
 
@@ -97,6 +97,7 @@ class NamedBarrier(ctypes.Structure):
         ("phase", c_uint64),
         ("result", c_uint32),
         ("clock", c_void_p),
+        ("done", c_void_p),
     ]
 
 
@@ -110,7 +111,9 @@ class Cta(ctypes.Structure):
         ("live_warps", c_uint32),
         ("named", NamedBarrier * 16),
         ("cluster", c_void_p),
-        ("crossed", c_uint32),
+        ("first", c_uint32),
+        ("warps", c_uint32),
+        ("author", c_uint32),
     ]
 
 
@@ -173,9 +176,12 @@ class Warp(ctypes.Structure):
         ("local", Region),
         ("executed", c_uint64),
         ("place", c_uint32),
+        ("serial", c_uint32),
         ("clock", c_void_p),
         ("fenced", c_void_p),
         ("seen", c_void_p),
+        ("fenced_far", c_void_p),
+        ("seen_far", c_void_p),
     ]
 
 
@@ -256,6 +262,10 @@ class Machine(ctypes.Structure):
         ("touched", c_void_p),
         ("touch_start", c_void_p),
         ("register_words", c_uint32),
+        ("flag_table", c_void_p),
+        ("fences", c_void_p),
+        ("flag_room", c_uint32),
+        ("flag_count", c_uint32),
     ]
 
 

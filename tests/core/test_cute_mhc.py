@@ -12,7 +12,7 @@ from cutlass import Constexpr, Float32, Int32, Uint32, cute
 from cutlass.cute.runtime import make_ptr
 from torch import Tensor
 
-from megamoe.cute import arith, bf16, mhc, warp
+from megamoe.cute import bf16, mhc, warp
 from megamoe.cute.arith import Target
 from megamoe.numerics import mhc as definition
 
@@ -70,8 +70,6 @@ def apply_all(x: cute.Pointer, out: cute.Pointer, count: Int32, what: Constexpr)
             low, high = mhc.sigmoid(low, HOST), mhc.sigmoid(high, HOST)
         elif cutlass.const_expr(what == "bf16"):
             low, high = bf16.unpack(bf16.pack(low, high, HOST))
-        elif cutlass.const_expr(what == "split"):
-            low, high = (arith.number(term) for term in warp.split_tf32(low, HOST))
         elif cutlass.const_expr(what in TERMS):
             low, high = bf16.unpack(warp.split_bf16(low, high, HOST)[TERMS[what]])
         elif cutlass.const_expr(what == "normalise"):
@@ -160,15 +158,6 @@ def test_bf16_is_rounded_as_torch_does() -> None:
     x = torch.randint(-(2**31), 2**31, (40000,), generator=torch.Generator().manual_seed(3)).to(torch.int32)
     x = torch.cat([x, torch.arange(-40000, 40000, dtype=torch.int32)]).view(torch.float32).view(-1, 2)
     assert torch.equal(apply("bf16", x).nan_to_num(3.0), x.bfloat16().float().nan_to_num(3.0))
-
-
-def test_two_tf32_terms_are_all_but_the_last_bits() -> None:
-    x = torch.randn(1000, 1, generator=torch.Generator().manual_seed(4)).expand(-1, 2)
-    high, rest = apply("split", x).unbind(1)
-    assert torch.equal(high + rest, x[:, 0])
-    assert not (high.view(torch.int32) & 0x1FFF).any()
-    kept = (rest.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
-    assert float(((high.double() + kept.double() - x[:, 0]).abs() / x[:, 0].abs()).max()) <= 2**-21
 
 
 def test_three_bf16_terms_are_all_but_the_last_bits() -> None:

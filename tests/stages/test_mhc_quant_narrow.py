@@ -167,6 +167,7 @@ def test_declared_kernels_have_names_of_their_own(module: Any) -> None:
     names = [spec.name for spec in module.kernels()]
     assert len(set(names)) == len(names)
     assert {spec.arch for spec in module.kernels()} == {"sm_90a" if module is sm90 else "sm_100a"}
+    assert {f"mhc_quant_wide_{h}_{dtype}" for h in (4096, 7168) for dtype in ("float32", "bfloat16")} <= set(names)
 
 
 @pytest.mark.parametrize("target", [Target.SM90, Target.SM100])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
+import cutlass.utils
 import pytest
 import torch
 
 import ptxemu
 from megamoe.cute import arith, compiler, inspect, warp
 from megamoe.cute.arith import Target
+from megamoe.errors import ArgumentError
 from megamoe.numerics import nvfp4
 from megamoe_stages.mhc_quant import (
     launch,
@@ -131,6 +134,21 @@ def test_sums_lie_where_they_are_looked_for(cut: Cut) -> None:
 def test_hidden_dims_decide_which_kernel_computes_them() -> None:
     assert all(isinstance(launch.cut(hidden), Cut) for hidden in limits.WIDE)
     assert all(isinstance(launch.cut(hidden), narrow_places.Shape) for hidden in (16, 208, *limits.NARROW))
+
+
+@pytest.mark.parametrize("found", [0, 8])
+def test_a_device_without_room_for_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch, found: int) -> None:
+    info = SimpleNamespace(get_max_active_clusters=lambda ctas: found)
+    monkeypatch.setattr(cutlass.utils, "HardwareInfo", lambda index: info)
+    launch.clusters_at_once.cache_clear()
+    device = torch.device("cuda", 0)
+    if found:
+        assert launch.clusters_at_once(16, device) == found
+    else:
+        with pytest.raises(ArgumentError, match="x: got cuda:0, where no cluster of 16 CTAs fits") as refused:
+            launch.clusters_at_once(16, device)
+        assert refused.value.argument == "x"
+    launch.clusters_at_once.cache_clear()
 
 
 @pytest.mark.parametrize("norm_dtype", ["float32", "bfloat16"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cutlass import Boolean, Int32, Int64, Uint32
+from cutlass import Int32, Int64, Uint32
 
 from megamoe.cute import asm
 
@@ -55,12 +55,6 @@ def store_bulk(target: Int64, source: Int32, size: int) -> None:
     What others wrote there must have been shown to the copy engine (`smem.proxy_fence`, by who wrote it).
     """
     asm.effect("cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;", target, source, Int32(size))
-
-
-def store_bulk_if(target: Int64, source: Int32, size: int, condition: Boolean | Int32) -> None:
-    """`store_bulk` where the condition holds; no branch."""
-    text = "{.reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;}"
-    asm.effect(text, target, source, Int32(size), asm.flag(condition))
 
 
 def commit_stores() -> None:

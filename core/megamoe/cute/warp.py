@@ -1,8 +1,8 @@
-"""What the 32 lanes of a warp do together: exchange values, and multiply matrices of near-fp32 accuracy.
+"""What the 32 lanes of a warp do together: exchange values, and multiply matrices.
 
-A bf16 operand keeps 8 significant bits, a TF32 one 11. An fp32 number is split into three terms of bf16 or two of TF32,
-so its product with values that are bf16 is accurate to about 2^-25 or 2^-22. The tensor cores cut off what they add,
-so a long sum of leading terms is made of short ones: a few steps of an mma, then an fp32 addition that rounds.
+A bf16 operand keeps 8 significant bits. An fp32 number is split into terms of bf16: its product with values that are
+bf16 is accurate to about 2^-25 with three of them, 2^-17 with two. The tensor cores cut off what they add, so a long
+sum of leading terms is made of short ones: a few steps of an mma, then an fp32 addition that rounds.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from cutlass import Float32, Int32, Numeric, Uint32, cute
 
 from megamoe.cute import arith, asm, bf16
-from megamoe.cute.arith import Target, bits, number
+from megamoe.cute.arith import Target
 
 WARP = 32
 _MOST_THREADS = 1024
-_TF32_BITS = 0xFFFFE000  # sign, exponent and the 10 stored bits of the significand
 
 
 def thread() -> Int32:
@@ -33,12 +32,6 @@ def warp_number() -> Int32:
     """The warp's number in its CTA, by a reduction: it comes in a uniform register, of which there are plenty."""
     wide = thread() // WARP
     return Int32(asm.value(Int32, "redux.sync.min.u32 $0, $1, 0xffffffff;", wide)) & (_MOST_THREADS // WARP - 1)
-
-
-def split_tf32(x: Float32, target: Target) -> tuple[Uint32, Uint32]:
-    """Two TF32 terms of x: its leading 11 significant bits and the next 11 (the tensor core ignores the rest)."""
-    high = bits(x) & Uint32(_TF32_BITS)
-    return high, bits(_minus(x, number(high), target))
 
 
 def split_bf16(low: Float32, high: Float32, target: Target) -> list[Uint32]:
@@ -72,20 +65,6 @@ def mma(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32], dtype: s
 def mma_k8(a: Sequence[Uint32], b: Uint32, c: Sequence[Float32]) -> list[Float32]:
     """`mma` of bf16 a (16, 8) and b (8, 8): the first halves of its operands."""
     return _mma("m16n8k8.row.col.f32.bf16.bf16.f32", a, [b], c)
-
-
-def mma_tf32(a: Sequence[Uint32], b: Sequence[Uint32], c: Sequence[Float32]) -> list[Float32]:
-    """`mma` of TF32 a (16, 8) and b (8, 8).
-
-    Args:
-        a: A lane's (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4).
-        b: (t, g), (t + 4, g).
-        c: As in `mma`.
-
-    Returns:
-        Placed as c.
-    """
-    return _mma("m16n8k8.row.col.f32.tf32.tf32.f32", a, b, c)
 
 
 def _mma(

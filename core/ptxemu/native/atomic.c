@@ -63,11 +63,11 @@ static Outcome op_atom(Machine *m, Warp *w, const Ins *i, u32 mask) {
     u64 address[LANES];
     u8 *place[LANES];
     addresses(w, i, (int)at, !!(i->aux & NARROW), address);
-    Outcome r = reach(m, w, i, mask, (int)(i->aux >> SPACE_SHIFT & 3), address, size * n, ACCESS_UPDATE, place);
+    int space = (int)(i->aux >> SPACE_SHIFT & 3), shared = space == SPACE_SHARED;
+    Outcome r = reach(m, w, i, mask, space, address, size * n, ACCESS_UPDATE, STRONG, place);
     if (r != NEXT) return r;
-    order_acquire(w, w->cta->cluster->flag_clock);
-    order_release(m, w, i, &w->cta->cluster->flag_clock);
-    int shared = (i->aux >> SPACE_SHIFT & 3) == SPACE_SHARED;
+    order_read(m, w, mask, space, address, i->aux);
+    order_write(m, w, i, mask, space, address, i->aux);
     EACH_LANE if (mask >> l & 1) for (u32 k = 0; k < n; k++) {
         u64 old = 0, b = 0, c = 0;
         memcpy(&old, place[l] + size * k, size);

@@ -186,6 +186,7 @@ Machine *emu_machine_new(u32 code_count) {
     return m;
 }
 void emu_machine_free(Machine *m) {
+    order_end(m);
     free(m->hits), free(m->noted), free(m->warps), free(m->order), free(m);
 }
 /* A CTA of a cluster; the arrays of its shared memory belong to Python. */
@@ -199,7 +200,8 @@ Cluster *emu_cluster_new(u32 ctas, u32 warps_per_cta, u32 threads_per_cta, u32 i
 }
 Cta *emu_cta_new(Cluster *c, u32 rank, u32 warps, u8 *data, u8 *flags, u32 *epoch, u32 *writer, u32 *stamp, u64 size) {
     Cta *cta = calloc(1, sizeof *cta);
-    Region shared = {((u64)rank << 24) + 0x400, size, data, flags, epoch, writer, stamp, 0, 0};
+    cta->warps = warps, cta->first = (c->id * c->cta_count + rank) * warps, cta->author = cta->first + 1;
+    Region shared = {((u64)rank << 24) + 0x400, size, data, flags, epoch, writer, stamp, 0, cta->author};
     cta->shared = shared, cta->rank = rank, cta->live_warps = warps, cta->cluster = c;
     cta->bars = calloc(size / 8 + 1, sizeof *cta->bars);
     c->ctas[rank] = cta;
@@ -228,6 +230,7 @@ void emu_warp_local(Warp *w, u8 *data, u8 *flags, u64 bytes_per_lane) {
 void emu_warp_free(Machine *m, Warp *w) {
     m->warps[w->id] = NULL;
     w->cta->cluster->warps[w->place] = NULL;
+    order_forget(w);
     free(w->loads), free(w);
 }
 void emu_cluster_free(Cluster *c) {

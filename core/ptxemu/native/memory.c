@@ -84,7 +84,7 @@ static void blame(Machine *m, Warp *w, const Ins *i, int lane, u64 address, cons
     else if (!storing && !(all & INIT)) note(m, w, i, UNINITIALISED, 1u << lane, address, 0);
 }
 
-Outcome reach(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 *address, u32 bytes, int access, u8 **place) {
+Outcome reach(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 *address, u32 bytes, int access, u32 how, u8 **place) {
     u64 misaligned = 0;
     EACH_LANE if (mask >> l & 1) misaligned |= address[l] & (bytes - 1);
     if (misaligned) {
@@ -103,13 +103,13 @@ Outcome reach(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 
             return fault(m, w, i, OUT_OF_BOUNDS, 1u << lane, first, bytes);
         if (r->read_only && access != ACCESS_LOAD) return fault(m, w, i, READ_ONLY, 1u << lane, first, bytes);
         u64 stride = here == SPACE_LOCAL ? r->size : 0, base = r->base + window, room = r->size - bytes;
-        u32 group = 0, *stamp = here == SPACE_SHARED ? r->stamp : NULL;
-        u32 crossed = 0, now = 0;
+        u32 group = 0, *stamp = r->stamp, crossed = 0, now = 0;
         if (stamp) {
-            now = w->clock[w->place];
-            Cta *cta = (Cta *)(void *)r; /* whose first member the region is */
-            crossed = access == ACCESS_LOAD && (cta->crossed || cta != w->cta);
-            cta->crossed |= access != ACCESS_LOAD && cta != w->cta;
+            crossed = access == ACCESS_LOAD && r->author && r->author != w->cta->author;
+            if (access != ACCESS_LOAD) {
+                now = w->clock->at[w->place] | (how & STRONG ? STRONG_STAMP : 0);
+                if (r->author != w->cta->author) r->author = r->author ? MANY_AUTHORS : w->cta->author;
+            }
         }
         for (u32 rest = left; rest; rest &= rest - 1) {
             int l = first_lane(rest);
@@ -120,13 +120,13 @@ Outcome reach(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 
             place[l] = r->data + offset;
             u8 *f = r->flags + offset;
             if (access != ACCESS_STORE && !readable(f, bytes)) blame(m, w, i, l, address[l], f, bytes, 0);
-            if (crossed) check_order(m, w, i, l, address[l], r, offset, bytes);
+            if (crossed) check_order(m, w, i, l, address[l], r, offset, bytes, how);
             if (access != ACCESS_LOAD) {
                 if (!writable(f, bytes)) blame(m, w, i, l, address[l], f, bytes, 1);
                 for (u32 k = 0; k < bytes; k++) f[k] |= INIT;
                 if (r->epoch) for (u64 k = offset >> 2; k <= (offset + bytes - 1) >> 2; k++) {
-                    r->epoch[k] = m->epoch, r->writer[k] = w->id;
-                    if (stamp) stamp[k] = now;
+                    if (stamp) stamp[k] = bytes < 4 ? stamp_of_part(w, r, k, now) : now;
+                    r->epoch[k] = m->epoch, r->writer[k] = w->serial;
                 }
             }
         }
@@ -136,7 +136,7 @@ Outcome reach(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 
 }
 
 /* aux of ld and st; the same numbers as in isa_memory.py. */
-enum { ELEMENT = 15, ROOM_SHIFT = 4, SIGNED = 1 << 8, SPACE_SHIFT = 9, NARROW = 1 << 11, STRONG = 1 << 12, SINK_SHIFT = 16, SPINS = 16 };
+enum { ELEMENT = 15, ROOM_SHIFT = 4, SIGNED = 1 << 8, SPACE_SHIFT = 9, NARROW = 1 << 11, SINK_SHIFT = 16, SPINS = 16 };
 
 static Outcome op_ld(Machine *m, Warp *w, const Ins *i, u32 mask) {
     u64 address[LANES];
@@ -144,8 +144,8 @@ static Outcome op_ld(Machine *m, Warp *w, const Ins *i, u32 mask) {
     u32 n = i->count - 1u, element = i->aux & ELEMENT, room = i->aux >> ROOM_SHIFT & 15;
     addresses(w, i, (int)n, !!(i->aux & NARROW), address);
     int space = (int)(i->aux >> SPACE_SHIFT & 3);
-    if (i->aux & STRONG) order_acquire(w, w->cta->cluster->flag_clock);
-    Outcome r = reach(m, w, i, mask, space, address, element * n, ACCESS_LOAD, place);
+    if (i->aux & STRONG) order_read(m, w, mask, space, address, i->aux);
+    Outcome r = reach(m, w, i, mask, space, address, element * n, ACCESS_LOAD, i->aux, place);
     if (r != NEXT) return r;
     if (m->touch_start && (space == SPACE_SHARED || (space == SPACE_GENERIC && (address[first_lane(mask)] & WINDOW_MASK) == SHARED_WINDOW))) {
         u32 targets[MOST_TARGETS], count = 0;
@@ -180,9 +180,10 @@ static Outcome op_st(Machine *m, Warp *w, const Ins *i, u32 mask) {
     u32 n = i->count - 1u, element = i->aux & ELEMENT, room = i->aux >> ROOM_SHIFT & 15;
     addresses(w, i, 0, !!(i->aux & NARROW), address);
     w->spin_count = 0;
-    Outcome r = reach(m, w, i, mask, (int)(i->aux >> SPACE_SHIFT & 3), address, element * n, ACCESS_STORE, place);
+    int space = (int)(i->aux >> SPACE_SHIFT & 3);
+    Outcome r = reach(m, w, i, mask, space, address, element * n, ACCESS_STORE, i->aux, place);
     if (r != NEXT) return r;
-    if (i->aux & STRONG) order_release(m, w, i, &w->cta->cluster->flag_clock);
+    if (i->aux & STRONG) order_write(m, w, i, mask, space, address, i->aux);
     for (u32 k = 0; k < n; k++) {
         const u8 *s = SRC(u8, k + 1);
         EACH_LANE if (mask >> l & 1) memcpy(place[l] + element * k, s + (u32)l * room, element);

@@ -46,24 +46,34 @@ typedef struct {
     u64 base, size;
     u8 *data, *flags;
     u32 *epoch;  /* per 4 bytes: proxy epoch of the last generic write, 0 when there is none */
-    u32 *writer; /* per 4 bytes: warp that wrote */
-    u32 *stamp;  /* per 4 bytes: its own clock when it did; 0 for what order.c does not judge, NULL outside clusters */
-    u32 read_only, id;
+    u32 *writer; /* per 4 bytes: serial of the warp that wrote */
+    u32 *stamp;  /* per 4 bytes: its own clock when it did, see order.c; NULL for shared memory outside clusters */
+    u32 read_only;
+    u32 author;  /* of the only CTA that has stored to it, 0 for none */
 } Region;
+#define MANY_AUTHORS 0xffffffffu
+
+/* What a warp, or an object, was told: of the warps of its own cluster, and of those of others. */
+typedef struct Far Far;
+typedef struct Clock {
+    struct Clock *next;
+    Far *far;
+    u32 at[]; /* by place */
+} Clock;
 
 typedef struct {
     u32 address, expected, pending, valid;
     s64 tx;
     u64 phase;
     u32 init_warp, init_epoch; /* when mbarrier.init was executed, to see whether a fence followed */
-    u32 *clock; /* of all who arrived, see order.c */
+    Clock *clock; /* of all who arrived, see order.c */
 } Mbarrier;
 
 typedef struct {
     u32 arrived, needed, reduced; /* needed: 0 for all warps that have not exited */
     u64 phase;
     u32 result; /* of the reduction of the last phase */
-    u32 *clock;
+    Clock *clock, *done; /* of all who arrived; of the phases that are complete */
 } NamedBarrier;
 
 struct Cluster;
@@ -73,7 +83,7 @@ typedef struct {
     u32 rank, live_warps;
     NamedBarrier named[NAMED_BARRIERS];
     struct Cluster *cluster;
-    u32 crossed; /* a warp of another CTA has stored to its shared memory */
+    u32 first, warps, author; /* serial of its first warp, how many it has; first + 1 */
 } Cta;
 
 typedef struct Cluster {
@@ -84,8 +94,8 @@ typedef struct Cluster {
     u64 barrier_phase;
     u32 warp_count;
     struct Warp **warps;          /* by their places */
-    struct ClockRoom *clocks;     /* all clocks of the cluster, to free them */
-    u32 *barrier_clock, *flag_clock; /* of its barrier; of strong accesses and atomics */
+    Clock *clocks;                /* all clocks of the cluster, to free them */
+    Clock *barrier_clock, *flag_clock; /* of its barrier; of strong accesses and atomics */
 } Cluster;
 
 /* Lanes that share a program counter. */
@@ -115,8 +125,9 @@ typedef struct Warp {
     u32 cluster_waiting; /* lanes that have arrived and not yet waited */
     Region local;      /* of lane 0; the others follow, local.size apart */
     u64 executed;
-    u32 place;         /* in its cluster */
-    u32 *clock, *fenced, *seen; /* now; at the last fence; of what was waited for without acquire */
+    u32 place, serial; /* in its cluster; in the launch, and no other warp has the same */
+    Clock *clock, *fenced, *seen; /* now; at the last fence; of what was waited for without acquire */
+    Far *fenced_far, *seen_far;   /* the same between clusters: of fences and accesses of gpu or sys scope */
 } Warp;
 
 typedef struct {
@@ -163,6 +174,9 @@ typedef struct Machine {
        NULL for a kernel in which no load of shared memory is watched. */
     const u32 *touched, *touch_start;
     u32 register_words;
+    struct Flag *flag_table; /* words of global memory through which clusters meet, see order.c */
+    Far *fences;             /* fence.sc of gpu or sys scope */
+    u32 flag_room, flag_count;
 } Machine;
 
 /* A matrix product of numbers that f32 holds, see product.c. */
@@ -229,7 +243,10 @@ Outcome fault(Machine *m, const Warp *w, const Ins *i, u32 kind, u32 lanes, u64 
 /* Finds the bytes of each lane, checks bounds, alignment and shadow state. space: see SPACE_*. NULL in inactive lanes. */
 enum { SPACE_GENERIC, SPACE_GLOBAL, SPACE_SHARED, SPACE_LOCAL };
 enum { ACCESS_LOAD, ACCESS_STORE, ACCESS_UPDATE };
-Outcome reach(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 *address, u32 bytes, int access, u8 **place);
+/* aux of ld, st and atom; the same numbers as in isa_memory.py. PTX ISA 8.4 and 8.5. */
+enum { STRONG = 1 << 12, ACQUIRES = 1 << 13, RELEASES = 1 << 14, WIDE = 1 << 15 /* scope gpu or sys */ };
+enum { FENCE_SC = 1 }; /* aux of fence, with WIDE */
+Outcome reach(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 *address, u32 bytes, int access, u32 how, u8 **place);
 /* The addresses of an instruction's address operand: base register plus offset, wrapped to 32 bits if `narrow`. */
 void addresses(const Warp *w, const Ins *i, int k, int narrow, u64 *out);
 Mbarrier *find_mbarrier(Machine *m, Warp *w, const Ins *i, u32 lane_mask, u64 address, int *bad);
@@ -239,15 +256,30 @@ void retire_lanes(Machine *m, Warp *w, u32 mask);
 /* order.c. A release publishes to an object what the warp has done, an acquire takes over what an object was told. */
 #define NO_PC 0xffffffffu
 void order_start(Warp *w);
-void order_release(Machine *m, Warp *w, const Ins *i, u32 **object);
-void order_signal(Machine *m, Warp *w, const Ins *i, u32 **object); /* relaxed: what the last fence covered */
-void order_complete(Warp *w, u32 **object); /* something asynchronous that the warp started */
-void order_acquire(Warp *w, const u32 *object);
-void order_see(Warp *w, const u32 *object); /* relaxed: counts from the next fence on */
-void order_fence(Machine *m, Warp *w);
+void order_release(Machine *m, Warp *w, const Ins *i, Clock **object);
+void order_signal(Machine *m, Warp *w, const Ins *i, Clock **object); /* relaxed: what the last fence covered */
+void order_complete(Warp *w, Clock **object); /* something asynchronous that the warp started */
+void order_acquire(Warp *w, const Clock *object);
+void order_pass(Cluster *c, Clock **done, const Clock *object); /* a phase of a barrier is complete */
+void order_see(Warp *w, const Clock *object); /* relaxed: counts from the next fence on */
+/* A strong read, a strong write, the words they touch; `how`: STRONG and so on. */
+void order_read(Machine *m, Warp *w, u32 mask, int space, const u64 *address, u32 how);
+void order_write(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 *address, u32 how);
+void order_fence(Machine *m, Warp *w, u32 how);
 void order_exit(Warp *w);
 void order_free(Cluster *c);
-void check_order(Machine *m, Warp *w, const Ins *i, int lane, u64 address, const Region *r, u64 offset, u32 bytes);
+void order_forget(Warp *w);
+void order_end(Machine *m);
+void check_order(Machine *m, Warp *w, const Ins *i, int lane, u64 address, const Region *r, u64 offset, u32 bytes, u32 how);
+/* What a stamp may be besides the writer's clock. */
+#define STRONG_STAMP (1u << 31)
+#define SHARED_STAMP 0xffffffffu
+static inline int of_own_cta(const Warp *w, u32 serial) { return serial - w->cta->first < w->cta->warps; }
+/* The stamp of a word of which a warp stores a part. */
+static inline u32 stamp_of_part(const Warp *w, const Region *r, u64 word, u32 now) {
+    u32 old = r->stamp[word];
+    return old && (old == SHARED_STAMP || !of_own_cta(w, r->writer[word])) ? SHARED_STAMP : now;
+}
 void load_issued(Machine *m, Warp *w, u32 pc, u32 mask, const u64 *address, u32 bytes, const u32 *targets, u32 count);
 void loads_touched(Machine *m, Warp *w, u32 pc);
 void loads_performed(Machine *m, Warp *w);

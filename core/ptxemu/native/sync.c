@@ -31,10 +31,11 @@ static Outcome op_bar(Machine *m, Warp *w, const Ins *i, u32 mask) {
     if (b->phase == g->wait_phase && b->arrived >= target) {
         if (b->arrived > target) return fault(m, w, i, BAD_BARRIER, mask, number, b->arrived);
         b->phase++, b->arrived = 0, b->result = b->reduced;
+        order_pass(w->cta->cluster, &b->done, b->clock);
     }
     if (kind != BAR_ARRIVE && b->phase == g->wait_phase) return WAIT;
     g->arrived = 0;
-    if (kind != BAR_ARRIVE) order_acquire(w, b->clock);
+    if (kind != BAR_ARRIVE) order_acquire(w, b->done);
     if (kind == BAR_POPC) {
         u32 r[LANES];
         EACH_LANE r[l] = b->result;
@@ -102,8 +103,8 @@ static Outcome op_fence_mbarrier_init(Machine *m, Warp *w, const Ins *i, u32 mas
 
 /* fence, membar 9.7.13.4 */
 static Outcome op_fence(Machine *m, Warp *w, const Ins *i, u32 mask) {
-    UNUSED(i), UNUSED(mask);
-    order_fence(m, w);
+    UNUSED(mask);
+    order_fence(m, w, i->aux);
     return NEXT;
 }
 

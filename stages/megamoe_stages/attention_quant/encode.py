@@ -246,13 +246,13 @@ def store_scales(place: Place, number: int, word: Uint32) -> None:
 def write_rest(out: Constexpr[Quantized]) -> None:
     """Zeros the rows of tiles behind the last query; all threads of the launch, each some words of four scales."""
     thread, _, _ = cute.arch.thread_idx()
-    x, y, _ = cute.arch.block_idx()
-    across, down, _ = cute.arch.grid_dim()
+    cta, _, _ = cute.arch.block_idx()
+    ctas, _, _ = cute.arch.grid_dim()
     threads, _, _ = cute.arch.block_dim()
     groups, padded = cute.size(out.scales, mode=[0]), cute.size(out.scales, mode=[1])
     rest, words = padded - out.queries, out.cols // TILE_COLS
     total = groups * rest * words
-    for item in cutlass.range((y * across + x) * threads + thread, total, across * down * threads, unroll=1):
+    for item in cutlass.range(cta * threads + thread, total, ctas * threads, unroll=1):
         row, word = item // words, item % words
         group = row // rest
         offset = group * (padded * out.cols)

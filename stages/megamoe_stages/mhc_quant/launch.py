@@ -41,8 +41,8 @@ def mhc_quant(
     """See `reference.mhc_quant`; launched on the current stream, no synchronisation.
 
     Raises:
-        ArgumentError: As the reference, for what `limits.supports` names, and for a tensor that is not aligned to 16
-            bytes.
+        ArgumentError: As the reference, for what `limits.supports` names, for a tensor that is not aligned to 16 bytes,
+            and where the device has no room for one cluster of CTAs.
     """
     tensors = (x, f, post, comb, fn, base, scale, norm_weight, global_scale_enc)
     options = {
@@ -88,11 +88,20 @@ def cut(hidden: int) -> Shape | Cut:
 
 @functools.cache
 def clusters_at_once(ctas: int, device: torch.device) -> int:
-    """Clusters of CTAs with all the shared memory there is that run at once; more would wait for their whole turn."""
+    """Clusters of CTAs with all the shared memory there is that run at once; more would wait for their whole turn.
+
+    Raises:
+        ArgumentError: Not one does, as in a slice of a GPU.
+    """
     from cutlass.utils import HardwareInfo
 
     index = torch.cuda.current_device() if device.index is None else device.index
-    return int(HardwareInfo(index).get_max_active_clusters(ctas))
+    found = int(HardwareInfo(index).get_max_active_clusters(ctas))
+    if found < 1:
+        raise ArgumentError(
+            "x", f"{device}, where no cluster of {ctas} CTAs fits", f"a device with room for one of {ctas}"
+        )
+    return found
 
 
 @functools.cache
@@ -113,12 +122,12 @@ def _refuse(problem: contract.Problem) -> None:
 
 
 def kernels(target: Target) -> list[compiler.KernelSpec]:
-    """What `megamoe compile` compiles: DeepSeek-V4 Flash and Pro, and one of each other kind.
+    """What `megamoe compile` compiles: DeepSeek-V4 Flash and Pro, both dtypes of norm weights, one of each other kind.
 
     Not the kind of slices that are not whole on sm_100a, where one register does not find room: see NOTES.md.
     """
-    sizes = [(4096, "float32"), (7168, "float32"), (2048, "float32"), (1024, "bfloat16")]
-    sizes += [(512, "float32"), (256, "float32"), (256, "bfloat16")]
+    sizes = [(hidden, norm_dtype) for hidden in (4096, 7168) for norm_dtype in ("float32", "bfloat16")]
+    sizes += [(2048, "float32"), (1024, "bfloat16"), (512, "float32"), (256, "float32"), (256, "bfloat16")]
     if target is Target.SM90:
         sizes.append((208, "float32"))
     return [_spec(cut(hidden), norm_dtype, target) for hidden, norm_dtype in sizes]

@@ -120,20 +120,20 @@ def mhc_quant(
 
     if place.seat == 0:
         for bar, sends in zip((area.sums_here, area.squares_here, area.all_logits), (*shape.sends, 0), strict=True):
-            cute.arch.mbarrier_init(bar, 1 + sends)
+            mbarrier.init(asm.address(bar), 1 + sends)
     if thread == 0:
-        cute.arch.mbarrier_init(places.fn_here(floats, shape), shape.all_warps * WARP)
-    cute.arch.mbarrier_init_fence()
+        mbarrier.init(asm.address(places.fn_here(floats, shape)), shape.all_warps * WARP)
+    mbarrier.init_fence()
     cute.arch.sync_threads()
     cute.arch.cluster_arrive_relaxed()
     _prefetch(place, given, shape)
-    _fetch_factors(place.turn, place, area, given, shape)
+    _fetch_factors(place.turn, place, area, given)
     mix.fetch_fn(floats, given, target, shape)
     zero_padding(out, tokens, tiled, cta * (shape.all_warps * WARP) + thread, ctas * (shape.all_warps * WARP))
     if cta + thread == 0:
         dec[()] = recipe.global_scale(enc[()], target).dec
     copies.wait_all()
-    cute.arch.barrier(barrier_id=1 + place.team, number_of_threads=shape.team)  # the factors have come
+    mbarrier.named_barrier(1 + place.team, shape.team)  # the factors have come
     cute.arch.cluster_wait()
     ahead = _load_ahead(place.turn, floats, given, shape)
     while places.turn_of(floats, shape) < 2 * groups:
@@ -144,9 +144,7 @@ def mhc_quant(
 
 
 @cute.jit
-def _fetch_factors(
-    turn: Int32, place: Constexpr[Place], area: Constexpr[Area], given: Constexpr[Inputs], shape: Constexpr[Shape]
-) -> None:
+def _fetch_factors(turn: Int32, place: Constexpr[Place], area: Constexpr[Area], given: Constexpr[Inputs]) -> None:
     """Copies post and comb of a turn's tokens to shared memory, zeros for tokens that do not exist."""
     first, tokens = (turn >> 1) * GROUP, cute.size(given.f, mode=[0])
     if place.seat < GROUP * STREAMS:
@@ -200,7 +198,7 @@ def _group(ahead: Words, floats: cute.Pointer, given: Inputs, out: Outputs, targ
     _sum_slice(streams, floats, given, target, shape)
     place = places.place_of(floats, given, shape)
     area = places.area_of(floats, place.team, shape)
-    _fetch_factors(places.next_turn(place.turn, shape), place, area, given, shape)
+    _fetch_factors(places.next_turn(place.turn, shape), place, area, given)
     cute.arch.mbarrier_wait(area.sums_here, place.turn & 1)
     pre = _pre(place, area, given, target, shape)
     y = [[mhc.collapse([streams[t][s][w] for s in range(STREAMS)], pre[t], target) for w in range(8)] for t in range(2)]
@@ -302,7 +300,7 @@ def _sum_slice(
     for t in cutlass.range_constexpr(2):
         for i in cutlass.range_constexpr(6):
             partial[place.member, t * 8 + place.quad * 2 + i % 2, i // 2 * ROWS + place.row] = dots[t][i]
-    cute.arch.barrier(barrier_id=1 + place.team, number_of_threads=shape.team)
+    mbarrier.named_barrier(1 + place.team, shape.team)
     for k in cutlass.range_constexpr(0, GROUP * shape.ctas, shape.team):
         i = place.seat + k
         if i < GROUP * shape.ctas:
@@ -459,7 +457,7 @@ def _send_squares(
         total = warp.sum_of_four(total, target)
         if place.quad == 0:
             partial[place.member, place.row + 8 * t] = total
-    cute.arch.barrier(barrier_id=1 + place.team, number_of_threads=shape.team)
+    mbarrier.named_barrier(1 + place.team, shape.team)
     _send_to_all(area.partial_y, area.y, area.squares_here, place.seat, place.rank, target, shape)
 
 

@@ -136,14 +136,14 @@ def dots(
         rows = [slots[slot_of(piece, part, place.lane), None] for part in range(PARTS)]
         parts = [functools.partial(_load, row, late=not shape.whole) for row in rows]
         words = [streams[t][stream][chunk * 4 : chunk * 4 + 4] for t in range(2)]
-        short, small, mixed = _chunk(parts, words, small, mixed, target)
+        short, small, mixed = _chunk(parts, words, small, mixed)
         for t in range(2):
             leading[t] = _added(leading[t], [*short[t], *mixed[t][:2]], target)
             mixed[t] = [zero, zero, *mixed[t][2:]]
     return [_added(leading[t], [*small[t], *mixed[t][2:]], target) for t in range(2)]
 
 
-def _chunk(parts: Parts, words: list[Words], small: Quads, mixed: Quads, target: Target) -> tuple[Quads, Quads, Quads]:
+def _chunk(parts: Parts, words: list[Words], small: Quads, mixed: Quads) -> tuple[Quads, Quads, Quads]:
     """Leading sums of row groups 0 and 1 over a chunk; `small` and `mixed` with the chunk's added."""
     short = [[Float32(0.0)] * 4 for _ in range(2)]
     for half in range(2):

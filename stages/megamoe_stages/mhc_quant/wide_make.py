@@ -71,12 +71,12 @@ def make_all(
         _make(fn, turn, stage, here, base, given, target, cut)
         smem.proxy_fence()
         mbarrier.arrive_if(bars(base, stage, cut).made, Int32(1))
-        cute.arch.barrier(barrier_id=MAKING, number_of_threads=cut.busy * WARP)
+        mbarrier.named_barrier(MAKING, cut.busy * WARP)
         if cutlass.const_expr(not cut.clerks):
             _store(turn, stage, here, base, residual, cut)
             load_f(turn + F_AHEAD, turns, 1, here, base, f, cut)
         _add_partial(here, base, target, cut)
-        cute.arch.barrier(barrier_id=MAKING, number_of_threads=cut.busy * WARP)
+        mbarrier.named_barrier(MAKING, cut.busy * WARP)
         _send_sums(stage, here, base, cut)
         if cutlass.const_expr(not cut.clerks):
             _stored(stage, here, base, cut)
@@ -107,7 +107,7 @@ def _load_fn(here: Spot, base: Int32, given: Inputs, target: Target, cut: Cut) -
             [_eight_of_fn(group, s, eight, here, given, cut) for group in range(LOGITS // ROWS)] for s in range(STREAMS)
         ]
         if side == 0:
-            cute.arch.barrier_arrive(barrier_id=FN_ASKED, number_of_threads=cut.asking)
+            mbarrier.arrive_at_named(FN_ASKED, cut.asking)
         for s, groups in enumerate(loaded):  # all of these loads are under way by now
             parts = wide_mix.parts_of(groups, target)
             for half in range(2):
@@ -251,6 +251,7 @@ def _stored(stage: Int32, here: Constexpr[Spot], base: Int32, cut: Constexpr[Cut
     """Waits until the copy engine has read the stage, and says so; who had it written."""
     if here.warp == clerk_or(0, cut):
         copies.wait_stores()
+        cute.arch.sync_warp()  # one lane asked for the stores, and only its own wait is for them
         mbarrier.arrive_if(bars(base, stage, cut).stored, here.lane == 0)
 
 

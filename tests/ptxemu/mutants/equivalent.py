@@ -12,6 +12,7 @@ _SECOND = "the other fence.mbarrier_init, or the cluster barrier, of the same th
 _CLUSTER = "a cluster barrier of all threads stands directly before"
 _REGISTERS = "no thread touched the accumulators since the products before (PTX ISA 9.7.15.7.1)"
 _QUARTERS = "the wait after the next quarter comes before a register of A is written again, or the stage is freed"
+_WEIGHTS = "those that finish send nothing before they have got sums from all CTAs, whose senders have waited"
 
 REASONS = {
     r"exchange/drop-init-fence/0": "fence.proxy.async and a cluster barrier follow before another CTA uses it",
@@ -28,6 +29,11 @@ REASONS = {
     r"tcgen05_\w+/drop-barrier/0": _CLUSTER,
     r"grouped_gemm_prefill/(drop-wgmma-wait|later-group)/[12]": _QUARTERS,
     r"grouped_gemm_prefill/drop-wgmma-commit/[12]": _QUARTERS,
+    r"grouped_gemm_split/(drop-arrive|arrive-elsewhere)/2": "it frees the last stage of a CTA's only piece",
+    r"mhc_quant_wide/drop-cluster-wait/[23]": _WEIGHTS,
+    r"mhc_quant_wide/relax-cluster-arrive/[01]": "what crosses it: mbarriers, whose fence is before it, and padding",
+    r"mhc_quant_wide/pass-wait/8": "the same phase was waited for directly before, for another token",
+    r"mhc_quant_wide/forget-bytes/7": "the fourth buffer of squares, and there are three turns",
 }
 
 

@@ -118,6 +118,14 @@ def relax_cluster_arrive(s: Statement) -> str | None:
     return f"{s.guard}barrier.cluster.arrive.relaxed{'.aligned' if s.name.endswith('.aligned') else ''};"
 
 
+@operator("relax-atomic", "what orders an atomic or a flag with what other CTAs stored before it")
+def relax_atomic(s: Statement) -> str | None:
+    if not s.has("atom.", "red.", "ld.acquire", "st.release"):
+        return None
+    name = re.sub(r"\.(acq_rel|acquire|release)\b", ".relaxed", s.name)
+    return f"{s.guard}{name} {', '.join(s.operands)};" if name != s.name else None
+
+
 @operator("pass-wait", "a wait for an mbarrier's phase: it never waits")
 def pass_wait(s: Statement) -> str | None:
     if not s.has("mbarrier.try_wait", "mbarrier.test_wait"):

@@ -223,13 +223,33 @@ def grouped_gemm_prefill() -> Subject:
 
 
 @subject
-def mhc_quant() -> Subject:
+def grouped_gemm_split() -> Subject:
+    """One expert, whose k two CTAs share; each goes round a ring of few stages."""
+    from megamoe_stages.grouped_gemm import cases, prefill, prefill_kernel
+    from megamoe_stages.grouped_gemm.reference import grouped_gemm
+
+    given = cases.make(torch.Generator().manual_seed(2), rows=(11,), n=48, k=1280, values="integers")
+    expected = grouped_gemm(**given)
+    out = torch.full_like(expected, torch.nan)
+    launches: Recorded = []
+    record = _recorder(launches)
+    cut = prefill.Cut(prefill_kernel.DENSE[0]._replace(stages=3), ctas=2, sharing=2)
+    with (
+        mock.patch.object(prefill, "_launcher", lambda *flags: record(prefill_kernel.spec(*flags))),
+        mock.patch.object(prefill, "processors", lambda device: 2),
+        mock.patch.object(prefill, "cut", lambda *_, **__: cut),
+    ):
+        prefill.run(given["a"], given["weights"].with_layout("hopper"), given["offsets"], None, out)
+    return launched(*launches[-1], [out], lambda: torch.equal(out, expected))
+
+
+def _mhc_quant(spec: Any, tokens: int, hidden: int) -> Subject:
+    """One of the stage's kernels, on one cluster."""
     from megamoe.cute import compiler
-    from megamoe.cute.arith import Target
-    from megamoe_stages.mhc_quant import narrow_kernel, narrow_places, reference
+    from megamoe_stages.mhc_quant import reference
     from megamoe_stages.mhc_quant.cases import make
 
-    tokens, hidden, iterations, eps = 17, 512, 1, 1e-6
+    iterations, eps = 1, 1e-6
     given = make(torch.Generator().manual_seed(1), tokens=tokens, hidden=hidden)
     for name in ("sinkhorn_iters", "hc_eps", "norm_eps", "scale_layout"):
         given.pop(name, None)
@@ -239,7 +259,7 @@ def mhc_quant() -> Subject:
     scales = torch.empty((tokens, hidden // 16), dtype=torch.uint8)
     dec = torch.empty_like(given["global_scale_enc"])
     outputs = (residual, normed, codes, scales, dec, post, comb)
-    compiled = compiler.compile_kernel(narrow_kernel.spec(narrow_places.cut(hidden), "float32", Target.SM90))
+    compiled = compiler.compile_kernel(spec)
 
     def right() -> bool:
         """Close: that rounding is within the stage's bounds is for its own tests."""
@@ -247,6 +267,26 @@ def mhc_quant() -> Subject:
         return all(torch.allclose(got.float(), want.float(), rtol=1e-2, atol=1e-2) for got, want in pairs)
 
     return launched(compiled, (*given.values(), *outputs, iterations, eps, eps, 0, 1), outputs, right)
+
+
+@subject
+def mhc_quant() -> Subject:
+    from megamoe.cute.arith import Target
+    from megamoe_stages.mhc_quant import narrow_kernel, narrow_places
+
+    hidden = 512
+    return _mhc_quant(narrow_kernel.spec(narrow_places.cut(hidden), "float32", Target.SM90), 17, hidden)
+
+
+@subject
+def mhc_quant_wide() -> Subject:
+    """Three turns round two stages, with clerks as H = 7168 has them, the last turn not full."""
+    from megamoe.cute.arith import Target
+    from megamoe_stages.mhc_quant import wide_kernel
+    from megamoe_stages.mhc_quant.wide_cut import Cut
+
+    cut = Cut(ctas=2, tiles=7, group=8, stages=2, kept=28)
+    return _mhc_quant(wide_kernel.spec(cut, "float32", Target.SM90), 21, cut.hidden)
 
 
 @subject

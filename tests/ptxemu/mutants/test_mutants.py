@@ -26,6 +26,14 @@ def test_a_sample_is_caught(kernel: str) -> None:
         assert judge(mutant, subject, base).caught, mutant.name
 
 
+def test_a_relaxed_count_of_split_sums_is_found_in_every_run() -> None:
+    """Nothing orders the sums that other CTAs left in global memory then; see `megamoe.cute.split_sums`."""
+    subject = SUBJECTS["grouped_gemm_split"]()
+    base = baseline(subject)
+    (mutant,) = [m for m in mutants("grouped_gemm_split", subject, base.executed) if m.operator.name == "relax-atomic"]
+    assert {outcome.findings for outcome in judge(mutant, subject, base).outcomes} == {("unordered_read",)}
+
+
 def test_equivalent_mutants_are_not_caught() -> None:
     """Of the kernels that need no compiler: what is caught cannot be equivalent."""
     judged = [v for v in verdicts(("exchange",)) if reason(v.mutant)]
