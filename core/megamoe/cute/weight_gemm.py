@@ -237,13 +237,13 @@ def _first_words_if(tile: int, codes: Int32, scales: Int32, words: Sequence[Uint
 
 
 def _release(base: Int32, stage: Int32, condition: Int32, shape: Shape) -> None:
-    """Gives a stage back, one arrival a warp."""
-    barrier, lane = base + shape.barriers_at + stage * 16 + 8, cute.arch.lane_idx()
-    mine = asm.flag((lane < shape.cluster) & (condition != 0))
+    """Gives a stage back; all lanes arrive: racecheck orders only threads that do so themselves."""
+    barrier, there = base + shape.barriers_at + stage * 16 + 8, asm.flag(condition != 0)
     if shape.cluster > 1:
-        cluster.arrive_at_if(barrier, lane % shape.cluster, mine)  # any of the cluster may write there next
+        for rank in range(shape.cluster):
+            cluster.arrive_at_if(barrier, Int32(rank), there)  # any of the cluster may write there next
     else:
-        mbarrier.arrive_if(barrier, mine)
+        mbarrier.arrive_if(barrier, there)
 
 
 def decode(raw: list[Uint32], step: int, masks: fragments.Masks) -> list[Uint32]:
@@ -273,7 +273,7 @@ def work(
     if thread == 0:
         for stage in cutlass.range_constexpr(shape.stages):
             mbarrier.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
-            mbarrier.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS * shape.cluster)
+            mbarrier.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS * WARP * shape.cluster)
         mbarrier.init_fence()
     cute.arch.griddepcontrol_launch_dependents()
     if cutlass.const_expr(shape.cluster > 1):
