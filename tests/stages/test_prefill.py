@@ -20,8 +20,8 @@ from megamoe.cute.weight_pieces import Shape
 from megamoe.numerics.gate_up import interleave
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe.testing import guards
-from megamoe_stages.grouped_gemm import prefill, prefill_kernel
-from megamoe_stages.grouped_gemm.cases import make
+from megamoe_stages.grouped_gemm import prefill, prefill_kernel, sm90
+from megamoe_stages.grouped_gemm.cases import CASES, make
 from megamoe_stages.grouped_gemm.prefill import Cut
 from megamoe_stages.grouped_gemm.reference import grouped_gemm
 from megamoe_stages.swiglu_quant import prefill as swiglu_prefill
@@ -191,6 +191,16 @@ def test_one_expert_is_cut_as_was_fastest(
     cut = prefill.cut(rows, NVFP4Tensor(codes, codes, codes), 132, dense=True)
     assert (cut.shape.rows, cut.shape.tokens) == piece
     assert (cut.shape.cluster, cut.tiles, cut.sharing) == (cluster, tiles, sharing)
+
+
+def test_cases_of_one_expert_reach_every_shape() -> None:
+    reached = set()
+    for case in CASES.values():
+        rows, n, k = (case.params[name] for name in ("rows", "n", "k"))
+        if len(rows) == 1 and rows[0] > sm90.MOST_ROWS and case.params.get("layout") == "hopper":
+            codes = torch.empty(1, -(-n // 64) * 64, -(-k // 128) * 64, dtype=torch.uint8, device="meta")
+            reached.add(prefill.cut(rows[0], NVFP4Tensor(codes, codes, codes), 132, dense=True).shape)
+    assert reached == set(prefill_kernel.DENSE)
 
 
 @pytest.mark.parametrize("params", [{"a": "nvfp4", "scale_layout": "128x4"}], ids=["nvfp4-128x4"])
