@@ -20,7 +20,7 @@ from megamoe.cute.weight_pieces import Shape
 from megamoe.numerics.gate_up import interleave
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe.testing import guards
-from megamoe_stages.grouped_gemm import prefill, prefill_kernel, sm90
+from megamoe_stages.grouped_gemm import limits, prefill, prefill_kernel, sm90
 from megamoe_stages.grouped_gemm.cases import CASES, make
 from megamoe_stages.grouped_gemm.prefill import Cut
 from megamoe_stages.grouped_gemm.reference import grouped_gemm
@@ -70,6 +70,10 @@ def test_a_cta_has_the_shared_memory(shape: Shape) -> None:
     assert shape.weights_at % 2048 == 0
     assert sorted(shape.widths) == list(shape.widths)
     assert all(width % 8 == 0 for width in shape.widths)
+
+
+def test_the_limits_are_those_of_the_kernel() -> None:
+    assert limits.MAX_EXPERTS == weight_pieces.MAX_EXPERTS
 
 
 def test_packed_rows_of_experts_are_aligned_and_apart() -> None:

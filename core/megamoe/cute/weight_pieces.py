@@ -29,7 +29,7 @@ TILE_CODES, TILE_SCALES = SLAB_CODES // SLAB_TILES, SLAB_SCALES // SLAB_TILES
 BLOCK_K = 64  # k of a swizzled row of activations
 TILES_TOGETHER = 8  # token tiles of one expert
 ALIGNMENT = 8  # packed rows of an expert start at its multiples, or the swizzle would not fit
-MAX_EXPERTS = 2 * THREADS
+MAX_EXPERTS = 2 * THREADS  # a thread counts the tiles of two
 
 
 class Shape(NamedTuple):
