@@ -111,6 +111,24 @@ def test_gemm_is_exact_in_the_emulator(
     assert guards.same_bytes(out, expected)
 
 
+def test_ctas_take_pieces_until_none_is_left_and_leave_the_counter_at_0(
+    reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(prefill, "counters", lambda *_: taken)
+    rows = (1,) * (CTAS * (weight_pieces.ORDERS + 2))  # a piece each, of one stage: the places for orders come again
+    given = make(Generator().manual_seed(3), rows=rows, n=48, k=64, values="integers")
+    expected = grouped_gemm(**given)
+    index = torch.arange(expected.shape[0], dtype=torch.int32)
+    for _ in range(2):
+        out = torch.full_like(expected, math.nan)
+        prefill.run(given["a"], given["weights"].with_layout("hopper"), given["offsets"], index, out)
+        for report in reports:
+            report.raise_for_findings()
+        assert guards.same_bytes(out, expected)
+        assert int(taken) == 0
+
+
 @pytest.mark.parametrize("a", ["bf16", "nvfp4"])
 @pytest.mark.parametrize(
     ("rows", "n", "k", "number", "sharing", "tiles"),

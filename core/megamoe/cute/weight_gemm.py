@@ -246,6 +246,11 @@ def _release(base: Int32, stage: Int32, condition: Int32, shape: Shape) -> None:
         mbarrier.arrive_if(barrier, there)
 
 
+def _uniform(number: Int32) -> Int32:
+    """What all lanes have, in a uniform register; else ptxas works an address out anew in each turn of a loop."""
+    return Int32(asm.value(Int32, "redux.sync.min.s32 $0, $1, 0xffffffff;", number))
+
+
 def decode(raw: list[Uint32], step: int, masks: fragments.Masks) -> list[Uint32]:
     """The left operand of a step's two products from half a stage's codes and the scales of all."""
     x, y = raw[step % 2 * 2], raw[step % 2 * 2 + 1]
@@ -270,6 +275,7 @@ def work(
     """
     thread, _, _ = cute.arch.thread_idx()
     base = asm.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
+    base = _uniform(base)
     if thread == 0:
         for stage in cutlass.range_constexpr(shape.stages):
             mbarrier.init(base + shape.barriers_at + stage * 16, GROUP // WARP)

@@ -30,7 +30,8 @@ TILE_CODES, TILE_SCALES = SLAB_CODES // SLAB_TILES, SLAB_SCALES // SLAB_TILES
 BLOCK_K = 64  # k of a swizzled row of activations
 TILES_TOGETHER = 8  # token tiles of one expert
 ALIGNMENT = 8  # packed rows of an expert start at its multiples, or the swizzle would not fit
-ORDERS = 16  # places for the pieces of a CTA; more than the ring has stages, so none is written before it was read
+ORDER_BITS = 4
+ORDERS = 1 << ORDER_BITS  # places for the pieces of a CTA: more than stages, so none is written before it was read
 ORDER_BYTES = 32  # a piece
 MAX_EXPERTS = 2 * THREADS  # a thread counts the tiles of two
 
@@ -268,7 +269,7 @@ def exists(number: Int32, base: Int32, operands: Operands, shape: Shape) -> Bool
     """Whether this CTA has a piece called so; of several experts not before it has been told."""
     if shape.dense:
         return number < pieces(base, operands, shape)
-    mbarrier.wait(_told(base, number, shape), number // ORDERS % 2)
+    mbarrier.wait(_told(base, number, shape), number >> ORDER_BITS & 1)
     return smem.load4(_order(base, number, shape)) >= 0
 
 
@@ -325,11 +326,11 @@ def init_orders(base: Int32, shape: Shape) -> None:
 
 
 def _order(base: Int32, number: Int32, shape: Shape) -> Int32:
-    return base + shape.orders_at + number % ORDERS * ORDER_BYTES
+    return base + shape.orders_at + (number & ORDERS - 1) * ORDER_BYTES
 
 
 def _told(base: Int32, number: Int32, shape: Shape) -> Int32:
-    return base + (shape.orders_at + ORDERS * ORDER_BYTES) + number % ORDERS * mbarrier.BARRIER_BYTES
+    return base + (shape.orders_at + ORDERS * ORDER_BYTES) + (number & ORDERS - 1) * mbarrier.BARRIER_BYTES
 
 
 @cute.jit
