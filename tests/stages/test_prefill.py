@@ -225,13 +225,17 @@ def test_cases_of_one_expert_reach_every_shape() -> None:
     assert reached == set(prefill_kernel.DENSE)
 
 
-@pytest.mark.parametrize("params", [{"a": "nvfp4", "scale_layout": "128x4"}], ids=["nvfp4-128x4"])
+@pytest.mark.parametrize(
+    "params",
+    [{"k": 64, "a": "nvfp4", "scale_layout": "128x4"}, {"k": 1024}],
+    ids=["nvfp4-128x4", "more-stages-than-the-ring-has"],
+)
 @pytest.mark.parametrize("most", MOST_ROWS)
 def test_fused_gemm_is_exact_in_the_emulator(
     reports: list[Report], monkeypatch: pytest.MonkeyPatch, params: dict[str, Any], most: tuple[int, ...]
 ) -> None:
     monkeypatch.setattr(prefill, "MOST_ROWS", most)
-    sizes: dict[str, Any] = {"rows": UNEVEN, "intermediate": 48, "k": 64, "values": "saturated", "limit": None}
+    sizes: dict[str, Any] = {"rows": UNEVEN, "intermediate": 48, "values": "saturated", "limit": None}
     given = make_swiglu(Generator().manual_seed(1), **sizes, **params)
     expected = swiglu_quant(**given)
     enc = given["global_scale_enc"]

@@ -26,8 +26,10 @@ REASONS = {
     r"(exchange|moe_permute)/relax-cluster-arrive/1": "the last one: it keeps shared memory alive, no data cross it",
     r"tcgen05_f16/drop-cluster-wait/0": "a cluster of one CTA, and a barrier of all its threads directly after",
     r"tcgen05_\w+/drop-barrier/0": _CLUSTER,
-    r"grouped_gemm_prefill/(drop-wgmma-wait|later-group)/[12]": _QUARTERS,
-    r"grouped_gemm_prefill/drop-wgmma-commit/[12]": _QUARTERS,
+    r"grouped_gemm_prefill/drop-wgmma-wait/[12]": _QUARTERS,
+    r"grouped_gemm_prefill/later-group/[1245]": _QUARTERS,
+    r"grouped_gemm_prefill/drop-wgmma-commit/([12]|14)": _QUARTERS,
+    r"grouped_gemm_prefill/init-one-more/(19|21)": "of a place for a CTA's pieces that so few pieces never come to",
 }
 
 
