@@ -20,8 +20,8 @@ from megamoe.cute.weight_pieces import Shape
 from megamoe.numerics.gate_up import interleave
 from megamoe.numerics.nvfp4 import NVFP4Tensor
 from megamoe.testing import guards
-from megamoe_stages.grouped_gemm import prefill, prefill_kernel
-from megamoe_stages.grouped_gemm.cases import make
+from megamoe_stages.grouped_gemm import limits, prefill, prefill_kernel, sm90
+from megamoe_stages.grouped_gemm.cases import CASES, make
 from megamoe_stages.grouped_gemm.prefill import Cut
 from megamoe_stages.grouped_gemm.reference import grouped_gemm
 from megamoe_stages.swiglu_quant import prefill as swiglu_prefill
@@ -72,6 +72,10 @@ def test_a_cta_has_the_shared_memory(shape: Shape) -> None:
     assert all(width % 8 == 0 for width in shape.widths)
 
 
+def test_the_limits_are_those_of_the_kernel() -> None:
+    assert limits.MAX_EXPERTS == weight_pieces.MAX_EXPERTS
+
+
 def test_packed_rows_of_experts_are_aligned_and_apart() -> None:
     generator = Generator().manual_seed(0)
     counts = torch.randint(0, 20, (300,), generator=generator).tolist()
@@ -105,6 +109,24 @@ def test_gemm_is_exact_in_the_emulator(
     for report in reports:
         report.raise_for_findings()
     assert guards.same_bytes(out, expected)
+
+
+def test_ctas_take_pieces_until_none_is_left_and_leave_the_counter_at_0(
+    reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(prefill, "counters", lambda *_: taken)
+    rows = (1,) * (CTAS * (weight_pieces.ORDERS + 2))  # a piece each, of one stage: the places for orders come again
+    given = make(Generator().manual_seed(3), rows=rows, n=48, k=64, values="integers")
+    expected = grouped_gemm(**given)
+    index = torch.arange(expected.shape[0], dtype=torch.int32)
+    for _ in range(2):
+        out = torch.full_like(expected, math.nan)
+        prefill.run(given["a"], given["weights"].with_layout("hopper"), given["offsets"], index, out)
+        for report in reports:
+            report.raise_for_findings()
+        assert guards.same_bytes(out, expected)
+        assert int(taken) == 0
 
 
 @pytest.mark.parametrize("a", ["bf16", "nvfp4"])
@@ -193,13 +215,27 @@ def test_one_expert_is_cut_as_was_fastest(
     assert (cut.shape.cluster, cut.tiles, cut.sharing) == (cluster, tiles, sharing)
 
 
-@pytest.mark.parametrize("params", [{"a": "nvfp4", "scale_layout": "128x4"}], ids=["nvfp4-128x4"])
+def test_cases_of_one_expert_reach_every_shape() -> None:
+    reached = set()
+    for case in CASES.values():
+        rows, n, k = (case.params[name] for name in ("rows", "n", "k"))
+        if len(rows) == 1 and rows[0] > sm90.MOST_ROWS and case.params.get("layout") == "hopper":
+            codes = torch.empty(1, -(-n // 64) * 64, -(-k // 128) * 64, dtype=torch.uint8, device="meta")
+            reached.add(prefill.cut(rows[0], NVFP4Tensor(codes, codes, codes), 132, dense=True).shape)
+    assert reached == set(prefill_kernel.DENSE)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"k": 64, "a": "nvfp4", "scale_layout": "128x4"}, {"k": 1024}],
+    ids=["nvfp4-128x4", "more-stages-than-the-ring-has"],
+)
 @pytest.mark.parametrize("most", MOST_ROWS)
 def test_fused_gemm_is_exact_in_the_emulator(
     reports: list[Report], monkeypatch: pytest.MonkeyPatch, params: dict[str, Any], most: tuple[int, ...]
 ) -> None:
     monkeypatch.setattr(prefill, "MOST_ROWS", most)
-    sizes: dict[str, Any] = {"rows": UNEVEN, "intermediate": 48, "k": 64, "values": "saturated", "limit": None}
+    sizes: dict[str, Any] = {"rows": UNEVEN, "intermediate": 48, "values": "saturated", "limit": None}
     given = make_swiglu(Generator().manual_seed(1), **sizes, **params)
     expected = swiglu_quant(**given)
     enc = given["global_scale_enc"]

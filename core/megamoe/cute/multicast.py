@@ -16,9 +16,9 @@ BLOCK_COLUMNS = 64  # of 16 bits
 
 
 class Boxes:
-    """Boxes of (rows, blocks of 64 columns) of one head of a (tokens, heads, D) tensor; made by `boxes`."""
+    """Boxes of (rows, blocks of 64 columns) of one head of a (tokens, heads, D) tensor, each for so many CTAs."""
 
-    def __init__(self, info: cpasync.TmaInfo, dtype: type[Numeric], rows: int, blocks: int, ctas: int) -> None:
+    def __init__(self, info: cpasync.TmaInfo, dtype: type[Numeric], rows: int, blocks: int = 1, ctas: int = 1) -> None:
         self.info, self.dtype, self.rows, self.blocks, self.ctas = info, dtype, rows, blocks, ctas
 
     def __extract_mlir_values__(self) -> list[Any]:
@@ -62,7 +62,7 @@ def load_box(source: Boxes, token: Int32, head: Int32, block: Int32, slot: Int32
         slot: Address in shared memory, a multiple of 1024.
         barrier: Address of an mbarrier.
     """
-    target, origin = _both_sides(source, token, head, block, slot)
+    target, origin = both_sides(source, (token, 0, block, head), slot)
     at = cute.make_ptr(Int64, barrier, cute.AddressSpace.smem, assumed_align=8)
     to_all = {"mcast_mask": Int16((1 << source.ctas) - 1)} if source.ctas > 1 else {}
     cute.copy(source.info.atom, origin, target, tma_bar_ptr=at, **to_all)
@@ -80,7 +80,7 @@ def store_box(to: Boxes, token: Int32, head: Int32 | int, block: Int32, slot: In
         block: The first block of columns.
         slot: Address in shared memory, a multiple of 1024.
     """
-    origin, target = _both_sides(to, token, head, block, slot)
+    origin, target = both_sides(to, (token, 0, block, head), slot)
     cute.copy(to.info.atom, origin, target)
 
 
@@ -96,13 +96,11 @@ def _boxes(how: Any, tensor: cute.Tensor, rows: int, blocks: int, ctas: int) -> 
     return Boxes(info, tensor.element_type, rows, blocks, ctas)
 
 
-def _both_sides(
-    boxes: Boxes, token: Int32, head: Int32 | int, block: Int32, slot: Int32
-) -> tuple[cute.Tensor, cute.Tensor]:
-    """A box in shared and in global memory, as the copy engine takes them."""
+def both_sides(boxes: Boxes, place: tuple[Int32 | int, ...], slot: Int32) -> tuple[cute.Tensor, cute.Tensor]:
+    """A box in shared memory, at `slot`, and in global memory, at `place` of the map, as the copy engine takes them."""
     tensor, layout = boxes.info.tma_tensor, boxes.info.smem_layout
     box = (boxes.rows, BLOCK_COLUMNS, boxes.blocks, 1)
-    there = cute.local_tile(cute.domain_offset((token, 0, block, head), tensor), box, (0, 0, 0, 0))
+    there = cute.local_tile(cute.domain_offset(place, tensor), box, (0, 0, 0, 0))
     pointer = cute.make_ptr(boxes.dtype, slot, cute.AddressSpace.smem, assumed_align=1024)
     here = cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype=boxes.dtype), layout.outer)
     sides: tuple[cute.Tensor, cute.Tensor] = cpasync.tma_partition(

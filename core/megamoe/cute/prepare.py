@@ -28,7 +28,7 @@ from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
 
 THREADS = 256
 _TILE_ROWS = 16
-_TILE_CODES, _TILE_SCALES = _TILE_ROWS * UNIT_K // 2, _TILE_ROWS * UNIT_K // BLOCK  # bytes of a unit
+_TILE_CODES = _TILE_ROWS * UNIT_K // 2  # bytes of a unit
 _LANE = _TILE_CODES // 2 // WARP  # bytes of codes that a lane writes for 64 k
 _PAIR = 2 * BLOCK  # k of a group of two blocks
 _PAIRS = UNIT_K // _PAIR

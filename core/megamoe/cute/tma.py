@@ -9,35 +9,15 @@ for the start; its origin lies a box before the tensor, where nothing is ever re
 
 from __future__ import annotations
 
-from typing import Any
-
 import cutlass
-from cutlass import Int32, Numeric, cute
+from cutlass import Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.nvgpu.warpgroup import SmemLayoutAtomKind, make_smem_layout_atom
 
-BLOCK_COLUMNS = 64  # of 16 bits: a row of 128 bytes, swizzled as in `wgmma`
+from megamoe.cute.multicast import BLOCK_COLUMNS, Boxes, both_sides
 
 
-class RowBoxes:
-    """Boxes of (rows, 64 columns) of one head of a (tokens, heads, D) tensor; made by `row_boxes`."""
-
-    def __init__(self, info: cpasync.TmaInfo, rows: int, dtype: type[Numeric]) -> None:
-        self.info, self.rows, self.dtype = info, rows, dtype
-
-    def __extract_mlir_values__(self) -> list[Any]:
-        values: list[Any] = self.info.__extract_mlir_values__()
-        return values
-
-    def __extract_mlir_attributes__(self) -> list[Any]:
-        attributes: list[Any] = self.info.__extract_mlir_attributes__()
-        return attributes
-
-    def __new_from_mlir_values__(self, values: list[Any]) -> RowBoxes:
-        return RowBoxes(self.info.__new_from_mlir_values__(values), self.rows, self.dtype)
-
-
-def row_boxes(tensor: cute.Tensor, rows: int) -> RowBoxes:
+def row_boxes(tensor: cute.Tensor, rows: int) -> Boxes:
     """A tensor map of a (tokens, heads, D) tensor of 16-bit values, D a multiple of 64; on the host, in the launcher.
 
     Args:
@@ -52,14 +32,11 @@ def row_boxes(tensor: cute.Tensor, rows: int) -> RowBoxes:
     block = cute.tile_to_shape(atom, (rows, BLOCK_COLUMNS), (0, 1))
     box = (rows, BLOCK_COLUMNS, 1, 1)
     staged = cute.append(cute.append(block, cute.make_layout(1)), cute.make_layout(1))
-    return RowBoxes(
-        cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), shifted, staged, box), rows, tensor.element_type
-    )
+    info = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), shifted, staged, box)
+    return Boxes(info, tensor.element_type, rows)
 
 
-def load_box(
-    boxes: RowBoxes, first: Int32, count: Int32, head: Int32, column: Int32, slot: Int32, barrier: Int32
-) -> None:
+def load_box(boxes: Boxes, first: Int32, count: Int32, head: Int32, column: Int32, slot: Int32, barrier: Int32) -> None:
     """Starts the copy of a box into shared memory; a whole warp. All its bytes count at the mbarrier, filled ones too.
 
     Args:
@@ -72,19 +49,6 @@ def load_box(
         barrier: Address of an mbarrier.
     """
     inside = cutlass.min(count, boxes.rows)
-    tensor = boxes.info.tma_tensor
-    place = cute.domain_offset((boxes.rows - inside, column, head, first + inside), tensor)
-    source = cute.local_tile(place, (boxes.rows, BLOCK_COLUMNS, 1, 1), (0, 0, 0, 0))
-    pointer = cute.make_ptr(boxes.dtype, slot, cute.AddressSpace.smem, assumed_align=1024)
-    layout = boxes.info.smem_layout
-    pointer = cute.recast_ptr(pointer, layout.inner, dtype=boxes.dtype)
-    target = cute.make_tensor(pointer, layout.outer)
-    to, origin = cpasync.tma_partition(
-        boxes.info.atom,
-        0,
-        cute.make_layout(1),
-        cute.group_modes(target, 0, 4),
-        cute.group_modes(source, 0, 4),
-    )
-    at = cute.make_ptr(cutlass.Int64, barrier, cute.AddressSpace.smem, assumed_align=8)
-    cute.copy(boxes.info.atom, origin, to, tma_bar_ptr=at)
+    target, origin = both_sides(boxes, (boxes.rows - inside, column, head, first + inside), slot)
+    at = cute.make_ptr(Int64, barrier, cute.AddressSpace.smem, assumed_align=8)
+    cute.copy(boxes.info.atom, origin, target, tma_bar_ptr=at)

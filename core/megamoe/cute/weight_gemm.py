@@ -30,13 +30,14 @@ from megamoe.cute.weight_pieces import (
     Piece,
     Shape,
     count_tiles,
-    expert_of,
+    exists,
+    init_orders,
     packed_start,
     piece_of,
-    pieces,
     slabs_of,
     stage_after,
     stages_of,
+    tell_piece,
     turn,
     warp_of_consumers,
 )
@@ -49,29 +50,27 @@ DECODED_UNIT = 2.0**7  # what one in the product of decoded weights stands for
 @cute.jit
 def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape]) -> None:
     """A producer warp fills the ring for all pieces of this CTA: the first two with tokens, the last with weights."""
-    total = pieces(base, operands, shape)
     lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
     mine = warp - (GROUP // WARP - shape.slabs)  # which slab
     number, turns = turn(shape, operands)
     first_stage, k_stages = stages_of(shape, operands)
     expert, stage, parity = Int32(0), Int32(0), Int32(1)
+    expert = tell_piece(base, number, expert, operands, shape)
     if warp < (0 if shape.direct else 2):
         cute.arch.griddepcontrol_wait()  # the tokens are packed; all else was there before `pack` let this grid start
-    while number < total:
-        if cutlass.const_expr(not shape.dense):
-            expert = expert_of(number, expert, base, operands, shape)
-        piece = piece_of(number, expert, base, operands, shape)
+    while exists(number, base, operands, shape):
+        piece = piece_of(number, base, operands, shape)
         if cutlass.const_expr(shape.direct):
             stage, parity = _produce_piece(base, piece, operands, stage, parity, shape)
         elif lane == 0:
-            place = Int64(expert * operands.slabs + piece.row_piece * shape.slabs + mine) * operands.k_stages
+            place = Int64(piece.expert * operands.slabs + piece.row_piece * shape.slabs + mine) * operands.k_stages
             place = place + first_stage
             codes = asm.address(operands.codes) + place * SLAB_CODES
             scales = asm.address(operands.scales) + place * SLAB_SCALES
             rows = piece.width * wgmma.ROW_BYTES
             block = Int64(operands.capacity) * wgmma.ROW_BYTES
             tokens = asm.address(operands.packed)
-            tokens = tokens + Int64(packed_start(piece.start, expert) + piece.first) * wgmma.ROW_BYTES
+            tokens = tokens + Int64(packed_start(piece.start, piece.expert) + piece.first) * wgmma.ROW_BYTES
             tokens = tokens + (2 * first_stage + warp) * block
             weights = (mine >= 0) & (mine < slabs_of(piece, operands, shape))
             size = arith.select(warp < 2, rows, Int32(0))
@@ -89,6 +88,7 @@ def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape])
                 stage, parity = stage_after(stage, parity, shape)
         stage, parity = cute.arch.shuffle_sync(stage, 0), cute.arch.shuffle_sync(parity, 0)
         number = number + turns
+        expert = tell_piece(base, number, expert, operands, shape)
 
 
 @cute.jit
@@ -237,13 +237,18 @@ def _first_words_if(tile: int, codes: Int32, scales: Int32, words: Sequence[Uint
 
 
 def _release(base: Int32, stage: Int32, condition: Int32, shape: Shape) -> None:
-    """Gives a stage back, one arrival a warp."""
-    barrier, lane = base + shape.barriers_at + stage * 16 + 8, cute.arch.lane_idx()
-    mine = asm.flag((lane < shape.cluster) & (condition != 0))
+    """Gives a stage back; all lanes arrive: racecheck orders only threads that do so themselves."""
+    barrier, there = base + shape.barriers_at + stage * 16 + 8, asm.flag(condition != 0)
     if shape.cluster > 1:
-        cluster.arrive_at_if(barrier, lane % shape.cluster, mine)  # any of the cluster may write there next
+        for rank in range(shape.cluster):
+            cluster.arrive_at_if(barrier, Int32(rank), there)  # any of the cluster may write there next
     else:
-        mbarrier.arrive_if(barrier, mine)
+        mbarrier.arrive_if(barrier, there)
+
+
+def _uniform(number: Int32) -> Int32:
+    """What all lanes have, in a uniform register; else ptxas works an address out anew in each turn of a loop."""
+    return Int32(asm.value(Int32, "redux.sync.min.s32 $0, $1, 0xffffffff;", number))
 
 
 def decode(raw: list[Uint32], step: int, masks: fragments.Masks) -> list[Uint32]:
@@ -270,10 +275,12 @@ def work(
     """
     thread, _, _ = cute.arch.thread_idx()
     base = asm.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
+    base = _uniform(base)
     if thread == 0:
         for stage in cutlass.range_constexpr(shape.stages):
             mbarrier.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
-            mbarrier.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS * shape.cluster)
+            mbarrier.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS * WARP * shape.cluster)
+        init_orders(base, shape)
         mbarrier.init_fence()
     cute.arch.griddepcontrol_launch_dependents()
     if cutlass.const_expr(shape.cluster > 1):
@@ -288,16 +295,13 @@ def work(
         produce(base, operands, shape)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-        total = pieces(base, operands, shape)
         number, turns = turn(shape, operands)
         _, k_stages = stages_of(shape, operands)
-        expert, stage, parity = Int32(0), Int32(0), Int32(0)
+        stage, parity = Int32(0), Int32(0)
         if cutlass.const_expr(shape.direct):
             cute.arch.griddepcontrol_wait()  # nor are alphas read, or results written, before
-        while number < total:
-            if cutlass.const_expr(not shape.dense):
-                expert = expert_of(number, expert, base, operands, shape)
-            piece = piece_of(number, expert, base, operands, shape)
+        while exists(number, base, operands, shape):
+            piece = piece_of(number, base, operands, shape)
             slabs = slabs_of(piece, operands, shape)
             factors = fetch(piece)
             for width in shape.widths:

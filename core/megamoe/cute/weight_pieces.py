@@ -1,7 +1,8 @@
 """How the work of `weight_gemm` is cut into pieces, and where in shared memory a CTA keeps what.
 
-A piece is 128 or 256 weight rows of an expert times up to `Shape.tokens` of its tokens. The CTAs take turns; where
-there are fewer pieces than SMs, several CTAs share the k of each (`Shape.split`).
+A piece is 128 or 256 weight rows of an expert times up to `Shape.tokens` of its tokens. Of several experts a CTA takes
+the next piece when it has loaded one: a producer warp counts, finds the piece, and tells the others in shared memory.
+Of one expert the CTAs take turns; where there are fewer pieces than SMs, several share the k of each (`Shape.split`).
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import math
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Constexpr, Int32, cute
+from cutlass import Boolean, Constexpr, Int32, cute
 
-from megamoe.cute import arith, smem
+from megamoe.cute import arith, asm, gmem, mbarrier, smem
 from megamoe.cute.multicast import Boxes
 from megamoe.cute.warp import WARP
 
@@ -29,7 +30,10 @@ TILE_CODES, TILE_SCALES = SLAB_CODES // SLAB_TILES, SLAB_SCALES // SLAB_TILES
 BLOCK_K = 64  # k of a swizzled row of activations
 TILES_TOGETHER = 8  # token tiles of one expert
 ALIGNMENT = 8  # packed rows of an expert start at its multiples, or the swizzle would not fit
-MAX_EXPERTS = 2 * THREADS
+ORDER_BITS = 4
+ORDERS = 1 << ORDER_BITS  # places for the pieces of a CTA: more than stages, so none is written before it was read
+ORDER_BYTES = 32  # a piece
+MAX_EXPERTS = 2 * THREADS  # a thread counts the tiles of two
 
 
 class Shape(NamedTuple):
@@ -113,7 +117,12 @@ class Shape(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Of a CTA."""
-        return self.counts_at + (0 if self.dense else 8 * (self.experts + 1))
+        return self.counts_at if self.dense else self.orders_at + ORDERS * (ORDER_BYTES + mbarrier.BARRIER_BYTES)
+
+    @property
+    def orders_at(self) -> int:
+        """Where the pieces that a CTA has taken are told, then an mbarrier for each; not if dense."""
+        return -(-(self.counts_at + 8 * (self.experts + 1)) // 16) * 16
 
 
 class Operands(NamedTuple):
@@ -125,7 +134,7 @@ class Operands(NamedTuple):
         packed: (padded k / 64, capacity, 64) bf16: see `pack`; if `Shape.direct` boxes of (`Shape.box` tokens, 64 k).
         offsets: (experts + 1,) int32.
         sums: fp32, room for `sums_of` each piece's parts; not touched unless `Shape.split`.
-        arrived: (pieces * CONSUMER_WARPS,) int32, zeros.
+        arrived: int32, zeros: (pieces * CONSUMER_WARPS,) if `Shape.split`; of experts (1,), how many pieces are taken.
         parts: CTAs that share a piece.
         rows: Tokens of the only expert; not read unless `Shape.dense`.
         tiles: Of those tokens.
@@ -247,6 +256,83 @@ def pieces(base: Int32, operands: Operands, shape: Shape) -> Int32:
     return smem.load4(base + shape.counts_at + operands.experts * 4) * operands.row_pieces(shape)
 
 
+def turn(shape: Shape, operands: Operands) -> tuple[Int32, Int32]:
+    """What `piece_of` calls this CTA's first piece, and how far on its next one is."""
+    if not shape.dense:
+        return Int32(0), Int32(1)
+    _, parts = share_of(shape, operands)
+    together = parts * shape.cluster
+    return cute.arch.block_idx()[0] // together, cute.arch.grid_dim()[0] // together
+
+
+def exists(number: Int32, base: Int32, operands: Operands, shape: Shape) -> Boolean:
+    """Whether this CTA has a piece called so; of several experts not before it has been told."""
+    if shape.dense:
+        return number < pieces(base, operands, shape)
+    mbarrier.wait(_told(base, number, shape), number >> ORDER_BITS & 1)
+    return smem.load4(_order(base, number, shape)) >= 0
+
+
+def piece_of(number: Int32, base: Int32, operands: Operands, shape: Shape) -> Piece:
+    """A piece that exists: of the only expert the number-th of all, of several experts the number-th of this CTA."""
+    if shape.dense:
+        return _dense_piece(number, operands, shape)
+    order = _order(base, number, shape)
+    words = [*smem.load_words(order, 4), *smem.load_words(order + 16, 2)]
+    return Piece(*(Int32(word) for word in words))
+
+
+@cute.jit
+def tell_piece(
+    base: Int32, number: Int32, expert: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape]
+) -> Int32:
+    """Warp 0 takes the number-th piece of this CTA and tells the others, or that there is none; nothing if dense.
+
+    Args:
+        base: Of the shared memory.
+        number: 0, 1 and so on; the first piece of a CTA is fixed.
+        expert: Of the piece before, for warp 0; the next one's is not before it.
+        operands: Of the kernel.
+        shape: Of the kernel.
+
+    Returns:
+        The piece's expert, for warp 0.
+    """
+    if cutlass.const_expr(not shape.dense):
+        lane, total, order = cute.arch.lane_idx(), pieces(base, operands, shape), _order(base, number, shape)
+        if cute.arch.warp_idx() == 0:
+            place, taken = cute.arch.block_idx()[0], Int32(0)
+            if number > 0:
+                if lane == 0:
+                    taken = gmem.count_round(asm.address(operands.arrived), total - 1)  # `total` times, so it ends at 0
+                place = cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(taken, 0)
+            if place < total:
+                expert = expert_of(place, expert, base, operands, shape)
+                piece = _expert_piece(place, expert, base, operands, shape)
+                if lane == 0:
+                    smem.store16(order, piece[:4])
+                    smem.store8(order + 16, piece[4:])
+            elif lane == 0:
+                smem.store4(order, Int32(-1))
+            if lane == 0:
+                mbarrier.arrive(_told(base, number, shape))
+    return expert
+
+
+def init_orders(base: Int32, shape: Shape) -> None:
+    """Makes the mbarriers of `tell_piece`; one thread does."""
+    for number in range(0 if shape.dense else ORDERS):
+        mbarrier.init(_told(base, Int32(number), shape), 1)
+
+
+def _order(base: Int32, number: Int32, shape: Shape) -> Int32:
+    return base + shape.orders_at + (number & ORDERS - 1) * ORDER_BYTES
+
+
+def _told(base: Int32, number: Int32, shape: Shape) -> Int32:
+    return base + (shape.orders_at + ORDERS * ORDER_BYTES) + (number & ORDERS - 1) * mbarrier.BARRIER_BYTES
+
+
 @cute.jit
 def expert_of(
     piece: Int32, expert: Int32, base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape]
@@ -263,10 +349,8 @@ def expert_of(
     return here
 
 
-def piece_of(number: Int32, expert: Int32, base: Int32, operands: Operands, shape: Shape) -> Piece:
-    """A piece of an expert: token tiles of the same weights are neighbours."""
-    if shape.dense:
-        return _dense_piece(number, operands, shape)
+def _expert_piece(number: Int32, expert: Int32, base: Int32, operands: Operands, shape: Shape) -> Piece:
+    """The number-th of all pieces, one of this expert: token tiles of the same weights are neighbours."""
     counts = base + shape.counts_at
     starts = counts + 4 * (shape.experts + 1)
     before, after = (smem.load4(counts + (expert + i) * 4) for i in range(2))
@@ -303,13 +387,6 @@ def _width_of(tokens: Int32, shape: Shape) -> Int32:
     for smaller in reversed(shape.widths[:-1]):
         width = arith.select(tokens <= smaller, Int32(smaller), width)
     return width
-
-
-def turn(shape: Shape, operands: Operands) -> tuple[Int32, Int32]:
-    """This CTA's first piece, and how many CTAs, or groups of them, take turns."""
-    _, parts = share_of(shape, operands)
-    together = parts * shape.cluster
-    return cute.arch.block_idx()[0] // together, cute.arch.grid_dim()[0] // together
 
 
 def slabs_of(piece: Piece, operands: Operands, shape: Shape) -> Int32:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 MAX_ROWS = 2**21  # of the result; with padding, and times K, they stay countable
-MAX_EXPERTS = 768  # a thread counts the tiles of one
+MAX_EXPERTS = 768  # that of `cute.weight_pieces`: a thread counts the tiles of two
 _LAYOUT = "hopper"
 _ROWS_OF_THREAD = 8  # of weights, which have one alpha
 

@@ -42,7 +42,7 @@ def run(a: Tensor | NVFP4Tensor, weights: NVFP4Tensor, offsets: Tensor, row_inde
     shape, ctas, sharing, tiles = cut(out.shape[0], weights, processors(out.device), dense=dense)
     split = sharing > 1
     sums = torch.empty(split * ctas * split_sums.sums_bytes(shape) // 4, dtype=torch.float32, device=out.device)
-    arrived = counters("weight_gemm", split * ctas // sharing * weight_pieces.CONSUMER_WARPS, out)
+    arrived = counters("weight_gemm", ctas // sharing * weight_pieces.CONSUMER_WARPS if split else 1, out)
     shape = _reading(shape, direct=shape.dense and isinstance(a, Tensor))
     tokens = a if shape.direct else pack_rows(a, offsets, row_index, out.shape[0], weights.shape[-1], shape)
     alpha = weights.global_scale_dec

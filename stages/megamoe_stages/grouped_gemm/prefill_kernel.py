@@ -7,7 +7,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from megamoe.cute import arith, asm, bf16, gmem, multicast, smem, weight_gemm
+from megamoe.cute import arith, asm, bf16, gmem, mbarrier, multicast, smem, weight_gemm
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
 from megamoe.cute.multicast import Boxes
@@ -17,7 +17,7 @@ from megamoe.cute.weight_pieces import CONSUMER_WARPS, GROUP, THREADS, Operands,
 
 _TURNED = 8 * 32 * 2  # bytes of 8 tokens by 32 columns, or of 16 by 16
 _STAGING = CONSUMER_WARPS * 2 * _TURNED
-SPARSE, NARROW, WIDE = EXPERTS = (
+EXPERTS = (  # for few rows an expert, some and many: see `prefill.width_class`
     Shape((8, 16, 24, 32, 40), 6, _STAGING),
     Shape((32, 40, 48, 56, 64), 6, _STAGING, guarded=True),
     Shape((96, 104, 128), 4, _STAGING),
@@ -173,7 +173,7 @@ def _meet(team: int) -> None:
     if team == 1:
         cute.arch.sync_warp()
     else:
-        cute.arch.barrier(barrier_id=1 + warp_of_consumers() // team, number_of_threads=team * WARP)
+        mbarrier.named_barrier(1 + warp_of_consumers() // team, team * WARP)
 
 
 def _column(piece: Piece, shape: Shape) -> Int32:

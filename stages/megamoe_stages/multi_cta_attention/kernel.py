@@ -14,7 +14,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from megamoe.cute import asm, copies, mbarrier, smem, softmax, tma, varlen
 from megamoe.cute.arith import Target
 from megamoe.cute.compiler import KernelSpec
-from megamoe.cute.tma import RowBoxes
+from megamoe.cute.multicast import Boxes
 from megamoe.cute.varlen import Sequences
 from megamoe.cute.warp import WARP
 from megamoe_stages.multi_cta_attention import attend
@@ -79,8 +79,8 @@ def rows_of(x: cute.Tensor) -> cute.Tensor:
 @cute.kernel
 def kernel(
     q: cute.Tensor,  # (queries * heads, D)
-    keys: RowBoxes,
-    values: RowBoxes,
+    keys: Boxes,
+    values: Boxes,
     cu_q: cute.Tensor,
     cu_k: cute.Tensor,
     sink: cute.Tensor,
@@ -131,7 +131,7 @@ def kernel(
 
 
 @cute.jit
-def load_tiles(keys: RowBoxes, values: RowBoxes, base: Int32, shape: Constexpr[Shape]) -> None:
+def load_tiles(keys: Boxes, values: Boxes, base: Int32, shape: Constexpr[Shape]) -> None:
     """Loads the keys and values of all tiles of rows, one tile of keys ahead of the values; one warp."""
     tiles = attend.tile_ring(base, shape)
     number, turn, going = Int32(0), Int32(0), Int32(1)
@@ -152,7 +152,7 @@ def load_tiles(keys: RowBoxes, values: RowBoxes, base: Int32, shape: Constexpr[S
 
 @cute.jit
 def load_tile(
-    boxes: RowBoxes,
+    boxes: Boxes,
     tile: Constexpr[varlen.Tile],
     step: Int32,
     turn: Int32,

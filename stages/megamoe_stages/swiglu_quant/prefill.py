@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megamoe.cute import compiler
 from megamoe.cute.compiler import KernelSpec
+from megamoe.cute.counters import counters
 from megamoe.cute.weight_pieces import Shape
 from megamoe.numerics.nvfp4 import BLOCK, NVFP4Tensor
 from megamoe_stages.grouped_gemm import prefill as gemm
@@ -52,7 +53,9 @@ def run(
     inputs = (weights.codes, weights.scales.view(torch.uint8), packed, offsets, alpha, dec)
     weight = alpha if row_weight is None else row_weight
     outputs = (out.codes, scales, out.global_scale_dec)
-    launch(*inputs, weight, enc, *outputs, parts, limit, gemm.processors(out.codes.device))
+    taken = counters("swiglu_gemm", 1, out.codes)
+    numbers = (parts, limit, gemm.processors(out.codes.device))
+    launch(*inputs, weight, enc, taken, *outputs, *numbers)
 
 
 def shape_for(rows: int, experts: int) -> Shape:
