@@ -43,6 +43,11 @@ def load_bulk(
         asm.effect(f"{text}.L2::cache_hint [$0], [$1], $2, [$3], $4;", slot, source, Int32(size), barrier, policy)
 
 
+def prefetch_bulk(source: Int64, size: Int32 | int) -> None:
+    """Asks for `size` bytes, all multiples of 16, to be brought from global memory into the L2."""
+    asm.effect("cp.async.bulk.prefetch.L2.global [$0], $1;", source, Int32(size))
+
+
 def evict_first() -> Int64:
     """The cache policy of data that is read once."""
     out: Int64 = asm.value(Int64, "createpolicy.fractional.L2::evict_first.b64 $0;")

@@ -33,7 +33,7 @@ SUMS_SLICE = COLUMNS * SUMS_ROW
 SUMS_BUFFER = SLICES * SUMS_SLICE
 ROWS = SUMS + 2 * SUMS_BUFFER
 SHARED_BYTES = 227 * 1024
-ROWS_OF_EXPERT = 2  # beyond so many, on average, the kernel for many rows is faster
+ROWS_OF_EXPERT = 2  # from so many on, on average, the kernel for many rows is faster, cool or at the power cap
 ROWS_OF_ALL = 64  # up to so many it has not the tiles to keep all SMs busy
 MAX_N = 2**19  # with MAX_ROWS and 132 CTAs, items counted times CTAs fit 32 bits
 MAX_ROWS = 4096  # with MAX_EXPERTS, an eighth of this makes fewer passes a CTA than MAX_PASSES from 10 CTAs on
@@ -46,7 +46,7 @@ def ring_stages(k: int, tiles: int) -> int:
 
 def takes(rows: int, experts: int, n: int, k: int) -> bool:
     """Whether few enough rows go to an expert, and they fit."""
-    few = rows <= max(ROWS_OF_EXPERT * experts, ROWS_OF_ALL)
+    few = rows < ROWS_OF_EXPERT * experts or rows <= ROWS_OF_ALL
     return few and not refuses({"experts": experts, "rows": rows, "n": n, "k": k})
 
 

@@ -108,26 +108,51 @@ def _produce_piece(
     codes = asm.address(operands.codes) + place * SLAB_CODES
     scales = asm.address(operands.scales) + place * SLAB_SCALES
     weights = (mine >= 0) & (mine < slabs_of(piece, operands, shape))
-    size = arith.select(warp < 2, piece.width * wgmma.ROW_BYTES, Int32(0))
+    rows = piece.width * wgmma.ROW_BYTES
+    size = arith.select(warp < (1 if shape.halves else 2), rows, Int32(0))
     size = size + arith.select(weights, Int32(SLAB_CODES + SLAB_SCALES), Int32(0))
-    block = 2 * first_stage + warp
-    rank = cute.arch.block_idx()[0] % shape.cluster
+    block = 2 * first_stage + (0 if shape.halves else warp)
+    if weights & (lane == 0):
+        soon = cutlass.min(k_stages, shape.stages)
+        if cutlass.const_expr(shape.ahead):  # not loaded: the grid before may have written them
+            copies.prefetch_bulk(codes, SLAB_CODES * soon)
+            copies.prefetch_bulk(scales, SLAB_SCALES * soon)
     cute.arch.griddepcontrol_wait()  # there is no `pack` that did
     for _ in cutlass.range(k_stages, unroll=1):
         full = base + shape.barriers_at + stage * 16
         at = base + stage * shape.stage_bytes
         mbarrier.wait(full + 8, parity)
         mbarrier.expect_if(full, size, lane == 0)
-        if warp < 2:
-            for i in cutlass.range_constexpr(shape.tokens // shape.box):
-                if (i * shape.box < piece.width) & (i % shape.cluster == rank):
-                    slot = at + warp * (shape.weights_at // 2) + i * (shape.box * wgmma.ROW_BYTES)
-                    multicast.load_box(operands.packed, piece.first + i * shape.box, Int32(0), block, slot, full)
+        if cutlass.const_expr(shape.halves):
+            if warp == 0:  # the same warp, or the halves would come together
+                second = base + shape.seconds_at + stage * 8
+                mbarrier.expect_if(second, rows, lane == 0)
+                _copy_boxes(operands, piece, block, at, full, shape)
+                _copy_boxes(operands, piece, block + 1, at + shape.weights_at // 2, second, shape)
+        elif warp < 2:
+            _copy_boxes(operands, piece, block, at + warp * (shape.weights_at // 2), full, shape)
         if weights & (lane == 0):
             _copy_slab(codes, scales, mine, at, full, shape)
         codes, scales, block = codes + SLAB_CODES, scales + SLAB_SCALES, block + 2
         stage, parity = stage_after(stage, parity, shape)
     return stage, parity
+
+
+@cute.jit
+def _copy_boxes(
+    operands: Constexpr[Operands],
+    piece: Constexpr[Piece],
+    block: Int32,
+    slot: Int32,
+    full: Int32,
+    shape: Constexpr[Shape],
+) -> None:
+    """Starts the copies of the tokens of 64 k that this CTA brings; a whole warp."""
+    rank = cute.arch.block_idx()[0] % shape.cluster
+    for i in cutlass.range_constexpr(shape.tokens // shape.box):
+        if (i * shape.box < piece.width) & (i % shape.cluster == rank):
+            to = slot + i * (shape.box * wgmma.ROW_BYTES)
+            multicast.load_box(operands.packed, piece.first + i * shape.box, Int32(0), block, to, full)
 
 
 def _copy_slab(codes: Int64, scales: Int64, number: Int32, stage: Int32, full: Int32, shape: Shape) -> None:
@@ -187,6 +212,8 @@ def accumulate(
                 sums[t] = wgmma.mma(sums[t], left[4 * i : 4 * i + 4], b)
             wgmma.commit()
             wgmma.wait(shape.in_flight)
+            if cutlass.const_expr(shape.halves and group == STEPS // 2 * tiles - 1):
+                mbarrier.wait(base + shape.seconds_at + stage * 8, parity)
             if cutlass.const_expr(group == shape.in_flight - 1):
                 _release(base, before, started, shape)  # its last group is done
             if cutlass.const_expr(step == STEPS - 1):
@@ -280,6 +307,8 @@ def work(
         for stage in cutlass.range_constexpr(shape.stages):
             mbarrier.init(base + shape.barriers_at + stage * 16, GROUP // WARP)
             mbarrier.init(base + shape.barriers_at + stage * 16 + 8, CONSUMER_WARPS * WARP * shape.cluster)
+            if cutlass.const_expr(shape.halves):
+                mbarrier.init(base + shape.seconds_at + stage * 8, 1)
         init_orders(base, shape)
         mbarrier.init_fence()
     cute.arch.griddepcontrol_launch_dependents()

@@ -47,10 +47,14 @@ class Shape(NamedTuple):
         tiles: Of 16 weight rows, of a consumer warp.
         experts: Most there may be.
         split: CTAs may share the k of a piece.
-        in_flight: Groups of products that may run while an operand is decoded; with two tiles ptxas lets only one.
+        in_flight: Groups of products that may run while an operand is decoded; with two tiles, or `halves`, ptxas lets
+            only one.
         direct: Activations come as they are, by a tensor map; else `pack` has brought them in order.
         guarded: A piece's last stage does not load words again that nobody needs; faster or slower, see NOTES.
         cluster: CTAs, neighbours in weight rows, that bring the tokens of their pieces together; 1 unless `direct`.
+        halves: The first and the second 64 k of a stage's tokens come one behind the other, and products do not wait
+            for the second; only if `direct`.
+        ahead: The first weights are asked into the L2 before the grid before has ended, if `direct`.
     """
 
     widths: tuple[int, ...]
@@ -63,6 +67,8 @@ class Shape(NamedTuple):
     direct: bool = False
     guarded: bool = False
     cluster: int = 1
+    halves: bool = False
+    ahead: bool = False
 
     @property
     def dense(self) -> bool:
@@ -112,6 +118,11 @@ class Shape(NamedTuple):
     @property
     def counts_at(self) -> int:
         """Where the numbers of token tiles before each expert start; the experts' first rows follow; not if dense."""
+        return self.seconds_at + (self.stages * 8 if self.halves else 0)
+
+    @property
+    def seconds_at(self) -> int:
+        """Where the mbarriers of the second halves of stages' tokens start; only if `halves`."""
         return self.barriers_at + self.stages * 16
 
     @property

@@ -22,7 +22,8 @@ FEW_TOKENS = 64  # of a piece for one expert, up to which the tensor cores are n
 STAGE_CLOCKS, TOKEN_CLOCKS = (475, 100), (6.5, 8)  # of a stage, and of each of its tokens; the same beyond FEW_TOKENS
 SPLIT_CLOCKS = 20  # more for a stage of those that may be shared
 SHARE_CLOCKS, PART_CLOCKS, SUMS_CLOCKS = 3000, 150, 10  # of a piece that is shared, its parts, their tokens
-CLUSTER_TURNS, CLUSTER_GAIN = 3, 0.01  # of all CTAs, from which on clusters gain so much; before they lose as much
+CLUSTER_TURNS, CLUSTER_TILES = 3, 8  # of all CTAs, and of tokens, from either of which on clusters gain,
+CLUSTER_GAIN = 0.01  # and how much; before they lose as much
 MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
 
 
@@ -120,7 +121,8 @@ def _dense_cut(rows: int, n: int, stages: int, sms: int) -> Cut:
             if sharing > 1:
                 clocks += SHARE_CLOCKS + (PART_CLOCKS + SUMS_CLOCKS * width) * sharing
             if shape.cluster > 1:
-                clocks *= 1 - CLUSTER_GAIN if turns >= CLUSTER_TURNS else 1 + CLUSTER_GAIN
+                gains = turns >= CLUSTER_TURNS or tiles >= CLUSTER_TILES
+                clocks *= 1 - CLUSTER_GAIN if gains else 1 + CLUSTER_GAIN
             found.append((clocks, Cut(shape, ctas, sharing, tiles)))
     return min(found, key=lambda pair: pair[0])[1]
 
@@ -145,7 +147,7 @@ def width_class(rows: int, experts: int) -> int:
 
 def _reading(shape: Shape, *, direct: bool) -> Shape:
     """A shape whose activations come as they are, or packed; the latter no cluster shares."""
-    return shape._replace(direct=True) if direct else shape._replace(cluster=1)
+    return shape._replace(direct=True) if direct else shape._replace(cluster=1, halves=False, ahead=False)
 
 
 @functools.cache

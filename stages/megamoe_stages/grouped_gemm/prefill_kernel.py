@@ -26,15 +26,16 @@ _NARROW, _MEDIUM = (  # for one expert, whose pieces may be too few for all SMs
     Shape((16, 32, 64), 8, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
     Shape((96, 128), 5, _STAGING, tiles=1, experts=1, split=True, in_flight=3),
 )
-_LONG = Shape((256,), 3, _STAGING // 2, tiles=1, experts=1, in_flight=3, guarded=True)
+_LONG = Shape((152,), 4, _STAGING, tiles=1, experts=1, in_flight=3, guarded=True)
+_LONGEST = Shape((256,), 3, _STAGING // 2, tiles=1, experts=1, guarded=True, halves=True)
 _WIDE = Shape((152,), 3, _STAGING, experts=1, guarded=True)
 DENSE = (
     _NARROW,
     _MEDIUM,
-    _LONG._replace(widths=(152,), stages=4, staging=_STAGING),
-    _LONG._replace(widths=(192,), staging=_STAGING),
     _LONG,
-    _LONG._replace(cluster=2),
+    _LONG._replace(widths=(192,), stages=3),
+    _LONGEST._replace(ahead=True),
+    _LONGEST._replace(cluster=2),
     _WIDE._replace(widths=(144,), stages=4, cluster=2),
     _WIDE,
 )
