@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -301,7 +302,7 @@ class Machine:
     def name_of(self, serial: int) -> str:
         """A warp, in words; it may have exited."""
         cta, index = divmod(serial, self._warps_per_cta)
-        number, rank = divmod(cta, _count(self.launch.cluster))
+        number, rank = divmod(cta, math.prod(self.launch.cluster))
         return f"{index} of CTA {self._place(self._started[number], rank)}"
 
     def address_of(self, symbol: Symbol, warp: Warp) -> int:
@@ -367,7 +368,7 @@ class Machine:
         origin = next(self._origins, None)
         if origin is None:
             return False
-        number, count = len(self._started), _count(self.launch.cluster)
+        number, count = len(self._started), math.prod(self.launch.cluster)
         struct = self._core.emu_cluster_new(count, self._warps_per_cta, self.launch.threads, number)
         self._started.append(origin)
         self.clusters[number] = cluster = Cluster(number, origin, self.launch.cluster, struct)
@@ -384,7 +385,7 @@ class Machine:
         index, warps = self._place(cluster.origin, rank), self._warps_per_cta
         data = self._room(self.shared_bytes)
         name, base = f"shared memory of CTA {index}", (rank << 24) + SHARED_BASE
-        shared = memory.region(name, base, data, initialised=False, stamped=_count(self.launch.cluster) > 1)
+        shared = memory.region(name, base, data, initialised=False, stamped=math.prod(self.launch.cluster) > 1)
         cta = CTA(self, cluster, index, rank, shared)
         cta.struct = self._core.emu_cta_new(cluster.struct, rank, warps, *shared.pointers, self.shared_bytes)
         cluster.ctas.append(cta)
@@ -576,10 +577,6 @@ class Machine:
             region=region,
             stop=stop,
         )
-
-
-def _count(size: Dim3) -> int:
-    return size[0] * size[1] * size[2]
 
 
 @functools.cache
