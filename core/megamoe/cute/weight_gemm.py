@@ -49,7 +49,10 @@ DECODED_UNIT = 2.0**7  # what one in the product of decoded weights stands for
 
 @cute.jit
 def produce(base: Int32, operands: Constexpr[Operands], shape: Constexpr[Shape]) -> None:
-    """A producer warp fills the ring for all pieces of this CTA: the first two with tokens, the last with weights."""
+    """A producer warp fills the ring for all pieces of this CTA.
+
+    The first two bring tokens, if `Shape.halves` the first one alone; the last ones weights.
+    """
     lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
     mine = warp - (GROUP // WARP - shape.slabs)  # which slab
     number, turns = turn(shape, operands)
@@ -301,8 +304,7 @@ def work(
         shape: How the work is cut.
     """
     thread, _, _ = cute.arch.thread_idx()
-    base = asm.address(cute.arch.get_dyn_smem(Uint8, alignment=1024))
-    base = _uniform(base)
+    base = _uniform(asm.address(cute.arch.get_dyn_smem(Uint8, alignment=1024)))
     if thread == 0:
         for stage in cutlass.range_constexpr(shape.stages):
             mbarrier.init(base + shape.barriers_at + stage * 16, GROUP // WARP)

@@ -54,7 +54,8 @@ class Shape(NamedTuple):
         cluster: CTAs, neighbours in weight rows, that bring the tokens of their pieces together; 1 unless `direct`.
         halves: The first and the second 64 k of a stage's tokens come one behind the other, and products do not wait
             for the second; only if `direct`.
-        ahead: The first weights are asked into the L2 before the grid before has ended, if `direct`.
+        ahead: A piece's first weights are asked into the L2 before its first stage is free, those of a CTA's first
+            piece while the grid before may still run; only if `direct`.
     """
 
     widths: tuple[int, ...]
@@ -145,7 +146,7 @@ class Operands(NamedTuple):
         packed: (padded k / 64, capacity, 64) bf16: see `pack`; if `Shape.direct` boxes of (`Shape.box` tokens, 64 k).
         offsets: (experts + 1,) int32.
         sums: fp32, room for `sums_of` each piece's parts; not touched unless `Shape.split`.
-        arrived: int32, zeros: (pieces * CONSUMER_WARPS,) if `Shape.split`; of experts (1,), how many pieces are taken.
+        arrived: int32, zeros: (pieces * CONSUMER_WARPS,) if `Shape.split`; of experts (1,): see `tell_piece`.
         parts: CTAs that share a piece.
         rows: Tokens of the only expert; not read unless `Shape.dense`.
         tiles: Of those tokens.
@@ -299,6 +300,9 @@ def tell_piece(
 ) -> Int32:
     """Warp 0 takes the number-th piece of this CTA and tells the others, or that there is none; nothing if dense.
 
+    Each CTA counts once for each piece beyond its first and once for finding none, a CTA without a first piece never:
+    in all as often as there are pieces, so that the counter, which goes from `total - 1` to 0, ends where it began.
+
     Args:
         base: Of the shared memory.
         number: 0, 1 and so on; the first piece of a CTA is fixed.
@@ -315,7 +319,7 @@ def tell_piece(
             place, taken = cute.arch.block_idx()[0], Int32(0)
             if number > 0:
                 if lane == 0:
-                    taken = gmem.count_round(asm.address(operands.arrived), total - 1)  # `total` times, so it ends at 0
+                    taken = gmem.count_round(asm.address(operands.arrived), total - 1)
                 place = cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(taken, 0)
             if place < total:
                 expert = expert_of(place, expert, base, operands, shape)

@@ -194,12 +194,24 @@ _HOPPER_CASES: dict[str, Case] = {
     "integers-one-expert-unaligned": _hopper(values="integers", rows=(300,), n=1100, k=256, alphas=None),
     "one-hot-one-expert-nvfp4": _hopper(values="one_hot", rows=(70,), n=320, k=1024, a="nvfp4", alphas=2, indexed=True),
     "integers-one-expert-many-rows": _hopper(values="integers", rows=(4500,), n=1600, k=256, gpu_only=True),
-    # On 132 SMs these and the one before take each shape that only many rows have, with tails in every dimension.
+    "integers-one-expert-600-rows-bf16": _hopper(values="integers", rows=(600,), n=1104, k=384, alphas=3),
+    # On 132 SMs these and those before take each shape of one expert with bf16 and with NVFP4 activations, with tails.
+    "integers-one-expert-many-rows-nvfp4": _hopper(
+        values="integers", rows=(4500,), n=1600, k=256, a="nvfp4", gpu_only=True
+    ),
     "integers-one-expert-clusters": _hopper(values="integers", rows=(2000,), n=8000, k=8192, gpu_only=True),
     "integers-one-expert-wide-clusters": _hopper(values="integers", rows=(5500,), n=4648, k=448, gpu_only=True),
+    "integers-one-expert-wide-clusters-nvfp4": _hopper(
+        values="integers", rows=(5500,), n=4648, k=448, a="nvfp4", gpu_only=True
+    ),
     "integers-one-expert-two-turns": _hopper(values="integers", rows=(1000,), n=8104, k=448, gpu_only=True),
+    "integers-one-expert-two-turns-nvfp4": _hopper(
+        values="integers", rows=(1000,), n=8104, k=448, a="nvfp4", gpu_only=True
+    ),
     "integers-one-expert-one-turn": _hopper(values="integers", rows=(2000,), n=1500, k=448, a="nvfp4", gpu_only=True),
+    "integers-one-expert-one-turn-bf16": _hopper(values="integers", rows=(1900,), n=1500, k=448, gpu_only=True),
     "integers-one-expert-wide": _hopper(values="integers", rows=(2100,), n=7144, k=448, alphas=2, gpu_only=True),
+    "integers-one-expert-wide-nvfp4": _hopper(values="integers", rows=(2100,), n=7144, k=448, a="nvfp4", gpu_only=True),
     "one-expert-100-rows": _hopper(rows=(100,), n=512, k=4096, a="nvfp4"),
     "nonfinite": _hopper(values="nonfinite"),
     "all-experts-live": _hopper(rows=tuple(1 + e % 3 for e in range(256)), n=64, k=256, a="nvfp4", indexed=True),

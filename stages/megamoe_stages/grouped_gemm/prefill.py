@@ -24,6 +24,7 @@ SPLIT_CLOCKS = 20  # more for a stage of those that may be shared
 SHARE_CLOCKS, PART_CLOCKS, SUMS_CLOCKS = 3000, 150, 10  # of a piece that is shared, its parts, their tokens
 CLUSTER_TURNS, CLUSTER_TILES = 3, 8  # of all CTAs, and of tokens, from either of which on clusters gain,
 CLUSTER_GAIN = 0.01  # and how much; before they lose as much
+GROUPS_IN_FLIGHT = 3  # of a tile whose tokens do not come in halves
 MOST_ROWS = (30, 56)  # of an expert on average, for the two narrower shapes
 
 
@@ -146,8 +147,11 @@ def width_class(rows: int, experts: int) -> int:
 
 
 def _reading(shape: Shape, *, direct: bool) -> Shape:
-    """A shape whose activations come as they are, or packed; the latter no cluster shares."""
-    return shape._replace(direct=True) if direct else shape._replace(cluster=1, halves=False, ahead=False)
+    """A shape whose activations come as they are, or packed; those no cluster shares, nor do they come in halves."""
+    if direct:
+        return shape._replace(direct=True)
+    in_flight = GROUPS_IN_FLIGHT if shape.halves else shape.in_flight
+    return shape._replace(cluster=1, halves=False, ahead=False, in_flight=in_flight)
 
 
 @functools.cache
