@@ -35,12 +35,24 @@ POLL = "W{0}: ld.{1}.global.b32 %r11, [%d2+{2}]; setp.lt.u32 %p4, %r11, {3}; @%p
 
 def produce(told: str, heard: str, enough: int = 1) -> str:
     """CTA 0 tells, CTA 1 waits until it hears it, by all its threads."""
-    return f"{CONSUMER} @%p3 bra HEAR; {told} bra MEET; HEAR: {POLL.format(0, heard, 0, enough)} MEET:"
+    return until(told, POLL.format(0, heard, 0, enough))
+
+
+def until(told: str, poll: str) -> str:
+    """The same, with what CTA 1 waits by."""
+    return f"{CONSUMER} @%p3 bra HEAR; {told} bra MEET; HEAR: {poll} MEET:"
 
 
 BY_WARP = """bar.warp.sync -1; and.b32 %r7, %r1, 31; setp.eq.u32 %p5, %r7, 0; shr.u32 %r8, %r1, 5;
     mul.wide.u32 %d8, %r8, 4; add.s64 %d8, %d2, %d8; mov.u32 %r11, 0; @%p5 atom.{}.gpu.global.inc.u32 %r11, [%d8], 1;
     shfl.sync.idx.b32 %r11, %r11, 0, 31, -1; setp.eq.u32 %p2, %r11, 1;"""
+# A vector is accesses of its elements (PTX ISA 8.2.2). Nothing here reads half of a scalar: to synchronize, two would
+# have to overlap completely (8.7), which the emulator does not look at.
+VECTOR = "bar.sync 0; {} @%p1 st.{}.gpu.global.v{}.b{} [%d2], {{{}}};"
+LAST = POLL.format(0, "acquire.gpu", "{}", 1)
+LAST_B64 = LAST.replace("b32 %r11", "b64 %d9").replace("u32 %p4, %r11", "u64 %p4, %d9")
+# A vector of each thread, of 32 bytes.
+EACH_ITS_OWN = "mul.wide.u32 %d8, %r1, 32; add.s64 %d8, %d2, %d8; add.s64 %d8, %d8, 31; and.b64 %d8, %d8, -32;"
 FLAGGED = """bar.sync 0; {count} @%p1 st.{told}.cta.shared.b32 [%r20], %r11;
     W: ld.{heard}.cta.shared.b32 %r11, [%r20]; setp.gt.u32 %p4, %r11, 1; @%p4 bra W; setp.eq.u32 %p2, %r11, 1;"""
 ACQ_REL, RELAXED = COUNT.format("acq_rel.gpu"), COUNT.format("relaxed.gpu")
@@ -61,6 +73,25 @@ ORDERED = {
         f"bar.sync 0; {FENCE} {SET.format('st.relaxed.gpu', '')}", "relaxed.gpu"
     ) + "fence.acq_rel.gpu;",
     "volatile, with fences": produce(f"bar.sync 0; {FENCE} {SET.format('st.volatile', '')}", "volatile") + "membar.gl;",
+    "element 1 of v2.b32": until(VECTOR.format("", "release", 2, 32, "0, 1"), LAST.format(4)),
+    "element 3 of v4.b32": until(VECTOR.format("", "release", 4, 32, "0, 0, 0, 1"), LAST.format(12)),
+    "element 1 of v2.b64": until(VECTOR.format("", "release", 2, 64, "0, 1"), LAST_B64.format(8)),
+    "element 1 of v2.b32, with fences": until(
+        VECTOR.format(FENCE, "relaxed", 2, 32, "0, 1"), POLL.format(0, "relaxed.gpu", 4, 1)
+    ) + "fence.acq_rel.gpu;",
+    "element 1 of red.v2": until(
+        "bar.sync 0; @%p1 red.release.gpu.global.add.v2.f32 [%d2], {0f3f800000, 0f3f800000};", LAST.format(4)
+    ),
+    "st, and element 1 of ld.v2": until(
+        "bar.sync 0; @%p1 st.release.gpu.global.b32 [%d2+4], 1;",
+        LAST.replace("b32 %r11", "v2.b32 {{%r12, %r11}}").format(0),
+    ),
+    "element 7 of v8.b32, one a thread": EACH_ITS_OWN + until(
+        "st.release.gpu.global.v8.b32 [%d8], {0, 0, 0, 0, 0, 0, 0, 1};", LAST.replace("%d2", "%d8").format(28)
+    ),
+    "b64, and b64": until(
+        "bar.sync 0; @%p1 red.release.gpu.global.add.u64 [%d2], 4294967296;", LAST_B64.format(0)
+    ),
 }  # fmt: skip
 UNORDERED = {
     "nothing": "mov.pred %p2, 1;",
@@ -83,6 +114,8 @@ UNORDERED = {
     "a store behind it": f"bar.sync 0; {ACQ_REL} {SHARE} {STORE}",
     "another word": produce(f"bar.sync 0; {SET.format('st.release.gpu', '')}", "relaxed.gpu")
     + POLL.format(1, "acquire.gpu", 4, 0),
+    "a word behind a vector": until(VECTOR.format("", "release", 2, 32, "1, 1"), POLL.format(0, "relaxed.gpu", 4, 1))
+    + POLL.format(1, "acquire.gpu", 8, 0),
     "red and ld, relaxed": produce("bar.sync 0; @%p1 red.relaxed.gpu.global.add.u32 [%d2], 1;", "acquire.gpu"),
     "st and ld, relaxed": produce(f"bar.sync 0; {SET.format('st.release.gpu', '')}", "relaxed.gpu"),
     "volatile": produce(f"bar.sync 0; {SET.format('st.volatile', '')}", "volatile"),
@@ -104,7 +137,7 @@ def exchange(
     ptx = kernel(BODY.format(store=store, tell=tell, load=load), parameters, ".shared .b32 told;", 64)
     first = f"mov.u32 %r11, 2; st.shared.b32 [%r20], %r11; bar.sync 0; {store[:2]}"
     ptx = ptx.replace(store[:2], first, 1) if "cta.shared" in tell else ptx  # a flag that no CTA sets
-    sums, flag, out = np.zeros((ctas, 64), np.uint32), np.zeros(4, np.uint32), np.zeros(64, np.uint32)
+    sums, flag, out = np.zeros((ctas, 64), np.uint32), np.zeros(520, np.uint32), np.zeros(64, np.uint32)
     return ptxemu.emulate(ptx, ctas, [sums, flag, out], policy=policy, seed=seed, cluster=cluster), out
 
 

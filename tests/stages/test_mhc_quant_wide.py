@@ -136,7 +136,7 @@ def test_hidden_dims_decide_which_kernel_computes_them() -> None:
     assert all(isinstance(launch.cut(hidden), narrow_places.Shape) for hidden in (16, 208, *limits.NARROW))
 
 
-@pytest.mark.parametrize("found", [0, 8])
+@pytest.mark.parametrize("found", [0, 1])
 def test_a_device_without_room_for_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch, found: int) -> None:
     info = SimpleNamespace(get_max_active_clusters=lambda ctas: found)
     monkeypatch.setattr(cutlass.utils, "HardwareInfo", lambda index: info)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -172,19 +174,45 @@ def loads(lengths: list[int], kv_heads: int) -> list[float]:
     most, together, clusters = numbers.tolist()
     assert clusters == 66
     line = sorted((i for length in lengths for i in range(-(-length // (2 * ROWS)))), reverse=True)  # by levels
+    taken = taken_by_clusters(kv_heads, len(line), most, together, clusters)
+    return [sum(2 * (line[piece] + 1) + 2.6 for _, piece in own) for own in taken]
+
+
+def taken_by_clusters(
+    kv_heads: int, pieces: int, most: int, together: int, clusters: int
+) -> list[list[tuple[int, int]]]:
+    """The kv heads and numbers of the pieces that each cluster has, as `piece_of` finds them: all of them, each once.
+
+    Args:
+        kv_heads: Of the keys.
+        pieces: That a kv head has.
+        most: That it can have.
+        together: Kv heads whose pieces come together; divides all.
+        clusters: Of the launch.
+    """
     turns = -(-most * together // clusters)
     number_at: Callable[..., Any] = turn_at  # plain ints here
     numbers_of: Callable[..., Order] = Order
     order = numbers_of(*map(Divisor, (most, together, clusters, turns)), kv_heads // together * turns)
-    done, count = [0.0] * clusters, 0
-    for cluster in range(clusters):
-        for turn in range(kv_heads // together * turns):
-            _, number = number_at(turn, cluster, order)
-            if number // together < len(line):
-                done[cluster] += 2 * (line[number // together] + 1) + 2.6
-                count += 1
-    assert count == kv_heads * len(line)
-    return done
+    taken: list[list[tuple[int, int]]] = [[] for _ in range(clusters)]
+    for cluster, turn in itertools.product(range(clusters), range(order.all_turns)):
+        several, number = number_at(turn, cluster, order)
+        piece, head = divmod(number, together)
+        if piece < pieces:
+            taken[cluster].append((several * together + head, piece))
+    every = list(itertools.product(range(kv_heads), range(pieces)))
+    assert sorted(itertools.chain.from_iterable(taken)) == every  # a list: one that two clusters have shows too
+    return taken
+
+
+def test_every_piece_of_every_head_is_taken_once() -> None:
+    """Also where clusters do not divide the pieces, or there are more of them than pieces come together."""
+    chosen = random.Random(0)
+    for _ in range(400):
+        kv_heads, most = chosen.randint(1, 24), chosen.randint(1, 90)
+        together = chosen.choice([n for n in range(1, kv_heads + 1) if kv_heads % n == 0])
+        clusters = chosen.randint(1, min(kv_heads * most, 80))
+        taken_by_clusters(kv_heads, chosen.randint(0, most), most, together, clusters)
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,8 @@ static Outcome op_atom(Machine *m, Warp *w, const Ins *i, u32 mask) {
     int space = (int)(i->aux >> SPACE_SHIFT & 3), shared = space == SPACE_SHARED;
     Outcome r = reach(m, w, i, mask, space, address, size * n, ACCESS_UPDATE, STRONG, place);
     if (r != NEXT) return r;
-    order_read(m, w, mask, space, address, i->aux);
-    order_write(m, w, i, mask, space, address, i->aux);
+    order_read(m, w, mask, space, address, size * n, i->aux);
+    order_write(m, w, i, mask, space, address, size * n, i->aux);
     EACH_LANE if (mask >> l & 1) for (u32 k = 0; k < n; k++) {
         u64 old = 0, b = 0, c = 0;
         memcpy(&old, place[l] + size * k, size);

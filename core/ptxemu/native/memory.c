@@ -144,7 +144,7 @@ static Outcome op_ld(Machine *m, Warp *w, const Ins *i, u32 mask) {
     u32 n = i->count - 1u, element = i->aux & ELEMENT, room = i->aux >> ROOM_SHIFT & 15;
     addresses(w, i, (int)n, !!(i->aux & NARROW), address);
     int space = (int)(i->aux >> SPACE_SHIFT & 3);
-    if (i->aux & STRONG) order_read(m, w, mask, space, address, i->aux);
+    if (i->aux & STRONG) order_read(m, w, mask, space, address, element * n, i->aux);
     Outcome r = reach(m, w, i, mask, space, address, element * n, ACCESS_LOAD, i->aux, place);
     if (r != NEXT) return r;
     if (m->touch_start && (space == SPACE_SHARED || (space == SPACE_GENERIC && (address[first_lane(mask)] & WINDOW_MASK) == SHARED_WINDOW))) {
@@ -183,7 +183,7 @@ static Outcome op_st(Machine *m, Warp *w, const Ins *i, u32 mask) {
     int space = (int)(i->aux >> SPACE_SHIFT & 3);
     Outcome r = reach(m, w, i, mask, space, address, element * n, ACCESS_STORE, i->aux, place);
     if (r != NEXT) return r;
-    if (i->aux & STRONG) order_write(m, w, i, mask, space, address, i->aux);
+    if (i->aux & STRONG) order_write(m, w, i, mask, space, address, element * n, i->aux);
     for (u32 k = 0; k < n; k++) {
         const u8 *s = SRC(u8, k + 1);
         EACH_LANE if (mask >> l & 1) memcpy(place[l] + element * k, s + (u32)l * room, element);

@@ -152,12 +152,16 @@ static int is_global(int space, u64 address) {
     u64 window = address & WINDOW_MASK;
     return space == SPACE_GLOBAL || (space == SPACE_GENERIC && window != SHARED_WINDOW && window != LOCAL_WINDOW);
 }
-/* The words of global memory that lanes touch, each once where lanes in a row have the same. */
-static u32 global_words(u32 mask, int space, const u64 *address, u64 *words) {
-    u32 count = 0;
+/* The words of global memory that lanes touch, each once where lanes in a row have the same. All words of an access count:
+   a vector stands for accesses of its elements (8.2.2). That two accesses must overlap completely (8.7) is not looked at.
+   `bytes` gives their number, not the last byte: a load comes here before its address is known to be aligned. */
+enum { MOST_WORDS = 16 }; /* of a lane: eight elements of 64 bits, more than PTX has */
+static u32 global_words(u32 mask, int space, const u64 *address, u32 bytes, u64 *words) {
+    u32 count = 0, each = (bytes + 3) / 4;
     for (u32 left = mask; left; left &= left - 1) {
         u64 word = address[first_lane(left)] & ~3ull;
-        if (is_global(space, word) && (!count || words[count - 1] != word)) words[count++] = word;
+        if (!is_global(space, word) || (count && words[count - each] == word)) continue;
+        for (u32 k = 0; k < each; k++) words[count++] = word + 4 * k;
     }
     return count;
 }
@@ -206,25 +210,25 @@ void order_see(Warp *w, const Clock *object) {
     if (!w->seen) w->seen = new_clock(w->cta->cluster);
     join(w->seen, object, w->cta->cluster->warp_count);
 }
-void order_read(Machine *m, Warp *w, u32 mask, int space, const u64 *address, u32 how) {
+void order_read(Machine *m, Warp *w, u32 mask, int space, const u64 *address, u32 bytes, u32 how) {
     u32 warps = w->cta->cluster->warp_count;
     if (how & ACQUIRES) order_acquire(w, w->cta->cluster->flag_clock);
     else order_see(w, w->cta->cluster->flag_clock);
     if (!(how & WIDE) || !m->flag_count) return;
-    u64 words[LANES];
-    for (u32 k = global_words(mask, space, address, words); k--;) {
+    u64 words[LANES * MOST_WORDS];
+    for (u32 k = global_words(mask, space, address, bytes, words); k--;) {
         Far *far = flag_place(m->flag_table, m->flag_room, words[k])->far;
         if (how & ACQUIRES) hear_far(w, far);
         else far_join(&w->seen_far, far, warps);
     }
 }
-void order_write(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 *address, u32 how) {
+void order_write(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 *address, u32 bytes, u32 how) {
     Cluster *c = w->cta->cluster;
     Far *told = NULL;
     if (how & WIDE && how & RELEASES) far_tell(&told, w->clock, c);
     else if (how & WIDE) told = far_shared(w->fenced_far);
-    u64 words[LANES];
-    for (u32 k = told ? global_words(mask, space, address, words) : 0; k--;) tell_flag(m, words[k], told, c->warp_count);
+    u64 words[LANES * MOST_WORDS];
+    for (u32 k = told ? global_words(mask, space, address, bytes, words) : 0; k--;) tell_flag(m, words[k], told, c->warp_count);
     far_drop(told);
     if (how & RELEASES) order_release(m, w, i, &c->flag_clock);
     else order_signal(m, w, i, &c->flag_clock);

@@ -262,9 +262,9 @@ void order_complete(Warp *w, Clock **object); /* something asynchronous that the
 void order_acquire(Warp *w, const Clock *object);
 void order_pass(Cluster *c, Clock **done, const Clock *object); /* a phase of a barrier is complete */
 void order_see(Warp *w, const Clock *object); /* relaxed: counts from the next fence on */
-/* A strong read, a strong write, the words they touch; `how`: STRONG and so on. */
-void order_read(Machine *m, Warp *w, u32 mask, int space, const u64 *address, u32 how);
-void order_write(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 *address, u32 how);
+/* A strong read, a strong write, of so many bytes a lane; `how`: STRONG and so on. */
+void order_read(Machine *m, Warp *w, u32 mask, int space, const u64 *address, u32 bytes, u32 how);
+void order_write(Machine *m, Warp *w, const Ins *i, u32 mask, int space, const u64 *address, u32 bytes, u32 how);
 void order_fence(Machine *m, Warp *w, u32 how);
 void order_exit(Warp *w);
 void order_free(Cluster *c);
