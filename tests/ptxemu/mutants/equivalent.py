@@ -30,6 +30,7 @@ REASONS = {
     r"grouped_gemm_prefill/drop-wgmma-wait/[12]": _QUARTERS,
     r"grouped_gemm_prefill/later-group/[1245]": _QUARTERS,
     r"grouped_gemm_prefill/drop-wgmma-commit/([12]|14)": _QUARTERS,
+    r"grouped_gemm_prefill/relax-atomic/0": "the count of taken pieces: nothing that a CTA stored is found by it",
     r"grouped_gemm_prefill/init-one-more/(19|21)": "of a place for a CTA's pieces that so few pieces never come to",
     r"grouped_gemm_split/(drop-arrive|arrive-elsewhere)/2": "it frees the last stage of a CTA's only piece",
     r"mhc_quant_wide/drop-cluster-wait/[23]": _WEIGHTS,
