@@ -37,7 +37,13 @@ UNEVEN = (3, 0, 1, 40, 0, 70)  # no rows, few, one piece, two pieces
 
 
 @pytest.fixture
-def reports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Report]]:
+def policy() -> str:
+    """When asynchronous operations complete in the emulator; a test may choose."""
+    return "random"
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch, policy: str) -> Iterator[list[Report]]:
     """Kernels launch into the emulator; a report a launch."""
     seen: list[Report] = []
 
@@ -45,7 +51,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Report]]:
         artifact = compiler.compile_kernel(spec)
 
         def launch(*args: Any) -> None:
-            seen.append(ptxemu.run(artifact, *args, policy="random", seed=len(seen)))
+            seen.append(ptxemu.run(artifact, *args, policy=policy, seed=len(seen)))
 
         return launch
 
@@ -137,6 +143,7 @@ def test_ctas_take_pieces_until_none_is_left_and_leave_the_counter_at_0(
         assert int(taken) == 0
 
 
+@pytest.mark.parametrize("policy", ["random", "tma_lazy"])  # the latter: a copy lands when somebody has to have it
 @pytest.mark.parametrize("a", ["bf16", "nvfp4"])
 @pytest.mark.parametrize(
     ("rows", "n", "k", "number", "sharing", "tiles"),
@@ -255,7 +262,10 @@ def test_fused_gemm_is_exact_in_the_emulator(
     out.codes.fill_(0xAA)
     out.scales.view(torch.uint8).fill_(0x55)
     weights = interleave(given["weights"], given["order"]).with_layout("hopper")
+    taken = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(swiglu_prefill, "counters", lambda *_: taken)
     swiglu_prefill.run(given["a"], weights, given["offsets"], None, None, enc, math.inf, out)
     for report in reports:
         report.raise_for_findings()
     assert guards.same_bytes(out, expected)
+    assert int(taken) == 0
